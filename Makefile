@@ -1,0 +1,59 @@
+# Everything runs in .venv, made on first use. What is installed is remembered by stamp files, so that a
+# second `make demo` starts at once.
+#
+# On a machine without a GPU where pip would fetch PyTorch with CUDA (several GB), name an index of CPU
+# builds once: make demo TORCH_FLAGS="--index-url ..."
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+TORCH_FLAGS ?=
+
+.PHONY: demo test test-fast test-all check bench clean
+
+demo: $(VENV)/.core
+	$(BIN)/plait train stdlib_demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test $(VENV)/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest tests/architecture
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.train_throughput
+	$(BIN)/python -m benchmarks.compression
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plait needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch goes first and alone: with it in place nothing later pulls in another build.
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt setuptools wheel
+	$(PIP) install -q -c constraints.txt $(TORCH_FLAGS) $(TORCH)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .[test]
+	touch $@
+
+$(VENV)/.check: $(VENV)/.core
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .[check]
+	touch $@

@@ -1,0 +1,146 @@
+"""Models in the layout of Hugging Face: `config.json`, `model.safetensors`, tokenizer files.
+
+Reads single and sharded weight files; writes what `AutoModelForCausalLM.from_pretrained` loads.
+Tensors keep their dtype and every byte in both directions.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from plait.errors import CheckpointError
+from plait.models.decoder import Decoder
+from plait.models.registry import family_of_config, family_of_model
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """Build the model that `config.json` names and fill it from the weights beside it.
+
+    dtype: of the parameters; default that of the file. Raises CheckpointError for missing, damaged
+    or unmatched files, ModelError for a config that no family takes.
+    """
+    settings = read_config(folder)
+    family = family_of_config(settings)
+    with torch.device("meta"):
+        model = Decoder(family.read_config(settings))
+    leaves = {
+        family.from_checkpoint_name(name): tensor for name, tensor in read_tensors(folder).items()
+    }
+    expected = checkpoint_leaves(model)
+    _match(folder, found=leaves, expected=expected)
+    model.load_state_dict(
+        {name: leaves[name].to(dtype) for name in expected}, strict=False, assign=True
+    )
+    model.tie()
+    return model.eval()
+
+
+def write_model(model: Decoder, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` into an existing folder."""
+    family = family_of_model(model)
+    leaves = checkpoint_leaves(model)
+    settings = family.write_config(model.config)
+    settings["dtype"] = str(next(iter(leaves.values())).dtype).removeprefix("torch.")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    tensors = {
+        family.to_checkpoint_name(name): leaf.detach().contiguous() for name, leaf in leaves.items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read `tokenizer.json` in a folder; raises CheckpointError if it is missing or damaged."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse `config.json`. Raises CheckpointError if it is missing or not JSON."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG}. "
+            "Name a folder in the layout of Hugging Face, or a run folder."
+        )
+    try:
+        settings = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return settings
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of the weight files in a folder, under the names of the files."""
+    leaves: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        leaves.update(read_tensor_file(path))
+    return leaves
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """Read one safetensors file. Raises CheckpointError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no __iter__)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}. Fetch or save it again."
+        ) from error
+
+
+def checkpoint_leaves(model: Decoder) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, a shared one once, under its first name."""
+    return dict(model.named_parameters())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / _INDEX
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {_INDEX}.")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{index} names {name!r}, which is not a file in {folder}.")
+    return [folder / name for name in names]
+
+
+def _match(
+    folder: Path, *, found: dict[str, Tensor], expected: dict[str, torch.nn.Parameter]
+) -> None:
+    missing, surplus = (
+        sorted(expected.keys() - found.keys()),
+        sorted(found.keys() - expected.keys()),
+    )
+    # Tied models are sometimes saved with the shared matrix under both names.
+    surplus = [name for name in surplus if name != "lm_head.weight"]
+    if missing or surplus:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit its {CONFIG}: "
+            f"{len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(surplus)} unknown ({', '.join(surplus[:3])})."
+        )
+    for name, parameter in expected.items():
+        if found[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{name} in {folder} has shape {tuple(found[name].shape)}, "
+                f"its {CONFIG} asks for {tuple(parameter.shape)}."
+            )

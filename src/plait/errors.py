@@ -1,0 +1,49 @@
+"""Every exception that Plait raises on purpose.
+
+PlaitError(ValueError)
+|-- ConfigError        a recipe, a --set, a resolved.json
+|-- ModelError         an architecture, its config.json, its inputs
+|-- DataError          files to train on or to evaluate
+|-- CheckpointError    what is saved and loaded
+|-- TrainingError      a run that cannot go on
+`-- MissingExtraError  an optional dependency that is not installed
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PlaitError(ValueError):
+    """A mistake of the user: what was given, what is allowed, what to do."""
+
+
+class ConfigError(PlaitError):
+    """A setting that does not exist or has the wrong type or value."""
+
+
+class ModelError(PlaitError):
+    """A model that cannot be built, or inputs that it cannot take."""
+
+
+class DataError(PlaitError):
+    """Data that are missing, empty or not text."""
+
+
+class CheckpointError(PlaitError):
+    """A checkpoint that cannot be written, or is not whole."""
+
+
+class TrainingError(PlaitError):
+    """A training run that cannot go on."""
+
+
+class MissingExtraError(PlaitError):
+    """An optional dependency that is not installed."""
+
+
+def nearest_name(given: str, known: Iterable[str]) -> str:
+    """Make the end of a message about an unknown name: the nearest match and the known ones."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {matches[0]!r}? " if matches else ""
+    return f"{hint}Known: {', '.join(names)}."

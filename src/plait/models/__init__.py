@@ -1,0 +1,1 @@
+"""Architectures: how the blocks of `nn/` make a model, and how it is called elsewhere."""

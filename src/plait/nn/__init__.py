@@ -1,0 +1,1 @@
+"""Building blocks of models, unaware of parallelism."""

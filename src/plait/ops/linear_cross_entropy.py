@@ -1,0 +1,104 @@
+"""Cross-entropy of a linear layer's outputs, without ever holding all the logits.
+
+The rows are handled in chunks; the gradients with respect to the hidden states and the weight are
+computed in the forward pass, where the logits of a chunk are at hand, as in Liger Kernel's fused
+loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2].
+"""
+
+# Shapes: M rows (tokens), D model width, V vocabulary, m rows of one chunk.
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 4 * 2**20
+"""Logits held at a time: 16 MiB in float32, inside the last-level cache of server processors."""
+
+
+def linear_cross_entropy(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Sum of -log softmax(hidden @ weight.T)[target] over the rows, float32 scalar [nats].
+
+    The products run in `dtype` (default: that of `hidden_MD`), the softmax in float32. The weight
+    keeps its own dtype, and so does its gradient. Targets below 0 are left out.
+    """
+    dtype = dtype or hidden_MD.dtype
+    loss, _, _ = torch.ops.plait.linear_cross_entropy(
+        hidden_MD, weight_VD, targets_M, dtype, torch.is_grad_enabled()
+    )
+    return loss
+
+
+def reference_linear_cross_entropy(
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor
+) -> Tensor:
+    """Compute the same sum from the whole logits."""
+    logits_MV = torch.nn.functional.linear(hidden_MD, weight_VD).float()
+    return torch.nn.functional.cross_entropy(
+        logits_MV, targets_M, reduction="sum", ignore_index=-100
+    )
+
+
+@torch.library.custom_op("plait::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    dtype: torch.dtype,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight_VD.to(dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients)
+    dweight_VD.zero_()
+    num_rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    for start in range(0, hidden_MD.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        hidden_mD = hidden_MD[rows].to(dtype)
+        is_counted_m = targets_M[rows] >= 0
+        index_m1 = targets_M[rows].clamp(min=0)[:, None]
+        logp_mV = torch.log_softmax(hidden_mD @ weight.T, dim=-1, dtype=torch.float32)
+        loss -= logp_mV.gather(1, index_m1)[:, 0][is_counted_m].sum()
+        if with_gradients:
+            dlogits_mV = logp_mV.exp_()
+            dlogits_mV.scatter_add_(
+                1, index_m1, dlogits_mV.new_full((), -1.0).expand(index_m1.shape)
+            )
+            dlogits_mV = dlogits_mV.to(dtype)
+            dlogits_mV[~is_counted_m] = 0
+            dhidden_MD[rows] = dlogits_mV @ weight
+            dweight_VD += dlogits_mV.T @ hidden_mD
+    return loss, dhidden_MD, dweight_VD
+
+
+@_forward.register_fake
+def _(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    dtype: torch.dtype,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
+    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients)
+
+
+def _empty_gradients(hidden_MD: Tensor, weight_VD: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    if wanted:
+        return torch.empty_like(hidden_MD), torch.empty_like(weight_VD)
+    return hidden_MD.new_empty(0), weight_VD.new_empty(0)
+
+
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, dhidden_MD, dweight_VD = output
+    ctx.save_for_backward(dhidden_MD, dweight_VD)
+    ctx.mark_non_differentiable(dhidden_MD, dweight_VD)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+    dhidden_MD, dweight_VD = ctx.saved_tensors
+    return dhidden_MD * dloss, dweight_VD * dloss, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,59 @@
+"""Train on the source of Python's standard library: real text that every machine has."""
+
+from plait.models.decoder import DecoderConfig
+from plait.train.corpus import STDLIB, CorpusSettings
+from plait.train.job import EvaluationSettings, Job
+from plait.train.optimizer import OptimizerSettings
+
+
+def stdlib_15m() -> Job:
+    """A Llama of 15 million parameters, half an hour on two cores."""
+    return Job(
+        name="stdlib_15m",
+        data=STDLIB,
+        corpus=CorpusSettings(undecodable="skip"),  # a few test files are deliberately not UTF-8
+        model=DecoderConfig(
+            vocab_size=16_384,
+            hidden_size=320,
+            intermediate_size=896,
+            num_layers=4,
+            num_heads=5,
+            num_kv_heads=5,
+            head_size=64,
+            max_positions=1024,
+        ),
+        optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=100),
+        evaluation=EvaluationSettings(every=250, samples=64, stride=256),
+        sequence_length=512,
+        batch_size=4,
+        micro_batch_size=4,
+        num_steps=2200,
+        save_every=500,
+    )
+
+
+def stdlib_demo() -> Job:
+    """The same text and a smaller Llama, about two minutes on two cores."""
+    return Job(
+        name="stdlib_demo",
+        data=STDLIB,
+        corpus=CorpusSettings(undecodable="skip"),
+        model=DecoderConfig(
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=704,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            head_size=64,
+            max_positions=1024,
+            tie_embeddings=True,
+        ),
+        optimizer=OptimizerSettings(learning_rate=3e-3, warmup_steps=30),
+        evaluation=EvaluationSettings(every=100, samples=16, stride=512),
+        sequence_length=512,
+        batch_size=8,
+        micro_batch_size=8,
+        num_steps=200,
+        save_every=100,
+    )

@@ -1,0 +1,100 @@
+"""Score held-out text: perplexity per token and bits per byte, every token exactly once."""
+
+# Shapes: B windows, T tokens, D model width.
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from plait.errors import ConfigError
+from plait.models.decoder import Decoder
+from plait.ops.linear_cross_entropy import linear_cross_entropy
+from plait.train.data import windows
+from plait.train.job import TORCH_DTYPES, Dtype
+from plait.train.step import autocast
+
+_WINDOWS_AT_ONCE = 8
+_Window = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a text is read: windows of `context` tokens advance by `stride`, products in `dtype`.
+
+    Every token is scored once, behind the first window with at least context - stride tokens before
+    it.
+    """
+
+    context: int
+    stride: int
+    dtype: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 1 <= self.stride <= self.context:
+            raise ConfigError(f"stride={self.stride} must lie in 1..context={self.context}.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sum of -log p over `num_tokens` tokens [nats], which stand for `num_bytes` bytes of text."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Of one token; depends on the tokenizer."""
+        return math.exp(self.nats / self.num_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the text, document ends paid for; comparable between tokenizers and with xz."""
+        return self.nats / math.log(2) / self.num_bytes
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    tokens: NDArray[np.integer],
+    *,
+    num_bytes: int,
+    scoring: Scoring,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score all of `tokens` but the first, which stand for `num_bytes` bytes of text.
+
+    `on_progress(done, total)` counts scored tokens.
+    """
+    dtype = TORCH_DTYPES[scoring.dtype]
+    was_training = model.training
+    model.eval()
+    nats, done = 0.0, 0
+    for batch in _batches(windows(len(tokens), context=scoring.context, stride=scoring.stride)):
+        (start, first, end) = batch[0]
+        rows = np.stack([tokens[s : e + 1] for s, _, e in batch]).astype(np.int64)
+        tokens_BU = torch.from_numpy(rows).to(model.embed_tokens.weight.device)  # U = T + 1
+        with autocast(model.embed_tokens.weight.device.type, dtype):
+            hidden_BTD = model(tokens_BU[:, :-1])
+        scored_BTD, targets_BT = hidden_BTD[:, first - start :], tokens_BU[:, 1 + first - start :]
+        nats += linear_cross_entropy(
+            scored_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), dtype=dtype
+        ).item()
+        done += len(batch) * (end - first)
+        on_progress(done, len(tokens) - 1)
+    model.train(was_training)
+    return Evaluation(nats, len(tokens) - 1, num_bytes)
+
+
+def _batches(all_windows: Iterator[_Window]) -> Iterator[list[_Window]]:
+    """Put windows of equal length and overlap together."""
+    for _, alike in groupby(all_windows, key=lambda w: (w[2] - w[0], w[1] - w[0])):
+        group = list(alike)
+        for i in range(0, len(group), _WINDOWS_AT_ONCE):
+            yield group[i : i + _WINDOWS_AT_ONCE]

@@ -1,0 +1,103 @@
+"""A job: everything that decides what a run computes, in one frozen record."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from plait.errors import ConfigError
+from plait.models.decoder import DecoderConfig
+from plait.train.corpus import STDLIB, CorpusSettings
+from plait.train.optimizer import OptimizerSettings
+
+Dtype = Literal["bfloat16", "float32"]
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """When and how the held-out text is scored.
+
+    every: steps between evaluations during training, on the first `samples` samples. stride: tokens
+    that the final evaluation advances its window by; each token is scored with at least
+    sequence_length - stride tokens before it.
+    """
+
+    every: int = 250
+    samples: int = 64
+    stride: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `plait train` runs; recipes make it, `--set` changes it, `resolved.json` keeps it.
+
+    data: "stdlib" (the running Python's standard library), a file or a folder. batch_size: samples
+    of one optimizer step. micro_batch_size: samples of one forward; it changes memory and speed,
+    and sums in another order. dtype: of the matrix products; weights and optimizer are float32.
+    prompt: completed at the end of the run. device: "auto" takes a GPU if there is one.
+    """
+
+    name: str
+    model: DecoderConfig
+    data: str = STDLIB
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    prompt: str = "def "
+    sequence_length: int = 512
+    batch_size: int = 8
+    micro_batch_size: int = 8
+    num_steps: int = 1000
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    save_every: int = 250
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        """Check what the parts cannot check alone."""
+        for name in [
+            "sequence_length",
+            "batch_size",
+            "micro_batch_size",
+            "num_steps",
+            "save_every",
+            "keep_checkpoints",
+        ]:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size % self.micro_batch_size:
+            legal = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ConfigError(
+                f"micro_batch_size={self.micro_batch_size} does not divide "
+                f"batch_size={self.batch_size}. "
+                f"Choose it from {', '.join(map(str, legal))}."
+            )
+        if self.sequence_length > self.model.max_positions:
+            raise ConfigError(
+                f"sequence_length={self.sequence_length} is more than the model's limit: "
+                f"model.max_positions={self.model.max_positions}. Lower the one or raise the other."
+            )
+        if not 1 <= self.evaluation.stride <= self.sequence_length:
+            raise ConfigError(
+                f"evaluation.stride={self.evaluation.stride} must lie in "
+                f"1..sequence_length={self.sequence_length}."
+            )
+        if self.evaluation.every < 1 or self.evaluation.samples < 1:
+            raise ConfigError("evaluation.every and evaluation.samples must be at least 1.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch's object."""
+        return TORCH_DTYPES[self.dtype]
+
+    def torch_device(self) -> torch.device:
+        """Choose the device; raises ConfigError if it is asked for and missing."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "device=cuda, but PyTorch finds no GPU. "
+                "`plait doctor` says more; or use device=cpu."
+            )
+        is_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if is_gpu else "cpu")

@@ -1,0 +1,268 @@
+"""The training loop: prepare the data, step, evaluate, save; stop anywhere and go on.
+
+A run is a function of its job: the same job gives the same losses, whether it ran in one piece or
+was stopped and resumed (bit for bit with the same number of threads on the same kind of machine).
+"""
+
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plait.checkpoint.huggingface import load_tokenizer
+from plait.checkpoint.training_state import (
+    TrainingState,
+    export_model,
+    load_training_state,
+    save_training_state,
+)
+from plait.errors import CheckpointError, DataError, TrainingError
+from plait.models.decoder import Decoder
+from plait.train.corpus import find_corpus, num_bytes
+from plait.train.data import PackedSamples, read_tokens, write_tokens
+from plait.train.evaluate import Scoring, evaluate
+from plait.train.job import Job
+from plait.train.optimizer import make_optimizer, optimizer_leaves, restore_optimizer
+from plait.train.run_folder import RunFolder
+from plait.train.step import StepResult, train_step
+from plait.train.tokenizer import save_tokenizer, train_tokenizer
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the loop tells and asks the outside.
+
+    on_record gets every line of `metrics.jsonl`, on_stage a short text before something slow;
+    should_stop is asked after each step.
+    """
+
+    on_record: Callable[[Record], None] = lambda record: None
+    on_stage: Callable[[str], None] = lambda text: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the run stands when the loop returns; finished unless it was asked to stop."""
+
+    model: Decoder
+    step: int
+    finished: bool
+
+
+def train(job: Job, run: RunFolder, watch: Watch) -> TrainResult:
+    """Run a job in its folder, from its last checkpoint if any, to the end or a stop.
+
+    Raises DataError for unusable data, CheckpointError if saving or resuming fails, TrainingError
+    if the loss or the gradient is not finite.
+    """
+    _prepare(job, run, watch)
+    loop = _Loop(job, run, watch)
+    return loop.run_to_end()
+
+
+def tokens_of(run: RunFolder) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Tokens of the train and of the held-out side of a prepared run."""
+    corpus = run.read_corpus()
+    sides: list[NDArray[np.integer]] = []
+    for side, path in (("train", run.train_tokens), ("heldout", run.heldout_tokens)):
+        expected = corpus["num_tokens"][side]
+        tokens = read_tokens(path, vocab_size=corpus["vocab_size"]) if path.is_file() else None
+        if tokens is None or len(tokens) != expected:
+            raise CheckpointError(
+                f"{path} does not hold the {expected} tokens that were written. "
+                "Start the run again."
+            )
+        sides.append(tokens)
+    return sides[0], sides[1]
+
+
+def _prepare(job: Job, run: RunFolder, watch: Watch) -> None:
+    """Write tokenizer, tokens and `corpus.json`, unless a run that is resumed has them already."""
+    if run.corpus.exists():
+        return
+    watch.on_stage(f"reading {job.data}")
+    corpus = find_corpus(job.data, job.corpus)
+    watch.on_stage(f"learning a vocabulary of {job.model.vocab_size:,} tokens")
+    save_tokenizer(
+        train_tokenizer(corpus.train, vocab_size=job.model.vocab_size),
+        run.tokenizer,
+        max_positions=job.model.max_positions,
+    )
+    watch.on_stage(f"encoding {num_bytes(corpus.train + corpus.heldout) / 1e6:.1f} MB")
+    tokenizer = load_tokenizer(run.tokenizer)
+    run.train_tokens.parent.mkdir(exist_ok=True)
+    facts = {
+        **corpus.describe(),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "num_tokens": {
+            "train": write_tokens(corpus.train, tokenizer, run.train_tokens),
+            "heldout": write_tokens(corpus.heldout, tokenizer, run.heldout_tokens),
+        },
+        "num_bytes": {"train": num_bytes(corpus.train), "heldout": num_bytes(corpus.heldout)},
+    }
+    temporary = run.corpus.with_suffix(".incomplete")
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    temporary.rename(run.corpus)
+
+
+class _Loop:
+    def __init__(self, job: Job, run: RunFolder, watch: Watch) -> None:
+        self.job, self.run, self.watch = job, run, watch
+        train_tokens, heldout_tokens = tokens_of(run)
+        self.samples = PackedSamples(
+            train_tokens, sequence_length=job.sequence_length, seed=job.seed
+        )
+        self.heldout = heldout_tokens[: job.evaluation.samples * job.sequence_length + 1]
+        if len(self.heldout) < 2:
+            raise DataError("the held-out side has no tokens to evaluate on.")
+        sizes = run.read_corpus()
+        self.bytes_per_token = sizes["num_bytes"]["heldout"] / max(
+            1, sizes["num_tokens"]["heldout"] - 1
+        )
+        torch.manual_seed(job.seed)
+        self.device = job.torch_device()
+        self.model = Decoder(job.model)
+        self.model.initialize(torch.Generator().manual_seed(job.seed))
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, job.optimizer)
+        self.step = 0
+        self.elapsed_s = 0.0
+
+    def run_to_end(self) -> TrainResult:
+        self._resume()
+        self.model.train()
+        with self.run.metrics.open("a") as self.metrics:
+            while self.step < self.job.num_steps:
+                self._one_step()
+                is_last = self.step == self.job.num_steps
+                if is_last or self.step % self.job.evaluation.every == 0:
+                    self._evaluate()
+                stopping = self.watch.should_stop()
+                if is_last or stopping or self.step % self.job.save_every == 0:
+                    self._save()
+                if stopping and not is_last:
+                    return TrainResult(self.model, self.step, finished=False)
+        self.watch.on_stage("saving the model")
+        export_model(self.run.model, self.model, self.run.tokenizer)
+        return TrainResult(self.model, self.step, finished=True)
+
+    def _one_step(self) -> None:
+        started_s = time.perf_counter()
+        job = self.job
+        rate = job.optimizer.learning_rate_at(self.step, job.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = train_step(
+            self.model,
+            self.optimizer,
+            self._micro_batches(),
+            num_targets=job.batch_size * job.sequence_length,
+            dtype=job.torch_dtype,
+            clip_norm=job.optimizer.clip_norm,
+        )
+        if not result.is_finite:
+            self._refuse(result)
+        self.step += 1
+        duration_s = time.perf_counter() - started_s
+        self.elapsed_s += duration_s
+        self._record(
+            {
+                "step": self.step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": rate,
+                "tokens_per_s": job.batch_size * job.sequence_length / duration_s,
+                "elapsed_s": self.elapsed_s,
+            }
+        )
+
+    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        first = self.step * self.job.batch_size
+        for start in range(first, first + self.job.batch_size, self.job.micro_batch_size):
+            inputs, targets = self.samples.batch(range(start, start + self.job.micro_batch_size))
+            yield inputs.to(self.device), targets.to(self.device)
+
+    def _evaluate(self) -> None:
+        length = self.job.sequence_length
+        result = evaluate(
+            self.model,
+            self.heldout,
+            num_bytes=max(1, round((len(self.heldout) - 1) * self.bytes_per_token)),
+            scoring=Scoring(context=length, stride=length, dtype=self.job.dtype),
+        )
+        self._record(
+            {
+                "step": self.step,
+                "heldout_loss": result.nats / result.num_tokens,
+                "heldout_bits_per_byte": result.bits_per_byte,
+            }
+        )
+
+    def _record(self, record: Record) -> None:
+        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.flush()
+        self.watch.on_record(record)
+
+    def _state(self) -> TrainingState:
+        leaves = optimizer_leaves(self.model, self.optimizer)
+        leaves["random.torch"] = torch.get_rng_state()
+        facts = {
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "num_threads": torch.get_num_threads(),
+        }
+        return TrainingState(leaves, facts)
+
+    def _save(self) -> None:
+        target = self.run.checkpoints / f"step-{self.step:06d}"
+        save_training_state(target, self.model, self._state(), self.run.tokenizer)
+        for folder in self.run.step_folders()[: -self.job.keep_checkpoints]:
+            shutil.rmtree(folder)
+
+    def _resume(self) -> None:
+        """Go to the newest checkpoint, if there is one, and forget the records behind it."""
+        folders = self.run.step_folders()
+        if folders:
+            self.watch.on_stage(f"resuming from {folders[-1].name}")
+            state = load_training_state(folders[-1], self.model)
+            restore_optimizer(self.model, self.optimizer, state.leaves)
+            torch.set_rng_state(state.leaves["random.torch"])
+            self.step, self.elapsed_s = state.facts["step"], state.facts["elapsed_s"]
+            if (before := state.facts["num_threads"]) != (now := torch.get_num_threads()):
+                warnings.warn(
+                    f"this run was started with {before} threads and goes on with {now}: "
+                    "sums may differ in their last bits.",
+                    stacklevel=2,
+                )
+        kept = [record for record in self.run.read_metrics() if record["step"] <= self.step]
+        temporary = self.run.metrics.with_suffix(".incomplete")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.rename(self.run.metrics)
+
+    def _refuse(self, result: StepResult) -> None:
+        """Save the weights before the step and what it was fed, then stop."""
+        first = self.step * self.job.batch_size
+        target = self.run.path / f"not-finite-step-{self.step + 1:06d}"
+        state = self._state()
+        inputs, targets = self.samples.batch(range(first, first + self.job.batch_size))
+        state.leaves["batch.inputs"], state.leaves["batch.targets"] = inputs, targets
+        state.facts["loss"], state.facts["grad_norm"] = str(result.loss), str(result.grad_norm)
+        save_training_state(target, self.model, state, self.run.tokenizer)
+        what = "loss" if not math.isfinite(result.loss) else "gradient"
+        raise TrainingError(
+            f"the {what} of step {self.step + 1} is not finite (loss {result.loss}, gradient norm "
+            f"{result.grad_norm}). Nothing was updated; weights and batch are in {target}. "
+            "Try a lower optimizer.learning_rate."
+        )

@@ -1,0 +1,110 @@
+"""The folder of one run: what lies where in it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.config import from_json, to_json
+from plait.errors import CheckpointError, ConfigError
+from plait.train.job import Job
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below `path`, and the readers and writers of the small files."""
+
+    path: Path
+
+    @property
+    def resolved(self) -> Path:
+        """The job, every setting spelled out."""
+        return self.path / "resolved.json"
+
+    @property
+    def corpus(self) -> Path:
+        """Names, sizes and hashes of all files of the corpus."""
+        return self.path / "corpus.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer files."""
+        return self.path / "tokenizer"
+
+    @property
+    def train_tokens(self) -> Path:
+        """The train side, encoded."""
+        return self.path / "tokens" / "train.bin"
+
+    @property
+    def heldout_tokens(self) -> Path:
+        """The held-out side, encoded."""
+        return self.path / "tokens" / "heldout.bin"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: each step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, `step-NNNNNN`."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model in the layout of Hugging Face."""
+        return self.path / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        """Result of the last `plait evaluate`."""
+        return self.path / "evaluation.json"
+
+    @property
+    def xz(self) -> Path:
+        """What xz makes of the held-out text."""
+        return self.path / "xz.json"
+
+    @property
+    def report(self) -> Path:
+        """The page with the loss curve."""
+        return self.path / "report.html"
+
+    def write_job(self, job: Job) -> None:
+        """Start a run. Raises ConfigError if the folder already holds one."""
+        if self.resolved.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run. "
+                "Continue it with --resume, or choose another --out."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.resolved.write_text(json.dumps(to_json(job), indent=2) + "\n")
+
+    def read_job(self) -> Job:
+        """Return the job; raises CheckpointError if there is none, ConfigError if malformed."""
+        return from_json(Job, self._read_json(self.resolved))
+
+    def read_corpus(self) -> dict[str, Any]:
+        """Return the content of `corpus.json`."""
+        return self._read_json(self.corpus)
+
+    def step_folders(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step-*"))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records written so far."""
+        if not self.metrics.exists():
+            return []
+        return [
+            json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")
+        ]
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        if not path.is_file():
+            raise CheckpointError(f"{self.path} is not a run folder: it has no {path.name}.")
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}.") from error

@@ -1,0 +1,72 @@
+"""One optimizer step: forward, loss, backward over micro-batches, clip, update."""
+
+# Shapes: B samples, T tokens.
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plait.models.decoder import Decoder
+from plait.ops.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the targets [nats]. grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Say whether both numbers are; if not, nothing was updated."""
+        return (
+            abs(self.loss) != float("inf")
+            and self.loss == self.loss
+            and self.grad_norm < float("inf")
+        )
+
+
+def summed_loss(
+    model: Decoder, inputs_BT: Tensor, targets_BT: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """Sum the next-token losses [nats]; targets below 0 are left out, products run in `dtype`."""
+    with autocast(inputs_BT.device.type, dtype):
+        hidden_BTD = model(inputs_BT)
+    return linear_cross_entropy(
+        hidden_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), dtype=dtype
+    )
+
+
+def train_step(
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    num_targets: int,
+    dtype: torch.dtype,
+    clip_norm: float,
+) -> StepResult:
+    """Update the weights once, from the mean loss over `num_targets` targets in all micro-batches.
+
+    With a loss or gradient that is not finite nothing is updated, and the result says so.
+    """
+    loss = 0.0
+    for inputs_BT, targets_BT in micro_batches:
+        part = summed_loss(model, inputs_BT, targets_BT, dtype=dtype) / num_targets
+        part.backward()
+        loss += part.item()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    result = StepResult(loss, grad_norm)
+    if result.is_finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Run matrix products in `dtype` while the weights stay float32; float32 changes nothing."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,210 @@
+"""Our models against transformers: random tiny configs, the same weights, the same numbers."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from plait.checkpoint.huggingface import load_model, write_model
+from plait.errors import CheckpointError, ModelError
+from plait.nn.token_layout import TokenLayout
+
+SMALL = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama2": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "llama3-grouped": lambda: LlamaConfig(**SMALL, rope_theta=500_000.0, rms_norm_eps=1e-5),
+    "llama3.1-scaled": lambda: LlamaConfig(**SMALL, rope_parameters=LLAMA_3_1),
+    "llama-linear": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "llama-biases-tied": lambda: LlamaConfig(
+        **SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama-wide-heads": lambda: LlamaConfig(**SMALL, head_dim=32),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
+    "qwen3-tied": lambda: Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def reference(request, tmp_path):
+    """A transformers model with random weights, and the folder it was saved to."""
+    torch.manual_seed(0)
+    config = CONFIGS[request.param]()
+    kind = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases must matter too
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "reference")
+    return model, tmp_path / "reference"
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(
+        0, SMALL["vocab_size"], (2, 50), generator=torch.Generator().manual_seed(1)
+    )
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(reference, tokens):
+    theirs, folder = reference
+    ours = load_model(folder)
+    difference = (ours.logits(ours(tokens)) - theirs(tokens).logits).abs().max()
+    assert difference < 1e-4
+
+
+def test_import_then_export_keeps_every_byte(reference, tmp_path):
+    _, folder = reference
+    (tmp_path / "export").mkdir()
+    write_model(load_model(folder), tmp_path / "export")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        assert before[name].numpy().tobytes() == after[name].numpy().tobytes(), name
+
+
+@torch.no_grad()
+def test_transformers_loads_our_export_and_computes_the_same(reference, tokens, tmp_path):
+    theirs, folder = reference
+    (tmp_path / "export").mkdir()
+    write_model(load_model(folder), tmp_path / "export")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_half_precision_weights_survive_import_and_export(reference, tmp_path):
+    theirs, _ = reference
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    (tmp_path / "export").mkdir()
+    write_model(load_model(tmp_path / "half"), tmp_path / "export")
+    before = load_file(tmp_path / "half" / "model.safetensors")
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(after[name].dtype == torch.bfloat16 for name in after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@torch.no_grad()
+def test_decoding_token_by_token_equals_the_full_forward(reference, tokens):
+    # The same products in another order: a matrix product of one row sums differently from one of
+    # many. Float32 rounding over three layers stays far below 1e-4 at these sizes.
+    model = load_model(reference[1])
+    full = model(tokens)
+    cache = model.make_cache(batch_size=2, capacity=50)
+    steps = torch.cat([model(tokens[:, i : i + 1], cache=cache) for i in range(50)], dim=1)
+    torch.testing.assert_close(steps, full, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_prefill_in_chunks_equals_the_full_forward(reference, tokens):
+    model = load_model(reference[1])
+    cache = model.make_cache(batch_size=2, capacity=50)
+    chunks = torch.cat(
+        [model(part, cache=cache) for part in tokens.split([20, 7, 23], dim=1)], dim=1
+    )
+    torch.testing.assert_close(chunks, model(tokens), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_packed_documents_equal_separate_ones(reference, tokens):
+    model = load_model(reference[1])
+    positions = torch.cat((torch.arange(20), torch.arange(30)))[None].expand(2, -1)
+    segments = torch.cat((torch.zeros(20), torch.ones(30)))[None].expand(2, -1)
+    packed = model(tokens, TokenLayout(positions=positions, segments=segments))
+    separate = torch.cat((model(tokens[:, :20]), model(tokens[:, 20:])), dim=1)
+    torch.testing.assert_close(packed, separate, atol=1e-4, rtol=0)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(reference):
+    model = load_model(reference[1])
+    with pytest.raises(ModelError, match="65 tokens are more than the model's limit of 64"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_a_full_cache_is_refused(reference, tokens):
+    model = load_model(reference[1])
+    cache = model.make_cache(batch_size=2, capacity=10)
+    with pytest.raises(ModelError, match="11 tokens do not fit into a cache of 10"):
+        model(tokens[:, :11], cache=cache)
+
+
+def _edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_unknown_architecture_offers_the_nearest(reference):
+    _edit_config(reference[1], architectures=["LlamaForCausalLMs"])
+    with pytest.raises(ModelError, match="Did you mean 'LlamaForCausalLM'"):
+        load_model(reference[1])
+
+
+def test_a_misspelt_config_key_offers_the_nearest(reference):
+    _edit_config(reference[1], num_hidden_layer=2)
+    with pytest.raises(ModelError, match="'num_hidden_layer'. Did you mean 'num_hidden_layers'"):
+        load_model(reference[1])
+
+
+def test_a_strange_config_key_is_named_in_a_warning(reference):
+    _edit_config(reference[1], zzz=1)
+    with pytest.warns(UserWarning, match="without effect: zzz"):
+        load_model(reference[1])
+
+
+def test_an_unsupported_rope_type_is_refused(reference):
+    _edit_config(reference[1], rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
+    with pytest.raises(ModelError, match="rope type 'longrope' is not supported"):
+        load_model(reference[1])
+
+
+def test_weights_cut_in_half_are_refused(reference):
+    path = reference[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_model(reference[1])
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(reference):
+    _edit_config(reference[1], num_hidden_layers=4)
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="missing"):
+        warnings.simplefilter("ignore")  # Qwen3's layer_types now has another length
+        load_model(reference[1])
+
+
+def test_sharded_weights_are_read(reference, tokens, tmp_path):
+    theirs, _ = reference
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    ours = load_model(tmp_path / "shards")
+    with torch.no_grad():
+        difference = (ours.logits(ours(tokens)) - theirs(tokens).logits).abs().max()
+    assert difference < 1e-4
