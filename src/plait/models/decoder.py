@@ -117,7 +117,7 @@ class Decoder(nn.Module):
     def forward(
         self, tokens_BT: Tensor, layout: TokenLayout | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Compute normalized hidden states (B, T, D) of int64 tokens (B, T), or of the next ones."""
+        """Compute normalized hidden states (B, T, D) of int64 tokens (B, T), or the next."""
         shared = self._share(tokens_BT, layout or TokenLayout(), cache)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:

@@ -31,7 +31,12 @@ from plait.train.corpus import find_corpus, num_bytes
 from plait.train.data import PackedSamples, read_tokens, write_tokens
 from plait.train.evaluate import Scoring, evaluate
 from plait.train.job import Job
-from plait.train.optimizer import make_optimizer, optimizer_leaves, restore_optimizer
+from plait.train.optimizer import (
+    make_optimizers,
+    optimizer_leaves,
+    restore_optimizers,
+    set_learning_rate,
+)
 from plait.train.run_folder import RunFolder
 from plait.train.step import StepResult, train_step
 from plait.train.tokenizer import save_tokenizer, train_tokenizer
@@ -67,7 +72,7 @@ def train(job: Job, run: RunFolder, watch: Watch) -> TrainResult:
     Raises DataError for unusable data, CheckpointError if saving or resuming fails, TrainingError
     if the loss or the gradient is not finite.
     """
-    _prepare(job, run, watch)
+    prepare(job, run, watch)
     loop = _Loop(job, run, watch)
     return loop.run_to_end()
 
@@ -88,8 +93,8 @@ def tokens_of(run: RunFolder) -> tuple[NDArray[np.integer], NDArray[np.integer]]
     return sides[0], sides[1]
 
 
-def _prepare(job: Job, run: RunFolder, watch: Watch) -> None:
-    """Write tokenizer, tokens and `corpus.json`, unless a run that is resumed has them already."""
+def prepare(job: Job, run: RunFolder, watch: Watch) -> None:
+    """Write tokenizer, tokens and `corpus.json`, unless the run has them already."""
     if run.corpus.exists():
         return
     watch.on_stage(f"reading {job.data}")
@@ -136,7 +141,7 @@ class _Loop:
         self.model = Decoder(job.model)
         self.model.initialize(torch.Generator().manual_seed(job.seed))
         self.model.to(self.device)
-        self.optimizer = make_optimizer(self.model, job.optimizer)
+        self.optimizers = make_optimizers(self.model, job.optimizer)
         self.step = 0
         self.elapsed_s = 0.0
 
@@ -162,11 +167,10 @@ class _Loop:
         started_s = time.perf_counter()
         job = self.job
         rate = job.optimizer.learning_rate_at(self.step, job.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizers, rate)
         result = train_step(
             self.model,
-            self.optimizer,
+            self.optimizers,
             self._micro_batches(),
             num_targets=job.batch_size * job.sequence_length,
             dtype=job.torch_dtype,
@@ -216,7 +220,7 @@ class _Loop:
         self.watch.on_record(record)
 
     def _state(self) -> TrainingState:
-        leaves = optimizer_leaves(self.model, self.optimizer)
+        leaves = optimizer_leaves(self.model, self.optimizers)
         leaves["random.torch"] = torch.get_rng_state()
         facts = {
             "step": self.step,
@@ -237,7 +241,7 @@ class _Loop:
         if folders:
             self.watch.on_stage(f"resuming from {folders[-1].name}")
             state = load_training_state(folders[-1], self.model)
-            restore_optimizer(self.model, self.optimizer, state.leaves)
+            restore_optimizers(self.model, self.optimizers, state.leaves)
             torch.set_rng_state(state.leaves["random.torch"])
             self.step, self.elapsed_s = state.facts["step"], state.facts["elapsed_s"]
             if (before := state.facts["num_threads"]) != (now := torch.get_num_threads()):
