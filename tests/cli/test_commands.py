@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 PLAIT = [sys.executable, "-m", "plait.cli.main"]
 TINY = [
     "model.vocab_size=320",
-    "model.hidden_size=32",
+    "model.hidden_size=48",
     "model.intermediate_size=48",
     "model.num_layers=2",
     "model.num_heads=2",
@@ -124,13 +124,13 @@ def test_transformers_loads_the_model_and_scores_the_same(finished):
 
 def test_a_stopped_run_resumes_bit_for_bit(finished, texts, tmp_path):
     command = [*PLAIT, "train", "stdlib_demo", *tiny(texts, "--out", "run")]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("step 5 "):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait(timeout=120) == 130
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 5 "):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
     assert "plait train stdlib_demo --resume run" in rest
     stopped_at = max(losses(tmp_path / "run"))
     assert 5 <= stopped_at < 12
@@ -144,12 +144,11 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, texts, tmp_path):
 
 def test_a_killed_run_resumes_from_its_last_checkpoint_bit_for_bit(finished, texts, tmp_path):
     command = [*PLAIT, "train", "stdlib_demo", *tiny(texts, "--out", "run")]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("step 10 "):
-            process.kill()
-            break
-    process.communicate()
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step 10 "):
+                process.kill()
+                break
     result = plait("train", "stdlib_demo", "--resume", "run", cwd=tmp_path)
     assert "resuming from step-000008" in result.stderr
     assert result.returncode == 0, result.stderr
@@ -226,6 +225,10 @@ BAD_JOBS = {
     "sequence too long": (
         ["train", "stdlib_demo", "--set", "sequence_length=4096"],
         ["4096", "model.max_positions=1024"],
+    ),
+    "no room for the start": (
+        ["train", "stdlib_demo", "--set", "model.num_layers=1"],
+        ["num_layers must be at least 2", "initialization=random"],
     ),
     "no run to resume": (["train", "stdlib_demo", "--resume", "nowhere"], ["not a run folder"]),
     "no model": (["evaluate", "nowhere", "--data", "."], ["has no config.json"]),
@@ -371,12 +374,11 @@ def test_help_shows_an_example_for_every_verb(tmp_path):
 
 def test_output_cut_off_by_the_reader_is_no_error(finished):
     run, _ = finished
-    process = subprocess.Popen(
-        [*PLAIT, "evaluate", str(run), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()
-    assert b"Traceback" not in process.stderr.read()
-    process.wait(timeout=60)
+    command = [*PLAIT, "evaluate", str(run), "--json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
 
 
 def test_nothing_is_read_from_the_environment(finished, tmp_path):

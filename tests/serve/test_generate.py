@@ -95,7 +95,9 @@ def _frequencies(sampling, draws=4000):
 )
 def test_tokens_are_drawn_with_the_stated_probabilities(sampling, expected):
     # Four standard deviations of 4,000 draws are at most 4 * 0.5 / sqrt(4000) = 0.032.
-    torch.testing.assert_close(_frequencies(sampling), torch.tensor(expected), atol=0.032, rtol=0)
+    torch.testing.assert_close(
+        _frequencies(sampling), torch.tensor(expected, dtype=torch.float), atol=0.032, rtol=0
+    )
 
 
 @pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 0}])

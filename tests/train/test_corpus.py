@@ -90,7 +90,7 @@ def test_a_corpus_of_copies_is_split_with_a_warning(tmp_path):
 
 
 def test_the_standard_library_is_found_and_split():
-    corpus = find_corpus("stdlib", CorpusSettings(undecodable="skip"))
+    corpus = find_corpus("stdlib", CorpusSettings())
     assert num_bytes(corpus.train) > 5_000_000
     share = num_bytes(corpus.heldout) / num_bytes(corpus.train + corpus.heldout)
     assert 0.05 < share < 0.07

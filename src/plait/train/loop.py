@@ -28,6 +28,7 @@ from plait.checkpoint.training_state import (
 from plait.errors import CheckpointError, DataError, TrainingError
 from plait.models.decoder import Decoder
 from plait.train.corpus import find_corpus, num_bytes
+from plait.train.corpus_start import start_from_corpus
 from plait.train.data import PackedSamples, read_tokens, write_tokens
 from plait.train.evaluate import Scoring, evaluate
 from plait.train.job import Job
@@ -136,10 +137,8 @@ class _Loop:
         self.bytes_per_token = sizes["num_bytes"]["heldout"] / max(
             1, sizes["num_tokens"]["heldout"] - 1
         )
-        torch.manual_seed(job.seed)
         self.device = job.torch_device()
         self.model = Decoder(job.model)
-        self.model.initialize(torch.Generator().manual_seed(job.seed))
         self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, job.optimizer)
         self.step = 0
@@ -162,6 +161,14 @@ class _Loop:
         self.watch.on_stage("saving the model")
         export_model(self.run.model, self.model, self.run.tokenizer)
         return TrainResult(self.model, self.step, finished=True)
+
+    def _start(self) -> None:
+        """Make the weights of step 0."""
+        torch.manual_seed(self.job.seed)
+        self.model.initialize(torch.Generator(self.device).manual_seed(self.job.seed))
+        if self.job.initialization == "corpus":
+            self.watch.on_stage("starting from the statistics of the corpus")
+            start_from_corpus(self.model, self.samples.tokens, seed=self.job.seed)
 
     def _one_step(self) -> None:
         started_s = time.perf_counter()
@@ -236,9 +243,11 @@ class _Loop:
             shutil.rmtree(folder)
 
     def _resume(self) -> None:
-        """Go to the newest checkpoint, if there is one, and forget the records behind it."""
+        """Go to the newest checkpoint, or to the start, and forget the records behind it."""
         folders = self.run.step_folders()
-        if folders:
+        if not folders:
+            self._start()
+        else:
             self.watch.on_stage(f"resuming from {folders[-1].name}")
             state = load_training_state(folders[-1], self.model)
             restore_optimizers(self.model, self.optimizers, state.leaves)
