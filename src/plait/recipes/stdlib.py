@@ -24,7 +24,7 @@ def stdlib_15m() -> Job:
             rope=Rope(theta=500_000.0),  # as in Llama 3
         ),
         initialization="corpus",
-        optimizer=OptimizerSettings(learning_rate=1.5e-3, warmup_steps=50),
+        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=50),
         evaluation=EvaluationSettings(every=250, samples=64, stride=256),
         sequence_length=512,
         batch_size=4,
