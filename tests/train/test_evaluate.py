@@ -57,6 +57,14 @@ def test_the_sum_equals_one_taken_by_hand(model, context, stride):
     assert result.nats == pytest.approx(_nats_by_hand(model, context, stride), rel=1e-5)
 
 
+def test_a_part_of_the_windows_stands_for_its_part_of_the_bytes(model):
+    scoring = Scoring(context=32, stride=32, dtype="float32")
+    part = evaluate(model, TOKENS, num_bytes=2990, scoring=scoring, most_windows=5)
+    assert (part.num_tokens, part.num_bytes) == (160, 1600)
+    whole = evaluate(model, TOKENS, num_bytes=2990, scoring=scoring)
+    assert part.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.2)
+
+
 def test_units_are_those_of_the_definitions():
     result = Evaluation(nats=100.0, num_tokens=50, num_bytes=200)
     assert result.perplexity == pytest.approx(math.exp(2.0))

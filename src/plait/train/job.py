@@ -19,9 +19,10 @@ TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class EvaluationSettings:
     """When and how the held-out text is scored.
 
-    every: steps between evaluations during training, on the first `samples` samples. stride: tokens
-    that the final evaluation advances its window by; each token is scored with at least
-    sequence_length - stride tokens before it.
+    every: steps between evaluations during training.
+    samples: how many samples those score, spread evenly over the held-out side.
+    stride: tokens that the final evaluation advances its window by; each token is scored with at
+    least sequence_length - stride tokens before it.
     """
 
     every: int = 250

@@ -25,7 +25,7 @@ from plait.checkpoint.training_state import (
     load_training_state,
     save_training_state,
 )
-from plait.errors import CheckpointError, DataError, TrainingError
+from plait.errors import CheckpointError, TrainingError
 from plait.models.decoder import Decoder
 from plait.train.corpus import find_corpus, num_bytes
 from plait.train.corpus_start import start_from_corpus
@@ -130,13 +130,8 @@ class _Loop:
         self.samples = PackedSamples(
             train_tokens, sequence_length=job.sequence_length, seed=job.seed
         )
-        self.heldout = heldout_tokens[: job.evaluation.samples * job.sequence_length + 1]
-        if len(self.heldout) < 2:
-            raise DataError("the held-out side has no tokens to evaluate on.")
-        sizes = run.read_corpus()
-        self.bytes_per_token = sizes["num_bytes"]["heldout"] / max(
-            1, sizes["num_tokens"]["heldout"] - 1
-        )
+        self.heldout = heldout_tokens
+        self.heldout_bytes = run.read_corpus()["num_bytes"]["heldout"]
         self.device = job.torch_device()
         self.model = Decoder(job.model)
         self.model.to(self.device)
@@ -210,8 +205,9 @@ class _Loop:
         result = evaluate(
             self.model,
             self.heldout,
-            num_bytes=max(1, round((len(self.heldout) - 1) * self.bytes_per_token)),
+            num_bytes=self.heldout_bytes,
             scoring=Scoring(context=length, stride=length, dtype=self.job.dtype),
+            most_windows=self.job.evaluation.samples,
         )
         self._record(
             {
