@@ -33,16 +33,19 @@ check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/python -m pytest tests/architecture
 
 bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.train_throughput
 	$(BIN)/python -m benchmarks.bits_per_byte
 	$(BIN)/python -m benchmarks.fresh_clone
+	$(BIN)/python -m benchmarks.readme_table
 
 clean:
 	rm -rf $(VENV)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plait needs Python 3.11 or later")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "python cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
 
 # Says so, before it happens, if pip is about to fetch PyTorch with CUDA on a machine without a GPU.
 WARN_OF_CUDA = command -v nvidia-smi >/dev/null || [ -n "$(TORCH_FLAGS)" ] || \

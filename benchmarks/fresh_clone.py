@@ -20,12 +20,11 @@ def measure(quick: bool) -> list[Row]:
             subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
             minutes["demo"] = [_make("demo", clone)]
             minutes["again"] = [_seconds_to_first_line(clone)]
-            _make("test", clone)  # installs what the tests need
             minutes["test"] = [_make("test", clone)]
     claims = [
         ("demo", "make demo in a fresh clone, installation included", "min", 8.0),
         ("again", "a second make demo, until the run begins", "s", 10.0),
-        ("test", "make test", "min", 10.0),
+        ("test", "make test, installing what the tests need", "min", 10.0),
     ]
     return [
         Row(

@@ -15,7 +15,8 @@ def table() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text())
         machines.add(f"`{result['benchmark']}`: {result['hardware']}, {result['commit']}")
-        lines += [_line(result["benchmark"], row) for row in result["rows"] if row["target"]]
+        rows = [row for row in result["rows"] if row["target"] is not None]
+        lines += [_line(result["benchmark"], row) for row in rows]
     return "\n".join([*lines, "", "Measured on:", "", *(f"- {m}" for m in sorted(machines))])
 
 

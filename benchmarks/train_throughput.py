@@ -22,7 +22,7 @@ WARM_UP_STEPS = 5
 
 def measure(quick: bool) -> list[Row]:
     """Run both sides in turn and compare."""
-    rounds, steps = (1, 12) if quick else (5, 25)
+    rounds, steps = (1, 12) if quick else (5, 16)
     with TemporaryDirectory() as folder:
         _worker("prepare", folder, steps)
         # Each round begins with the other side.

@@ -9,7 +9,7 @@ followed a token once tends to follow it again. Both can be written into the wei
   stream; the first head of layer 1 looks for places whose previous token is the current one and
   copies what stands there: an induction circuit [Olsson et al. 2022, arXiv:2209.11895, section 2].
 
-On the standard library such a start is where 1,500 steps from noise lead.
+On the standard library such a start is where about 1,000 steps from noise lead.
 
 All other projections into the residual stream start at zero: they disturb nothing, and learn.
 The residual stream is divided into four parts:
