@@ -11,6 +11,7 @@ from plait.magnetotellurics.jacobian import Linearization, dense_sensitivity, pr
 from plait.magnetotellurics.modem_data import read_modem_data
 from plait.magnetotellurics.modem_model import read_modem_model
 from plait.magnetotellurics.observations import Component, Observations
+from plait.magnetotellurics.receivers import OnNode
 from plait.magnetotellurics.survey import MU_0
 
 from .sections import block2_mesh, padded, padding
@@ -138,9 +139,6 @@ def test_observations_of_other_frequencies_are_refused(case):
         predict(other, 10**log10_rho, observations)
 
 
-# ModEM gives a TM receiver on a node the resistivity of the cell on its right; a hair to the right
-# ours stands in that cell.
-MODEM_SIDE_M = 0.01
 CONTACTS_M = (317500.0, 347500.0, 377500.0)
 
 
@@ -150,9 +148,10 @@ def block2(mt_data):
     observations = read_modem_data(folder / "d0_JT.dat")
     problem = make_problem(
         block2_mesh(folder),
-        position_m=observations.position_m + MODEM_SIDE_M,
+        position_m=observations.position_m,
         frequency_hz=observations.frequency_hz,
         stencil=Stencil.PLAIN,
+        on_node=OnNode.RIGHT,
     )
     section = read_modem_model(folder / "m0.rho").resistivity_ohm_m()
     return folder, observations, Linearization(problem, section, observations)
@@ -165,6 +164,8 @@ def test_j_times_dm_is_that_of_modem(block2, first):
     change = read_modem_model(folder / "dm.rho").value / np.log(10)
     theirs = read_modem_data(folder / "Jxdm_JT.dat").value
     keep = np.isin(observations.component, [first, first + 1])
+    # On the contacts J dm differs (21 % in TM at 347.5 km); how ModEM differentiates there is
+    # not known to us.
     keep &= ~np.isin(observations.position_m, CONTACTS_M)[observations.receiver_index]
     difference = np.linalg.norm((linearization.times(change) - theirs)[keep])
     assert difference < 0.02 * np.linalg.norm(theirs[keep])

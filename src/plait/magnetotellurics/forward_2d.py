@@ -19,7 +19,14 @@ from plait.magnetotellurics.earth import AIR_OHM_M, Mesh
 from plait.magnetotellurics.elements import Elements, Stencil, te_elements, tm_elements
 from plait.magnetotellurics.grid_operator import Grid, assemble, make_grid
 from plait.magnetotellurics.linear_solver import Factor, dissection_order, factorize
-from plait.magnetotellurics.receivers import Receivers, Row, place_receivers, te_rows, tm_row
+from plait.magnetotellurics.receivers import (
+    OnNode,
+    Receivers,
+    Row,
+    place_receivers,
+    te_rows,
+    tm_row,
+)
 from plait.magnetotellurics.survey import MU_0
 
 
@@ -47,6 +54,7 @@ def make_problem(
     position_m: RealArray,
     frequency_hz: RealArray,
     stencil: Stencil = Stencil.FITTED,
+    on_node: OnNode = OnNode.MEAN,
 ) -> Problem:
     """Place the receivers and lay out both modes' matrices.
 
@@ -57,7 +65,7 @@ def make_problem(
         raise EarthError("frequencies must be positive")
     return Problem(
         mesh=mesh,
-        receivers=place_receivers(mesh, position_m),
+        receivers=place_receivers(mesh, position_m, on_node=on_node),
         frequency_hz=np.asarray(frequency_hz, dtype=float),
         grids={
             Mode.TE: make_grid(width_m=mesh.width_m, thickness_m=np.diff(mesh.z_m)),

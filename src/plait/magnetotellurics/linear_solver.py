@@ -21,7 +21,7 @@ except ImportError as error:  # pragma: no cover
         "2-D magnetotelluric modelling needs SciPy: pip install 'plait[magnetotellurics]'"
     ) from error
 
-__all__ = ["Factor", "dense", "dissection_order", "factorize", "sparse"]
+__all__ = ["Factor", "dense", "dissection_order", "factorize", "factorize_real", "sparse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,16 @@ def factorize(matrix: Any, order: IndexArray) -> Factor:
         options={"SymmetricMode": True, "Equil": False},
     )
     return Factor(lu=lu, order=order)
+
+
+def factorize_real(matrix: Any) -> Any:
+    """Factorize a real sparse symmetric positive definite matrix; the result has solve(b)."""
+    return splu(
+        sparse.csc_array(matrix),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        options={"SymmetricMode": True},
+    )
 
 
 def dissection_order(num_rows: int, num_columns: int, *, leaf: int = 12) -> IndexArray:

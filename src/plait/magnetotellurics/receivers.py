@@ -5,6 +5,7 @@ second order on graded rows and uses one row of cells only.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
@@ -13,6 +14,18 @@ from plait.magnetotellurics.arrays import ComplexArray, IndexArray, RealArray
 from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.elements import Elements
 from plait.magnetotellurics.grid_operator import Grid
+
+
+class OnNode(Enum):
+    """Which resistivity a TM receiver on a node between two columns takes.
+
+    MEAN is the inverse of the mean conductivity, as in the published COMMEMI values at contacts;
+    RIGHT is the cell on the right, as in ModEM.
+    """
+
+    MEAN = "mean"
+    RIGHT = "right"
+
 
 _ON_NODE = 1e-6  # share of a column's width within which a receiver stands on its node
 
@@ -26,7 +39,7 @@ class Receivers:
         row: (n_rx,) node row of the surface there.
         share: (n_rx,) weight of the right node of that column, from 0 to 1.
         left_column, right_column: (n_rx,) the same column, or the two that meet at the node on
-            which a receiver stands; there TM takes the mean conductivity of both.
+            which a receiver stands; there TM takes the mean conductivity of these.
     """
 
     column: IndexArray
@@ -41,7 +54,9 @@ class Receivers:
         return len(self.column)
 
 
-def place_receivers(mesh: Mesh, position_m: RealArray) -> Receivers:
+def place_receivers(
+    mesh: Mesh, position_m: RealArray, *, on_node: OnNode = OnNode.MEAN
+) -> Receivers:
     """Find the column, the surface row and the weights of each receiver.
 
     Raises:
@@ -60,6 +75,8 @@ def place_receivers(mesh: Mesh, position_m: RealArray) -> Receivers:
     share = np.where(share < _ON_NODE, 0.0, np.where(share > 1 - _ON_NODE, 1.0, share))
     left = np.where(share == 0.0, column - 1, column)
     right = np.where(share == 1.0, column + 1, column)
+    if on_node is OnNode.RIGHT:
+        left = right
     steps = mesh.terrain_row[left] != mesh.terrain_row[right]
     if steps.any():
         raise EarthError(
