@@ -34,7 +34,8 @@ check: $(VENV)/.test $(VENV)/.check
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.train_throughput
-	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.bits_per_byte
+	$(BIN)/python -m benchmarks.fresh_clone
 
 clean:
 	rm -rf $(VENV)
@@ -43,9 +44,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "plait needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
 
+# Says so, before it happens, if pip is about to fetch PyTorch with CUDA on a machine without a GPU.
+WARN_OF_CUDA = command -v nvidia-smi >/dev/null || [ -n "$(TORCH_FLAGS)" ] || \
+	! $(PIP) install -q --dry-run --report - $(TORCH) 2>/dev/null | grep -q '"nvidia-' || \
+	echo 'note: there is no GPU here, but pip is about to fetch several GB of CUDA packages.' \
+	'To avoid them stop now and type: make demo TORCH_FLAGS="--index-url <an index of CPU builds>"'
+
 # PyTorch goes first and alone: with it in place nothing later pulls in another build.
 $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt setuptools wheel
+	@$(WARN_OF_CUDA)
 	$(PIP) install -q -c constraints.txt $(TORCH_FLAGS) $(TORCH)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
 	touch $@

@@ -45,3 +45,7 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     say(f"warning: {message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,9 @@ Parameter names are those of Hugging Face checkpoints without their leading "mod
 
 # Shapes: B batch, T tokens, D model width, V vocabulary.
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.layers = cast("Sequence[DecoderLayer]", layers)  # a ModuleList forgets its items' type
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -117,7 +120,7 @@ class Decoder(nn.Module):
     def forward(
         self, tokens_BT: Tensor, layout: TokenLayout | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Compute normalized hidden states (B, T, D) of int64 tokens (B, T), or of the next ones."""
+        """Compute normalized hidden states (B, T, D) of int64 tokens (B, T), or the next."""
         shared = self._share(tokens_BT, layout or TokenLayout(), cache)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 _GROUP_ELEMENTS = 32 * 2**20
-"""Logits held at a time in the dtype of the products: 64 MiB in bfloat16. Larger groups mean fewer and
-larger products; beyond this nothing is gained."""
+"""Logits held at a time in the dtype of the products: 64 MiB in bfloat16. Larger groups mean
+fewer and larger products; beyond this nothing is gained."""
 _BLOCK_ELEMENTS = 2**20
 """Logits whose softmax is taken at a time: 4 MiB in float32, so that they stay in cache."""
 

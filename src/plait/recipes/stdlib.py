@@ -1,7 +1,8 @@
 """Train on the source of Python's standard library: real text that every machine has."""
 
 from plait.models.decoder import DecoderConfig
-from plait.train.corpus import STDLIB, CorpusSettings
+from plait.nn.rotary import Rope
+from plait.train.corpus import STDLIB
 from plait.train.job import EvaluationSettings, Job
 from plait.train.optimizer import OptimizerSettings
 
@@ -11,7 +12,6 @@ def stdlib_15m() -> Job:
     return Job(
         name="stdlib_15m",
         data=STDLIB,
-        corpus=CorpusSettings(undecodable="skip"),  # a few test files are deliberately not UTF-8
         model=DecoderConfig(
             vocab_size=16_384,
             hidden_size=320,
@@ -21,8 +21,10 @@ def stdlib_15m() -> Job:
             num_kv_heads=5,
             head_size=64,
             max_positions=1024,
+            rope=Rope(theta=500_000.0),  # as in Llama 3
         ),
-        optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=100),
+        initialization="corpus",
+        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=50),
         evaluation=EvaluationSettings(every=250, samples=64, stride=256),
         sequence_length=512,
         batch_size=4,
@@ -37,23 +39,23 @@ def stdlib_demo() -> Job:
     return Job(
         name="stdlib_demo",
         data=STDLIB,
-        corpus=CorpusSettings(undecodable="skip"),
         model=DecoderConfig(
             vocab_size=8192,
             hidden_size=256,
             intermediate_size=704,
-            num_layers=4,
+            num_layers=3,
             num_heads=4,
             num_kv_heads=4,
             head_size=64,
             max_positions=1024,
-            tie_embeddings=True,
+            rope=Rope(theta=500_000.0),
         ),
-        optimizer=OptimizerSettings(learning_rate=3e-3, warmup_steps=30),
+        initialization="corpus",
+        optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=20),
         evaluation=EvaluationSettings(every=100, samples=16, stride=512),
         sequence_length=512,
-        batch_size=8,
-        micro_batch_size=8,
+        batch_size=4,
+        micro_batch_size=4,
         num_steps=200,
         save_every=100,
     )

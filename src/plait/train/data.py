@@ -62,7 +62,7 @@ class PackedSamples:
 
     def __init__(self, tokens: NDArray[np.integer], *, sequence_length: int, seed: int) -> None:
         """Cut `tokens`; raises DataError if they do not fill one sample."""
-        self._tokens = tokens
+        self.tokens = tokens
         self._length = sequence_length
         self._seed = seed
         self.num_samples = (len(tokens) - 1) // sequence_length
@@ -75,7 +75,7 @@ class PackedSamples:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of samples by global index, each int64 (B, T)."""
         starts = [self._start(index) for index in indices]
-        rows = np.stack([self._tokens[s : s + self._length + 1] for s in starts]).astype(np.int64)
+        rows = np.stack([self.tokens[s : s + self._length + 1] for s in starts]).astype(np.int64)
         tokens_BU = torch.from_numpy(rows)  # U = T + 1
         return tokens_BU[:, :-1].contiguous(), tokens_BU[:, 1:].contiguous()
 

@@ -3,7 +3,7 @@
 # Shapes: B windows, T tokens, D model width.
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -66,17 +66,23 @@ def evaluate(
     *,
     num_bytes: int,
     scoring: Scoring,
+    most_windows: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Score all of `tokens` but the first, which stand for `num_bytes` bytes of text.
 
+    With `most_windows`, only so many, evenly spread; the bytes are then counted in proportion.
     `on_progress(done, total)` counts scored tokens.
     """
     dtype = TORCH_DTYPES[scoring.dtype]
     was_training = model.training
     model.eval()
     nats, done = 0.0, 0
-    for batch in _batches(windows(len(tokens), context=scoring.context, stride=scoring.stride)):
+    chosen = list(windows(len(tokens), context=scoring.context, stride=scoring.stride))
+    if most_windows is not None and most_windows < len(chosen):
+        chosen = [chosen[i * len(chosen) // most_windows] for i in range(most_windows)]
+    total = sum(end - first for _, first, end in chosen)
+    for batch in _batches(chosen):
         (start, first, end) = batch[0]
         rows = np.stack([tokens[s : e + 1] for s, _, e in batch]).astype(np.int64)
         tokens_BU = torch.from_numpy(rows).to(model.embed_tokens.weight.device)  # U = T + 1
@@ -87,12 +93,13 @@ def evaluate(
             scored_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), dtype=dtype
         ).item()
         done += len(batch) * (end - first)
-        on_progress(done, len(tokens) - 1)
+        on_progress(done, total)
     model.train(was_training)
-    return Evaluation(nats, len(tokens) - 1, num_bytes)
+    share = total / (len(tokens) - 1)
+    return Evaluation(nats, total, round(num_bytes * share))
 
 
-def _batches(all_windows: Iterator[_Window]) -> Iterator[list[_Window]]:
+def _batches(all_windows: Sequence[_Window]) -> Iterator[list[_Window]]:
     """Put windows of equal length and overlap together."""
     for _, alike in groupby(all_windows, key=lambda w: (w[2] - w[0], w[1] - w[0])):
         group = list(alike)

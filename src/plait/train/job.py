@@ -8,6 +8,7 @@ import torch
 from plait.errors import ConfigError
 from plait.models.decoder import DecoderConfig
 from plait.train.corpus import STDLIB, CorpusSettings
+from plait.train.corpus_start import check_room
 from plait.train.optimizer import OptimizerSettings
 
 Dtype = Literal["bfloat16", "float32"]
@@ -18,9 +19,10 @@ TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class EvaluationSettings:
     """When and how the held-out text is scored.
 
-    every: steps between evaluations during training, on the first `samples` samples. stride: tokens
-    that the final evaluation advances its window by; each token is scored with at least
-    sequence_length - stride tokens before it.
+    every: steps between evaluations during training.
+    samples: how many samples those score, spread evenly over the held-out side.
+    stride: tokens that the final evaluation advances its window by; each token is scored with at
+    least sequence_length - stride tokens before it.
     """
 
     every: int = 250
@@ -32,10 +34,13 @@ class EvaluationSettings:
 class Job:
     """What `plait train` runs; recipes make it, `--set` changes it, `resolved.json` keeps it.
 
-    data: "stdlib" (the running Python's standard library), a file or a folder. batch_size: samples
-    of one optimizer step. micro_batch_size: samples of one forward; it changes memory and speed,
-    and sums in another order. dtype: of the matrix products; weights and optimizer are float32.
-    prompt: completed at the end of the run. device: "auto" takes a GPU if there is one.
+    data: "stdlib" (the running Python's standard library), a file or a folder.
+    initialization: "corpus" starts from the statistics of the corpus (`corpus_start.py`).
+    batch_size: samples of one optimizer step.
+    micro_batch_size: samples of one forward; changes memory, speed and the order of sums.
+    dtype: of the matrix products; weights and optimizer are float32.
+    device: "auto" takes a GPU if there is one.
+    prompt: completed at the end of the run.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Job:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     prompt: str = "def "
+    initialization: Literal["random", "corpus"] = "random"
     sequence_length: int = 512
     batch_size: int = 8
     micro_batch_size: int = 8
@@ -79,6 +85,8 @@ class Job:
                 f"sequence_length={self.sequence_length} is more than the model's limit: "
                 f"model.max_positions={self.model.max_positions}. Lower the one or raise the other."
             )
+        if self.initialization == "corpus":
+            check_room(self.model)
         if not 1 <= self.evaluation.stride <= self.sequence_length:
             raise ConfigError(
                 f"evaluation.stride={self.evaluation.stride} must lie in "

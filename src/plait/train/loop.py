@@ -25,13 +25,19 @@ from plait.checkpoint.training_state import (
     load_training_state,
     save_training_state,
 )
-from plait.errors import CheckpointError, DataError, TrainingError
+from plait.errors import CheckpointError, TrainingError
 from plait.models.decoder import Decoder
 from plait.train.corpus import find_corpus, num_bytes
+from plait.train.corpus_start import start_from_corpus
 from plait.train.data import PackedSamples, read_tokens, write_tokens
 from plait.train.evaluate import Scoring, evaluate
 from plait.train.job import Job
-from plait.train.optimizer import make_optimizer, optimizer_leaves, restore_optimizer
+from plait.train.optimizer import (
+    make_optimizers,
+    optimizer_leaves,
+    restore_optimizers,
+    set_learning_rate,
+)
 from plait.train.run_folder import RunFolder
 from plait.train.step import StepResult, train_step
 from plait.train.tokenizer import save_tokenizer, train_tokenizer
@@ -67,7 +73,7 @@ def train(job: Job, run: RunFolder, watch: Watch) -> TrainResult:
     Raises DataError for unusable data, CheckpointError if saving or resuming fails, TrainingError
     if the loss or the gradient is not finite.
     """
-    _prepare(job, run, watch)
+    prepare(job, run, watch)
     loop = _Loop(job, run, watch)
     return loop.run_to_end()
 
@@ -88,8 +94,8 @@ def tokens_of(run: RunFolder) -> tuple[NDArray[np.integer], NDArray[np.integer]]
     return sides[0], sides[1]
 
 
-def _prepare(job: Job, run: RunFolder, watch: Watch) -> None:
-    """Write tokenizer, tokens and `corpus.json`, unless a run that is resumed has them already."""
+def prepare(job: Job, run: RunFolder, watch: Watch) -> None:
+    """Write tokenizer, tokens and `corpus.json`, unless the run has them already."""
     if run.corpus.exists():
         return
     watch.on_stage(f"reading {job.data}")
@@ -124,19 +130,12 @@ class _Loop:
         self.samples = PackedSamples(
             train_tokens, sequence_length=job.sequence_length, seed=job.seed
         )
-        self.heldout = heldout_tokens[: job.evaluation.samples * job.sequence_length + 1]
-        if len(self.heldout) < 2:
-            raise DataError("the held-out side has no tokens to evaluate on.")
-        sizes = run.read_corpus()
-        self.bytes_per_token = sizes["num_bytes"]["heldout"] / max(
-            1, sizes["num_tokens"]["heldout"] - 1
-        )
-        torch.manual_seed(job.seed)
+        self.heldout = heldout_tokens
+        self.heldout_bytes = run.read_corpus()["num_bytes"]["heldout"]
         self.device = job.torch_device()
         self.model = Decoder(job.model)
-        self.model.initialize(torch.Generator().manual_seed(job.seed))
         self.model.to(self.device)
-        self.optimizer = make_optimizer(self.model, job.optimizer)
+        self.optimizers = make_optimizers(self.model, job.optimizer)
         self.step = 0
         self.elapsed_s = 0.0
 
@@ -158,15 +157,22 @@ class _Loop:
         export_model(self.run.model, self.model, self.run.tokenizer)
         return TrainResult(self.model, self.step, finished=True)
 
+    def _start(self) -> None:
+        """Make the weights of step 0."""
+        torch.manual_seed(self.job.seed)
+        self.model.initialize(torch.Generator(self.device).manual_seed(self.job.seed))
+        if self.job.initialization == "corpus":
+            self.watch.on_stage("starting from the statistics of the corpus")
+            start_from_corpus(self.model, self.samples.tokens, seed=self.job.seed)
+
     def _one_step(self) -> None:
         started_s = time.perf_counter()
         job = self.job
         rate = job.optimizer.learning_rate_at(self.step, job.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizers, rate)
         result = train_step(
             self.model,
-            self.optimizer,
+            self.optimizers,
             self._micro_batches(),
             num_targets=job.batch_size * job.sequence_length,
             dtype=job.torch_dtype,
@@ -199,8 +205,9 @@ class _Loop:
         result = evaluate(
             self.model,
             self.heldout,
-            num_bytes=max(1, round((len(self.heldout) - 1) * self.bytes_per_token)),
+            num_bytes=self.heldout_bytes,
             scoring=Scoring(context=length, stride=length, dtype=self.job.dtype),
+            most_windows=self.job.evaluation.samples,
         )
         self._record(
             {
@@ -216,7 +223,7 @@ class _Loop:
         self.watch.on_record(record)
 
     def _state(self) -> TrainingState:
-        leaves = optimizer_leaves(self.model, self.optimizer)
+        leaves = optimizer_leaves(self.model, self.optimizers)
         leaves["random.torch"] = torch.get_rng_state()
         facts = {
             "step": self.step,
@@ -232,12 +239,14 @@ class _Loop:
             shutil.rmtree(folder)
 
     def _resume(self) -> None:
-        """Go to the newest checkpoint, if there is one, and forget the records behind it."""
+        """Go to the newest checkpoint, or to the start, and forget the records behind it."""
         folders = self.run.step_folders()
-        if folders:
+        if not folders:
+            self._start()
+        else:
             self.watch.on_stage(f"resuming from {folders[-1].name}")
             state = load_training_state(folders[-1], self.model)
-            restore_optimizer(self.model, self.optimizer, state.leaves)
+            restore_optimizers(self.model, self.optimizers, state.leaves)
             torch.set_rng_state(state.leaves["random.torch"])
             self.step, self.elapsed_s = state.facts["step"], state.facts["elapsed_s"]
             if (before := state.facts["num_threads"]) != (now := torch.get_num_threads()):

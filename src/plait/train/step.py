@@ -2,7 +2,7 @@
 
 # Shapes: B samples, T tokens.
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def summed_loss(
 
 def train_step(
     model: Decoder,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     micro_batches: Iterable[tuple[Tensor, Tensor]],
     *,
     num_targets: int,
@@ -61,9 +61,10 @@ def train_step(
         loss += part.item()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
     result = StepResult(loss, grad_norm)
-    if result.is_finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        if result.is_finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return result
 
 

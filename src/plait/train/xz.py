@@ -16,8 +16,8 @@ class XzBaseline:
     """Bits per byte of the held-out text under `xz -9e`.
 
     solid: all files as one stream, the target to beat. per_file: each alone. conditional: what they
-    add to a stream that begins with the training text; None if that text is too large to try (over
-    256 MiB).
+    add to a stream that begins with the training text; None without such text, or with over 256
+    MiB of it.
     """
 
     solid: float
@@ -32,7 +32,7 @@ def compress_with_xz(train: Sequence[Document], heldout: Sequence[Document]) -> 
     bits = 8 / len(solid)
     with ThreadPoolExecutor(2) as pool:
         before = after = None
-        if num_bytes(train) <= _MOST_CONDITIONAL_BYTES:
+        if train and num_bytes(train) <= _MOST_CONDITIONAL_BYTES:
             train_bytes = b"".join(document.read_bytes() for document in train)
             after = pool.submit(_num_compressed, train_bytes + solid)
             before = pool.submit(_num_compressed, train_bytes)

@@ -1,0 +1,113 @@
+"""What every benchmark prints: claims with target and figure, hardware, versions, commit."""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One claim. value is the median of samples; a row that was left out is marked full_only."""
+
+    claim: str
+    unit: str
+    target: float | None
+    better: Literal["higher", "lower"]
+    samples: list[float] = field(default_factory=list)
+    full_only: bool = False
+
+    @property
+    def value(self) -> float | None:
+        """Median of the samples."""
+        return statistics.median(self.samples) if self.samples else None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the target is met; None where there is no target or no sample."""
+        if self.value is None or self.target is None:
+            return None
+        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+
+
+def run_benchmark(name: str, measure: Callable[[bool], list[Row]]) -> None:
+    """Parse --json and --quick, call `measure(quick)`, print, and keep a full result."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--quick", action="store_true", help="under a minute; leaves rows out")
+    arguments = parser.parse_args()
+    rows = measure(arguments.quick)
+    result = {
+        "benchmark": name,
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": [asdict(row) | {"value": row.value, "holds": row.holds} for row in rows],
+    }
+    if not arguments.quick:
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print_table(name, rows)
+
+
+def print_table(name: str, rows: Sequence[Row]) -> None:
+    """Print the rows for people, with the spread of their samples."""
+    print(f"{name} on {hardware()}")
+    for row in rows:
+        if row.value is None:
+            print(f"  {row.claim}: left out (needs the full run)")
+            continue
+        verdict = {True: "holds", False: "MISSED", None: "no target"}[row.holds]
+        sign = ">=" if row.better == "higher" else "<="
+        target = "" if row.target is None else f", target {sign} {row.target:g}"
+        spread = (
+            f" [{min(row.samples):.4g} .. {max(row.samples):.4g}]" if len(row.samples) > 1 else ""
+        )
+        print(f"  {row.claim}: {row.value:.4g} {row.unit}{spread}{target}: {verdict}")
+
+
+def hardware() -> str:
+    """Name the processor, its cores and the GPU."""
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = f"{lines[0].split(':', 1)[1].strip()} x {len(lines)}" if lines else cpu
+    flags = [
+        name
+        for name, present in (
+            ("AVX512_BF16", torch.cpu._is_avx512_bf16_supported()),
+            ("AMX", torch.cpu._is_amx_tile_supported()),
+        )
+        if present
+    ]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{cpu} ({', '.join(flags) or 'no bfloat16 units'}), {gpu}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the figures."""
+    return {"python": platform.python_version()} | {
+        package: version(package) for package in ("torch", "transformers", "tokenizers")
+    }
+
+
+def commit() -> str:
+    """Commit of the working tree, with a mark if it has changes."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
