@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from plait.magnetotellurics.earth import flat_mesh
+from plait.magnetotellurics.file_meshes import mesh_of_modem
 from plait.magnetotellurics.modem_model import read_modem_model
 from plait.magnetotellurics.observations import Component
 
@@ -28,10 +28,7 @@ def resistivity_of(mesh, function):
 
 
 def block2_mesh(folder):
-    model = read_modem_model(folder / "m0.rho")
-    y = np.concatenate([[0.0], np.cumsum(model.width_m)])
-    z = np.concatenate([[0.0], np.cumsum(model.thickness_m)])
-    return flat_mesh(y_m=y, ground_z_m=z, air_height_m=5e5)
+    return mesh_of_modem(read_modem_model(folder / "m0.rho"))
 
 
 def impedance_grid(observations, real):

@@ -8,6 +8,7 @@ from plait.errors import InversionError
 from plait.magnetotellurics.data_model import SectionModel, StaticShiftModel
 from plait.magnetotellurics.earth import flat_mesh
 from plait.magnetotellurics.elements import Stencil
+from plait.magnetotellurics.file_meshes import mesh_of_occam2d
 from plait.magnetotellurics.forward_2d import make_problem
 from plait.magnetotellurics.inversion import StoppingRule, invert
 from plait.magnetotellurics.linear_solver import sparse
@@ -28,6 +29,7 @@ from plait.magnetotellurics.regularization import (
     roughness_matrix,
     with_static_shifts,
 )
+from plait.magnetotellurics.smooth_inversion import SmoothInversion, invert_smoothly
 from plait.magnetotellurics.step_rules import GaussNewtonRule, OccamRule
 
 from .sections import block2_mesh, padded, padding, resistivity_of
@@ -245,22 +247,8 @@ def test_block2_is_fitted_in_ten_steps_where_modem_takes_fifty(mt_data):
         stencil=Stencil.PLAIN,
         on_node=OnNode.RIGHT,
     )
-    model = SectionModel(problem=problem, observations=observations, model_map=pixel_map(mesh))
-    start = np.full(model.num_parameters, 2.0)
-    result = invert(
-        model,
-        misfit=Misfit(observations=observations),
-        roughness=roughness_matrix(
-            model.model_map,
-            thickness_m=mesh.ground_thickness_m,
-            width_m=mesh.width_m,
-            smoothness=Smoothness(),
-        ),
-        reference=start,
-        start=start,
-        rule=OccamRule(),
-        stopping=StoppingRule(target_rms=1.05),
-    )
+    settings = SmoothInversion(stopping=StoppingRule(target_rms=1.05))
+    result = invert_smoothly(problem, observations, settings=settings).result
     assert result.history[0].rms == pytest.approx(21.14, abs=0.01)
     assert result.rms <= 1.05
     assert result.num_steps <= 10
@@ -272,12 +260,7 @@ def paralana(mt_data):
     bricks = read_occam2d_model(folder / "Occam2DModel")
     sizes = read_occam2d_mesh(folder / "Occam2DMesh")
     observations = read_occam2d_data(folder / "OccamDataFile.dat")
-    y = np.concatenate([[0.0], np.cumsum(sizes.width_m)])
-    mesh = flat_mesh(
-        y_m=y - y[bricks.first_brick_columns] + bricks.binding_offset_m,
-        ground_z_m=np.concatenate([[0.0], np.cumsum(sizes.thickness_m)]),
-        air_height_m=2e5,
-    )
+    mesh = mesh_of_occam2d(sizes, bricks)
     problem = make_problem(
         mesh, position_m=observations.position_m, frequency_hz=observations.frequency_hz
     )
