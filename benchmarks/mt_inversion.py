@@ -184,7 +184,8 @@ def coprod2_structure(mesh: Mesh, log10_rho: np.ndarray) -> list[Row]:
     depth = (z[1:] + z[:-1]) / 2
     y = (mesh.y_m[1:] + mesh.y_m[:-1]) / 2
     line = (y > 0) & (y < 230800)
-    base = [depth[np.argmax(column > 1.0)] for column in log10_rho[:, line].T]
+    # The first rows are thinner than the data see and keep the start's value.
+    base = [depth[np.argmax((column > 1.0) & (depth > 300))] for column in log10_rho[:, line].T]
     deep = (depth > 8e3) & (depth < 4e4)
     conductance = (10 ** -log10_rho[deep][:, line] * np.diff(z)[deep, None]).sum(axis=0)
     where = y[line][np.argmax(conductance)] / 1e3
