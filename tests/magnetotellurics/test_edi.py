@@ -84,6 +84,10 @@ def test_dummy_rows_of_kap109_are_dropped_and_said(mt_data):
     assert any("dropped" in note for note in station.notes)
 
 
+def test_a_missing_tipper_element_is_said(mt_data):
+    assert "no TX in the file" in read_edi(mt_data / "samtex_kap03" / "kap112.edi").notes
+
+
 def test_spectra_give_the_transfer_functions_of_the_converted_file(mt_data):
     folder = mt_data / "mt_metadata_format_samples"
     ours = read_edi(folder / "tf_edi_spectra_in.edi")

@@ -231,6 +231,12 @@ def _arrays(
         -1,
     )
     variance = np.stack([_first(data, none, f"T{axis}VAR", f"T{axis}.VAR") for axis in "XY"], -1)
+    parts = [f"Z{element}" for element, _, _ in ELEMENTS] + ["TX", "TY"]
+    found = [name for name in parts if any(key.startswith(name) for key in data)]
+    for kind in "ZT":
+        lost = [name for name in parts if name[0] == kind and name not in found]
+        if lost and any(name[0] == kind for name in found):
+            notes.append(f"no {', '.join(lost)} in the file")
     has_any = np.isfinite(z).any() or np.isfinite(tipper).any()
     if not has_any:
         lines.fail(lines.num_lines, "no impedance, no rho and phase, no tipper in this file")
