@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result import Row, run_benchmark
-from plait.magnetotellurics.earth import Mesh, MeshDesign, mesh_from_skin_depths
+from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.elements import Stencil
 from plait.magnetotellurics.file_meshes import mesh_of_modem, mesh_of_occam2d
 from plait.magnetotellurics.forward_2d import Problem, make_problem
 from plait.magnetotellurics.inversion import StepRecord, StoppingRule
 from plait.magnetotellurics.jacobian import Linearization
+from plait.magnetotellurics.mesh_design import MeshDesign, mesh_from_skin_depths
 from plait.magnetotellurics.model_map import brick_map
 from plait.magnetotellurics.modem_data import read_modem_data
 from plait.magnetotellurics.modem_model import read_modem_model
@@ -160,7 +161,7 @@ def coprod2_inversion(data: Path) -> list[Row]:
     raw = read_mt2d_data(data / "coprod2" / "coprod2data.dat")
     observations = as_log_data(raw)
     design = MeshDesign(
-        cells_per_skin_depth=6, growth=1.2, max_core_width_m=2500.0, num_pad_skin_depths=3
+        cells_per_skin_depth=6, growth=1.2, station_width_m=2500.0, num_pad_skin_depths=3
     )
     mesh = mesh_from_skin_depths(
         raw.position_m,

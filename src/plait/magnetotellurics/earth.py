@@ -1,4 +1,4 @@
-"""The mesh of a 2-D section and how to build one from skin depths.
+"""The mesh of a 2-D section.
 
 Rows run down from the top of the air, columns along the profile. The ground begins in each column
 at its terrain row; a flat surface has the same row everywhere.
@@ -10,7 +10,6 @@ import numpy as np
 
 from plait.errors import EarthError
 from plait.magnetotellurics.arrays import BoolArray, IndexArray, RealArray
-from plait.magnetotellurics.forward_1d import skin_depth_m
 
 AIR_OHM_M = 1e12  # so high that the air carries no current at any period of the method
 
@@ -83,76 +82,3 @@ def flat_mesh(*, y_m: RealArray, ground_z_m: RealArray, air_height_m: float) -> 
         num_air=len(rows),
         terrain_row=np.full(len(y_m) - 1, len(rows)),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshDesign:
-    """How to grade a mesh.
-
-    Attributes:
-        cells_per_skin_depth: first row's share of the smallest skin depth.
-        growth: thickness ratio of rows, and of the columns outside the core.
-        pad_growth: ratio of rows and columns beyond one skin depth of the core.
-        num_pad_skin_depths: reach of the padding in skin depths of the lowest frequency.
-        max_core_width_m: widest column among the stations; None: a quarter of their mean spacing.
-    """
-
-    cells_per_skin_depth: float = 10.0
-    growth: float = 1.12
-    pad_growth: float = 1.35
-    num_pad_skin_depths: float = 4.0
-    max_core_width_m: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.cells_per_skin_depth < 2 or not 1 < self.growth <= self.pad_growth <= 2:
-            raise EarthError("need cells_per_skin_depth >= 2 and 1 < growth <= pad_growth <= 2")
-
-
-def mesh_from_skin_depths(
-    position_m: RealArray,
-    *,
-    frequency_hz: RealArray,
-    min_resistivity_ohm_m: float,
-    max_resistivity_ohm_m: float,
-    design: MeshDesign,
-) -> Mesh:
-    """Grade a flat mesh for stations and frequencies.
-
-    The first row is a fraction of the smallest skin depth (highest frequency, lowest resistivity);
-    rows grow down to the padding, which reaches several of the largest skin depths. Columns are
-    even between stations and grow outwards.
-
-    Raises:
-        EarthError: resistivities that are not positive and in order.
-    """
-    if not 0 < min_resistivity_ohm_m <= max_resistivity_ohm_m:
-        raise EarthError("need 0 < min_resistivity_ohm_m <= max_resistivity_ohm_m")
-    smallest = skin_depth_m(min_resistivity_ohm_m, float(np.max(frequency_hz)))
-    largest = skin_depth_m(max_resistivity_ohm_m, float(np.min(frequency_hz)))
-    reach = design.num_pad_skin_depths * largest
-    z = [0.0]
-    step = smallest / design.cells_per_skin_depth
-    while z[-1] < reach:
-        z.append(z[-1] + step)
-        step *= design.growth if z[-1] < largest else design.pad_growth
-    y = _columns(np.sort(position_m), reach=reach, fallback=smallest, design=design)
-    return flat_mesh(y_m=y, ground_z_m=np.array(z), air_height_m=reach)
-
-
-def _columns(
-    position: RealArray, *, reach: float, fallback: float, design: MeshDesign
-) -> RealArray:
-    """Even columns between neighbours, so that stations lie at column centres or on nodes."""
-    spacing = np.diff(position)
-    mean = float(np.mean(spacing)) if len(spacing) else fallback
-    width = design.max_core_width_m or mean / 4
-    left, right = position[0] - 2 * width, position[-1] + 2 * width
-    core = np.linspace(left, right, int(np.ceil((right - left) / width)) + 1)
-    pads: list[float] = []
-    step, distance = width, 0.0
-    while distance < reach:
-        step *= design.pad_growth
-        distance += step
-        pads.append(distance)
-    outer = np.array(pads)
-    return np.concatenate([core[0] - outer[::-1], core, core[-1] + outer])

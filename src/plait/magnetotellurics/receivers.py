@@ -19,8 +19,8 @@ from plait.magnetotellurics.grid_operator import Grid
 class OnNode(Enum):
     """Which resistivity a TM receiver on a node between two columns takes.
 
-    MEAN is the inverse of the mean conductivity, as in the published COMMEMI values at contacts;
-    RIGHT is the cell on the right, as in ModEM.
+    MEAN is the inverse of the mean conductivity of both; RIGHT is the cell on the right, as in
+    ModEM. They differ only where a contact reaches the surface at the node.
     """
 
     MEAN = "mean"
