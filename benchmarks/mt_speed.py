@@ -3,15 +3,15 @@
     python -m benchmarks.mt_speed --json          three samples of each
     python -m benchmarks.mt_speed --json --quick  one sample, under a minute
 
-20 frequencies from 100 Hz to 1e-4 Hz, TE and TM, 36 stations, 100 x 64 cells and padding. The model is
-random, which costs the same as any other. PLAIT_MT_WORKERS sets the threads (default 1).
+20 frequencies from 100 Hz to 1e-4 Hz, TE and TM, 36 stations, 100 x 64 cells and padding. The model
+is random, which costs the same as any other. As many threads as PyTorch has: OMP_NUM_THREADS.
 """
 
-import os
 import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from benchmarks.result import Row, run_benchmark
 from plait.magnetotellurics.earth import flat_mesh
@@ -81,7 +81,7 @@ def timed(samples: int, run: Callable[[], object]) -> list[float]:
 
 def measure(quick: bool) -> list[Row]:
     """Time the three parts; the step is the Jacobian and the solution of one linearized problem."""
-    workers = int(os.environ.get("PLAIT_MT_WORKERS", "1"))
+    workers = torch.get_num_threads()
     problem, observations = samtex_problem(), log_observations()
     shape = problem.mesh.ground_shape
     rho = 10 ** (2 + 0.5 * np.random.default_rng(0).standard_normal(shape))
