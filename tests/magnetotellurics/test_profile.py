@@ -97,6 +97,17 @@ def test_modes_take_their_elements_and_absent_errors_take_the_floor():
     np.testing.assert_allclose(observations.error[phase], 0.03)
 
 
+def test_phases_that_no_section_gives_are_dropped_and_said():
+    odd = station("odd", 0.0, 0.1)
+    odd.impedance_ohm[1, 1, 0] *= -1
+    survey = Survey(stations=(station("a", 0.0, 0.0), odd))
+    observations = observations_of(survey, settings=ProfileSettings())
+    assert observations.num_data == 2 * 2 * 4 - 2
+    assert "odd: 1 tm phases out of quadrant" in observations.notes
+    kept = observations_of(survey, settings=ProfileSettings(quadrant_slack=None))
+    assert kept.num_data == 2 * 2 * 4
+
+
 def test_the_swift_strike_of_a_turned_2d_impedance_is_found():
     turned = rotated(station("a", 0.0, 0.0), x_azimuth_deg=-30.0)
     assert swift_strike_deg([turned]) == pytest.approx(0.0)

@@ -117,6 +117,8 @@ class ProfileSettings:
         relative_error_floor: of |Z|; smaller errors are raised, absent ones set to it.
         tipper_error_floor: the same for the tipper, absolute.
         frequency_tolerance: frequencies of different stations closer than this share are one.
+        quadrant_slack: phases further outside 0 to 90 degrees than this many errors are dropped;
+            a 2-D section does not give them, distortion does. None keeps them.
     """
 
     strike_deg: float = 0.0
@@ -124,6 +126,7 @@ class ProfileSettings:
     relative_error_floor: float = 0.05
     tipper_error_floor: float = 0.02
     frequency_tolerance: float = 0.02
+    quadrant_slack: float | None = 3.0
 
     def __post_init__(self) -> None:
         if not self.modes or set(self.modes) - {"te", "tm", "tipper"}:
@@ -197,6 +200,13 @@ def _station_rows(
         relative = np.fmax(given / np.sqrt(2), settings.relative_error_floor)
         there = np.isfinite(z) & (np.abs(z) > 0)
         _note(notes, station.name, mode, there, raised=there & (relative > given / np.sqrt(2)))
+        if settings.quadrant_slack is not None:
+            # By how much the phase leaves the first quadrant, on either side.
+            outside = np.abs(np.angle(z * np.exp(-0.25j * np.pi))) - np.pi / 4
+            lost = there & (outside > settings.quadrant_slack * relative)
+            if lost.any():
+                notes.append(f"{station.name}: {int(lost.sum())} {mode} phases out of quadrant")
+            there = there & ~lost
         for f in np.flatnonzero(there):
             log_rho = float(np.log10(np.abs(z[f]) ** 2 / (omega[f] * MU_0)))
             error = float(relative[f])
