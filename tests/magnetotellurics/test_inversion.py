@@ -177,6 +177,39 @@ def test_cells_of_one_brick_cost_nothing_against_each_other():
     np.testing.assert_allclose(matrix.toarray(), [[1, -1], [-1, 1]], atol=1e-8)
 
 
+def test_huber_counts_large_residuals_by_their_size(small):
+    _, _, observations = small
+    misfit = Misfit(observations=observations, huber=2.0)
+    values = observations.value.copy()
+    values[0] -= 10 * observations.error[0]
+    values[4] -= 1.5 * observations.error[4]
+    expected = (2 * 2 * 10 - 4 + 1.5**2) / observations.num_data
+    assert misfit.rms(values) == pytest.approx(np.sqrt(expected))
+    assert misfit.root_weight(values)[[0, 4]] == pytest.approx([np.sqrt(0.2), 1.0])
+
+
+def test_spoilt_data_do_not_spoil_the_fit_of_the_others_in_a_robust_section(small):
+    model, roughness, observations = small
+    bad = (observations.receiver_index == 2) & (observations.component == 4)
+    spoilt = replace(observations, value=observations.value + 1.5 * bad)
+    start = np.full(model.num_parameters, 2.0)
+    fit = {}
+    for huber in (None, 1.5):
+        result = invert(
+            replace(model, observations=spoilt),
+            misfit=Misfit(observations=spoilt, huber=huber),
+            roughness=roughness,
+            reference=start,
+            start=start,
+            rule=OccamRule(),
+            stopping=StoppingRule(max_steps=8),
+        )
+        residual = Misfit(observations=observations).residual(result.values)
+        fit[huber] = np.sqrt(np.mean(residual[~bad] ** 2))
+    assert fit[1.5] < 1.5
+    assert fit[1.5] < 0.7 * fit[None]
+
+
 def test_phase_residuals_take_the_short_way_round(small):
     _, _, observations = small
     values = observations.value + np.where(observations.component % 4 == 1, 2 * np.pi, 0.0)

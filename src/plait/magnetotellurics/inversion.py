@@ -155,9 +155,10 @@ def invert(
             reason = "the target RMS is reached"
             break
         sensitivity = model.linearize(now.parameters)
+        weight = misfit.root_weight(sensitivity.values)
         step = LinearStep(
-            jacobian=misfit.whitened(sensitivity.jacobian),
-            residual=misfit.residual(sensitivity.values),
+            jacobian=misfit.whitened(sensitivity.jacobian) * weight[:, None],
+            residual=misfit.residual(sensitivity.values) * weight,
             roughness=roughness,
             departure=now.parameters - reference,
             reference=reference,

@@ -39,6 +39,7 @@ class SmoothInversion:
         bounds: of log10 rho.
         static_shift_weight: None keeps the data's level; a number solves for one gain per station
             and mode, penalized by weight * (log10 gain)^2 next to the roughness.
+        huber: None for least squares; a number reweights residuals beyond it (misfit.py).
         num_workers: threads over frequencies and modes.
     """
 
@@ -48,6 +49,7 @@ class SmoothInversion:
     stopping: StoppingRule = field(default_factory=StoppingRule)
     bounds: tuple[float, float] = (-2.0, 6.0)
     static_shift_weight: float | None = None
+    huber: float | None = None
     num_workers: int = 1
 
     def __post_init__(self) -> None:
@@ -115,7 +117,7 @@ def invert_smoothly(
         reference = np.concatenate([reference, np.zeros(2 * num_rx)])
     result = invert(
         model,
-        misfit=Misfit(observations=observations),
+        misfit=Misfit(observations=observations, huber=settings.huber),
         roughness=roughness,
         reference=reference,
         start=start,
