@@ -15,8 +15,8 @@ class Misfit:
 
     Attributes:
         observations: values, errors, components.
-        huber: None for least squares; a number c counts residuals over c errors by their size and not
-            by their square [Huber 1964], so that a few bad data do not decide the section.
+        huber: None for least squares; a number c counts residuals over c errors by their size and
+            not by their square [Huber 1964], so that a few bad data do not decide the section.
     """
 
     observations: Observations
