@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -54,13 +55,14 @@ def run_benchmark(name: str, measure: Callable[[bool], list[Row]]) -> None:
         "commit": commit(),
         "rows": [asdict(row) | {"value": row.value, "holds": row.holds} for row in rows],
     }
+    if not arguments.json:
+        print_table(name, rows)
     if not arguments.quick:
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(result))
-    else:
-        print_table(name, rows)
 
 
 def print_table(name: str, rows: Sequence[Row]) -> None:
@@ -100,9 +102,8 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the figures."""
-    return {"python": platform.python_version()} | {
-        package: version(package) for package in ("torch", "transformers", "tokenizers")
-    }
+    packages = [name for name in ("torch", "transformers", "tokenizers") if find_spec(name)]
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def commit() -> str:

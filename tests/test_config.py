@@ -16,6 +16,11 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Named:
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outer:
     steps: int = 10
     half: int = 5
@@ -46,6 +51,15 @@ def test_an_assignment_sets_a_typed_field(assignment, expected):
     assert override(Outer(), [assignment]) == expected
 
 
+def test_a_text_keeps_its_spaces():
+    assert override(Named(name="x"), ["name= a b "]) == Named(name=" a b ")
+
+
+def test_a_missing_required_key_is_named():
+    with pytest.raises(ConfigError, match="Named lacks name"):
+        from_json(Named, {})
+
+
 def test_none_clears_an_optional_field():
     assert override(Outer(limit=3), ["limit=none"]) == Outer()
 
@@ -66,6 +80,7 @@ def test_assignments_are_checked_together_whatever_their_order():
         ("steps.x=1", "steps is a single value"),
         ("inner=3", "is a group of settings. Set one of its fields: inner.rate, inner.names"),
         ("steps", "is not of the form path.to.field=value"),
+        ("inner.rate=nan", "inner.rate='nan' is not a finite number"),
         ("=3", "is not of the form path.to.field=value"),
         ("half=6", "half is more than half of steps"),
     ],

@@ -5,6 +5,7 @@ and `from_json` carry it to `resolved.json` and back without loss.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ def override(settings: T, assignments: Sequence[str]) -> T:
     """
     data = to_json(settings)
     for assignment in assignments:
-        path, equals, text = (part.strip() for part in assignment.partition("="))
+        path, equals, text = assignment.partition("=")
+        path = path.strip()
         if not equals or not path:
             raise ConfigError(f"--set {assignment!r} is not of the form path.to.field=value.")
         _assign(type(settings), data, path.split("."), text, path=path)
@@ -70,6 +72,15 @@ def _field_types(kind: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
+def _required_fields(kind: type) -> list[str]:
+    absent = dataclasses.MISSING
+    return [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is absent and f.default_factory is absent
+    ]
+
+
 def _parse(kind: Any, value: Any, *, path: str, from_text: bool) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -77,6 +88,7 @@ def _parse(kind: Any, value: Any, *, path: str, from_text: bool) -> Any:
             typing.cast("type[Any]", kind), value, path=path, from_text=from_text
         )
     if origin is Literal:
+        value = value.strip() if isinstance(value, str) else value
         if value not in arguments:
             raise ConfigError(f"{path}={value!r}: {nearest_name(str(value), map(str, arguments))}")
         return value
@@ -100,6 +112,8 @@ def _parse_dataclass(kind: type[Any], value: Any, *, path: str, from_text: bool)
             raise ConfigError(
                 f"{path or kind.__name__}: unknown key {name!r}. {nearest_name(name, hints)}"
             )
+    if missing := [name for name in _required_fields(kind) if name not in entries]:
+        raise ConfigError(f"{path or kind.__name__} lacks {', '.join(missing)}.")
     prefix = f"{path}." if path else ""
     return kind(
         **{
@@ -113,7 +127,7 @@ def _parse_optional(arguments: tuple[Any, ...], value: Any, *, path: str, from_t
     inner = [kind for kind in arguments if kind is not type(None)]
     if len(inner) != 1:
         raise TypeError(f"{path}: only X | None is a supported union, not {arguments}")
-    if value is None or (from_text and value.lower() == "none"):
+    if value is None or (from_text and value.strip().lower() == "none"):
         return None
     return _parse(inner[0], value, path=path, from_text=from_text)
 
@@ -149,9 +163,16 @@ def _parse_scalar(kind: Any, value: Any, *, path: str, from_text: bool) -> Any:
 
 def _to_bool(text: str) -> bool:
     try:
-        return {"true": True, "false": False}[text.lower()]
+        return {"true": True, "false": False}[text.strip().lower()]
     except KeyError:
         raise ValueError(text) from None
+
+
+def _to_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _to_int(text: str) -> int:
@@ -161,7 +182,12 @@ def _to_int(text: str) -> int:
 _CONVERTERS: dict[Any, Callable[[str], Any]] = {
     bool: _to_bool,
     int: _to_int,
-    float: float,
+    float: _to_float,
     str: str,
 }
-_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_KIND_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+}

@@ -1,5 +1,7 @@
 """The command line as a user meets it: real processes, real folders, real signals."""
 
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -15,7 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plait import load_model
+
+pytestmark = pytest.mark.slow
 PLAIT = [sys.executable, "-m", "plait.cli.main"]
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = [
     "model.vocab_size=320",
     "model.hidden_size=48",
@@ -114,12 +120,11 @@ def test_transformers_loads_the_model_and_scores_the_same(finished):
     text = "the value 12 of file 3 is even\n"
     tokens = tokenizer(text, return_tensors="pt")["input_ids"]
     assert tokenizer.decode(tokens[0]) == text
-    from plait import load_model
-
     ours = load_model(run / "model")
     with torch.no_grad():
         difference = (ours.logits(ours(tokens)) - model(tokens).logits).abs().max()
     assert difference < 1e-4
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
 
 
 def test_a_stopped_run_resumes_bit_for_bit(finished, texts, tmp_path):
@@ -226,6 +231,16 @@ BAD_JOBS = {
         ["train", "stdlib_demo", "--set", "sequence_length=4096"],
         ["4096", "model.max_positions=1024"],
     ),
+    "a name of its own": (["train", "stdlib_demo", "--set", "name=x"], ["that of its recipe"]),
+    "unknown family": (["train", "stdlib_demo", "--set", "model.family=foo"], ["Known: llama"]),
+    "not a number": (
+        ["train", "stdlib_demo", "--set", "optimizer.learning_rate=nan"],
+        ["not a finite number"],
+    ),
+    "long prompt": (
+        ["train", "stdlib_demo", "--set", "data=DOCS", "--set", f"prompt={'word ' * 2000}"],
+        ["fewer than model.max_positions"],
+    ),
     "no room for the start": (
         ["train", "stdlib_demo", "--set", "model.num_layers=1"],
         ["num_layers must be at least 2", "initialization=random"],
@@ -239,6 +254,7 @@ BAD_JOBS = {
 @pytest.mark.parametrize("name", BAD_JOBS)
 def test_bad_input_ends_in_one_clean_line(name, tmp_path):
     arguments, words = BAD_JOBS[name]
+    arguments = [word.replace("DOCS", str(DOCS)) for word in arguments]
     _refused(plait(*arguments, cwd=tmp_path), *words)
 
 
@@ -289,6 +305,41 @@ def test_a_changed_byte_in_a_checkpoint_is_noticed(finished, tmp_path):
     state.write_bytes(content)
     result = plait("train", "stdlib_demo", "--resume", run, cwd=tmp_path)
     _refused(result, "does not hold the bytes that were saved")
+
+
+def test_two_processes_cannot_train_in_one_folder(finished, texts, tmp_path):
+    run = _copy(finished[0], tmp_path / "run")
+    with (run / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = plait("train", "stdlib_demo", "--resume", run, cwd=tmp_path)
+    _refused(result, "another process is training")
+
+
+def test_a_folder_with_other_files_is_not_taken_for_a_run(texts, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    result = plait("train", "stdlib_demo", *tiny(texts, "--out", "mine"), cwd=tmp_path)
+    _refused(result, "mine is not empty")
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_clean_line(texts, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = plait("train", "stdlib_demo", *tiny(texts, "--out", "file/run"), cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("NotADirectoryError: ")
+
+
+def test_an_interrupt_before_the_first_step_says_how_to_go_on(texts, tmp_path):
+    command = [*PLAIT, "train", "stdlib_demo", *tiny(texts, "--out", "run")]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("reading"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "plait train stdlib_demo --resume run" in rest
+    assert "Traceback" not in rest
 
 
 def test_a_run_is_not_overwritten_and_keeps_its_settings(finished, texts):
@@ -352,8 +403,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_step(texts, tmp_p
 
 def _poison(checkpoint):
     """Put a NaN into a checkpoint's weights and make its manifest agree."""
-    import hashlib
-
     path = checkpoint / "model.safetensors"
     leaves = load_file(path)
     next(iter(leaves.values())).view(-1)[0] = float("nan")
@@ -381,8 +430,8 @@ def test_output_cut_off_by_the_reader_is_no_error(finished):
         assert b"Traceback" not in process.stderr.read()
 
 
-def test_nothing_is_read_from_the_environment(finished, tmp_path):
+def test_a_bare_environment_is_enough(finished, tmp_path):
     run, _ = finished
-    bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    result = plait("sample", run, "--set", "max_new_tokens=3", cwd=Path(run).parent, env=bare)
+    bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C"}
+    result = plait("sample", run, "--set", "max_new_tokens=3", cwd=run.parent, env=bare)
     assert result.returncode == 0, result.stderr

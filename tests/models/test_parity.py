@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -15,6 +15,8 @@ from transformers import (
 
 from plait.checkpoint.huggingface import load_model, write_model
 from plait.errors import CheckpointError, ModelError
+from plait.models.decoder import DecoderConfig
+from plait.models.registry import check_family
 from plait.nn.token_layout import TokenLayout
 
 SMALL = {
@@ -177,6 +179,30 @@ def test_a_strange_config_key_is_named_in_a_warning(reference):
     _edit_config(reference[1], zzz=1)
     with pytest.warns(UserWarning, match="without effect: zzz"):
         load_model(reference[1])
+
+
+def test_somebodys_own_config_key_that_only_resembles_one_is_no_error(reference):
+    _edit_config(reference[1], rope_interleaved=False)
+    with pytest.warns(UserWarning, match="without effect: rope_interleaved"):
+        load_model(reference[1])
+
+
+def test_a_config_that_its_family_cannot_express_is_refused():
+    config = DecoderConfig(family="llama", qk_norm=True)
+    with pytest.raises(ModelError, match="a llama model cannot have this qk_norm"):
+        check_family(config)
+    with pytest.raises(ModelError, match="Did you mean 'llama'"):
+        check_family(DecoderConfig(family="lama"))
+
+
+def test_the_rotation_tables_of_old_llama_checkpoints_are_left_out(reference, tokens):
+    theirs, folder = reference
+    leaves = load_file(folder / "model.safetensors")
+    leaves["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(leaves, folder / "model.safetensors", metadata={"format": "pt"})
+    ours = load_model(str(folder))
+    with torch.no_grad():
+        assert (ours.logits(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-4
 
 
 def test_an_unsupported_rope_type_is_refused(reference):

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
+from plait.checkpoint.huggingface import end_tokens, load_tokenizer
 from plait.errors import ConfigError, ModelError
 from plait.models.decoder import Decoder, DecoderConfig
 from plait.serve.chat_template import ChatTemplate, Message, read_chat_template
-from plait.serve.generate import generate, stop_tokens, stream_text
+from plait.serve.generate import generate, stream_text
 from plait.serve.sampling import Sampling, sample_token
-from plait.train.corpus import Document
+from plait.train.corpus import CorpusSettings, find_corpus
 from plait.train.tokenizer import save_tokenizer, train_tokenizer
 
 
@@ -56,7 +58,7 @@ def test_generation_ends_at_a_stop_token_and_does_not_yield_it(model):
     everything = list(generate(model, [3, 1, 4], sampling))
     stop = everything[5]
     first = everything.index(stop)
-    stopped = list(generate(model, [3, 1, 4], sampling, stop_tokens=frozenset({stop})))
+    stopped = list(generate(model, [3, 1, 4], sampling, stop_tokens=[stop]))
     assert stopped == everything[:first]
 
 
@@ -90,6 +92,7 @@ def _frequencies(sampling, draws=4000):
         (Sampling(temperature=1, top_k=0, top_p=0.6), [0, 5 / 7, 2 / 7, 0, 0]),
         (Sampling(temperature=1, top_k=0, top_p=0.01), [0, 1, 0, 0, 0]),
         (Sampling(temperature=0), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=1e-40, top_k=0, top_p=1), [0, 1, 0, 0, 0]),
         (Sampling(temperature=0.5, top_k=0, top_p=1), [0.0308, 0.7692, 0.1231, 0.0692, 0.0077]),
     ],
 )
@@ -110,8 +113,8 @@ def _tokenizer(tmp_path):
     text = "a naïve café in 東京 🙂 " * 50
     path = tmp_path / "text.txt"
     path.write_text(text)
-    size = path.stat().st_size
-    return train_tokenizer([Document("text", path, 0, size, "")], vocab_size=300)
+    documents = find_corpus(str(path), CorpusSettings(), split=False).heldout
+    return train_tokenizer(documents, vocab_size=300)
 
 
 def test_streamed_text_never_splits_a_character(tmp_path):
@@ -126,7 +129,23 @@ def test_streamed_text_never_splits_a_character(tmp_path):
 def test_stop_tokens_come_from_all_files_that_name_them(tmp_path):
     save_tokenizer(_tokenizer(tmp_path), tmp_path, max_positions=8)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert stop_tokens(tmp_path) == {0, 7, 9}
+    assert end_tokens(tmp_path) == [0, 7, 9]
+
+
+def test_a_tokenizer_that_would_cut_texts_does_not(tmp_path):
+    tokenizer = _tokenizer(tmp_path)
+    tokenizer.enable_truncation(4)
+    save_tokenizer(tokenizer, tmp_path, max_positions=8)
+    assert len(load_tokenizer(tmp_path).encode("a naïve café in 東京").ids) > 4
+
+
+def test_streamed_text_keeps_the_spaces_of_a_llama_2_tokenizer():
+    vocabulary = {"<unk>": 0, "\u2581hello": 1, "\u2581world": 2, ".": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    assert "".join(stream_text(tokenizer, iter([1, 2, 3]))) == "hello world."
 
 
 def test_a_chat_template_renders_and_its_own_errors_are_clear():
@@ -147,6 +166,7 @@ def test_a_chat_template_renders_and_its_own_errors_are_clear():
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ 1 / 0 }}",
     ],
 )
 def test_a_chat_template_cannot_leave_its_sandbox(attack):
@@ -159,5 +179,10 @@ def test_a_template_is_found_in_either_file(tmp_path):
     settings = {"chat_template": "old", "eos_token": {"content": "</s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert read_chat_template(tmp_path) == ChatTemplate("old", {"eos_token": "</s>"})
+    several = {
+        "chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | several))
+    assert read_chat_template(tmp_path) == ChatTemplate("d", {"eos_token": "</s>"})
     (tmp_path / "chat_template.jinja").write_text("new")
     assert read_chat_template(tmp_path) == ChatTemplate("new", {"eos_token": "</s>"})

@@ -1,5 +1,7 @@
 """Finding and splitting the text of a run."""
 
+import os
+
 import pytest
 
 from plait.errors import ConfigError, DataError
@@ -105,6 +107,29 @@ def test_text_is_read_in_pieces_that_join_to_the_whole(tmp_path):
         chunks = list(document.read_chunks())
         assert "".join(chunks).encode() == document.read_bytes()
         assert all(len(chunk.encode()) <= 1.1 * 2**20 for chunk in chunks)
+
+
+def test_a_long_text_without_line_ends_is_read_in_pieces_too(tmp_path):
+    text = "né東🙂" * 400_000
+    path = _write(tmp_path, big=text + "\n" + text) / "big.txt"
+    corpus = find_corpus(str(path), CorpusSettings(heldout_fraction=0.4))
+    assert "".join(corpus.train[0].read_chunks()) == text + "\n"
+    chunks = list(corpus.heldout[0].read_chunks())
+    assert "".join(chunks) == text
+    assert max(map(len, chunks)) < 2**20
+
+
+def test_a_name_that_is_not_unicode_is_taken_as_it_is(folder):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (folder / name).write_text(_unlike(99))
+    corpus = find_corpus(str(folder), CorpusSettings())
+    assert name in _sides(corpus)
+    assert corpus.sha256
+
+
+def test_something_that_is_no_file_is_refused():
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        find_corpus("/dev/null", CorpusSettings())
 
 
 def test_hidden_files_links_and_installed_packages_are_left_out(folder):

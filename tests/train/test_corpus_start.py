@@ -112,7 +112,9 @@ def test_every_weight_stays_finite_and_trainable(chain):
     [
         ({"num_layers": 1}, "num_layers must be at least 2"),
         ({"hidden_size": 128}, r"more than 2\.5 times"),
-        ({"head_size": 8}, "head_size must be at least 16"),
+        ({"head_size": 8}, "head_size must be a multiple of 4, at least 16"),
+        ({"head_size": 18}, "head_size must be a multiple of 4, at least 16"),
+        ({"vocab_size": 95}, "vocab_size must be more than 95"),
         ({"tie_embeddings": True}, "tie_embeddings must be false"),
         ({"qk_norm": True}, "qk_norm must be false"),
     ],

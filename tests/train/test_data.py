@@ -80,7 +80,7 @@ def tokenizer(corpus):
 
 
 def test_tokens_decode_to_the_documents_with_marks_between(corpus, tokenizer, tmp_path):
-    count = write_tokens(corpus.heldout, tokenizer, tmp_path / "tokens.bin")
+    count = write_tokens(corpus.heldout, tokenizer, tmp_path / "tokens.bin", end_of_text=0)
     tokens = read_tokens(tmp_path / "tokens.bin", vocab_size=400)
     assert len(tokens) == count
     text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
@@ -92,6 +92,23 @@ def test_tokens_decode_to_the_documents_with_marks_between(corpus, tokenizer, tm
 def test_any_text_survives_the_tokenizer(tokenizer):
     for text in ["", " ", "\r\n\t x", "naïve 中文 🙂", "a\n\n\n    b", "\x01\x7f", "12345678"]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_text_that_spells_the_end_of_text_does_not_end_there(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(f"one {END_OF_TEXT} two\nthree\n")
+    (tmp_path / "b.txt").write_text("something else\n")
+    documents = find_corpus(str(tmp_path), CorpusSettings(), split=False).heldout
+    write_tokens(documents, tokenizer, tmp_path / "tokens.bin", end_of_text=0)
+    tokens = read_tokens(tmp_path / "tokens.bin", vocab_size=400).tolist()
+    assert tokens.count(0) == 3
+
+
+def test_a_file_that_changes_between_reading_and_encoding_is_noticed(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("one two three\n")
+    documents = find_corpus(str(tmp_path), CorpusSettings(), split=False).heldout
+    (tmp_path / "a.txt").write_text("one two thref\n")
+    with pytest.raises(DataError, match="changed while it was read"):
+        write_tokens(documents, tokenizer, tmp_path / "tokens.bin", end_of_text=0)
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused(corpus):

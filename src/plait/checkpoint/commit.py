@@ -6,13 +6,13 @@ the previous folder as it was.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -28,6 +28,7 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        restore_folder(target)
         for leftover in target.parent.glob(f"{_TEMPORARY}{target.name}-*"):
             shutil.rmtree(leftover)
         temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{target.name}-", dir=target.parent))
@@ -41,11 +42,18 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o755)
         _replace(temporary, target)
         _sync(target.parent)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too must not leave half a folder
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise _refused(target, error) from error
         raise
+
+
+def restore_folder(target: Path) -> None:
+    """Put back a folder that a kill caught between the two renames of its replacement."""
+    old = _aside(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def check_folder(folder: Path) -> None:
@@ -55,12 +63,9 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it is not a checkpoint written by plait."
         )
-    try:
-        entries = json.loads(manifest.read_text())["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{manifest} is damaged ({error}). Use an earlier checkpoint."
-        ) from error
+    entries = read_json_object(manifest).get("files")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{manifest} lists no files. Use an earlier checkpoint.")
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -82,7 +87,7 @@ def _write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    (folder / MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
+    write_json(folder / MANIFEST, {"format": _FORMAT, "files": files})
 
 
 def _hash(path: Path) -> str:
@@ -104,17 +109,21 @@ def _replace(temporary: Path, target: Path) -> None:
         return
     # A folder cannot be renamed over another: the old one steps aside, and back if the second
     # rename fails.
-    old = target.with_name(f"{_TEMPORARY}{target.name}-old")
+    old = _aside(target)
     target.rename(old)
     try:
         temporary.rename(target)
     except OSError:
         old.rename(target)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _refused(target: Path, error: Exception) -> CheckpointError:
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{_TEMPORARY}{target.name}-old")
+
+
+def _refused(target: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{target} could not be saved: {error}. What was there before is untouched. "
         "Free some space, or choose another folder with --out."

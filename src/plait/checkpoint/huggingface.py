@@ -4,7 +4,7 @@ Reads single and sharded weight files; writes what `AutoModelForCausalLM.from_pr
 Tensors keep their dtype and every byte in both directions.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError
 from plait.models.decoder import Decoder
 from plait.models.registry import family_of_config, family_of_model
@@ -21,37 +22,36 @@ from plait.models.registry import family_of_config, family_of_model
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama checkpoints carry along
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
     """Build the model that `config.json` names and fill it from the weights beside it.
 
     dtype: of the parameters; default that of the file. Raises CheckpointError for missing, damaged
     or unmatched files, ModelError for a config that no family takes.
     """
-    settings = read_config(folder)
+    folder = Path(folder)
+    settings = _read_config(folder)
     family = family_of_config(settings)
     with torch.device("meta"):
         model = Decoder(family.read_config(settings))
-    leaves = {
-        family.from_checkpoint_name(name): tensor for name, tensor in read_tensors(folder).items()
-    }
-    expected = checkpoint_leaves(model)
-    _match(folder, found=leaves, expected=expected)
-    model.load_state_dict(
-        {name: leaves[name].to(dtype) for name in expected}, strict=False, assign=True
-    )
+    leaves = read_leaves(folder, model)
+    cast = {name: leaf.to(dtype) for name, leaf in leaves.items()}
+    model.load_state_dict(cast, strict=False, assign=True)
     model.tie()
     return model.eval()
 
 
-def write_model(model: Decoder, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` into an existing folder."""
+def write_model(
+    model: Decoder, folder: Path, *, more_settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write `config.json`, with more settings if given, and `model.safetensors` into a folder."""
     family = family_of_model(model)
     leaves = checkpoint_leaves(model)
-    settings = family.write_config(model.config)
+    settings = family.write_config(model.config) | dict(more_settings or {})
     settings["dtype"] = str(next(iter(leaves.values())).dtype).removeprefix("torch.")
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_json(folder / CONFIG, settings)
     tensors = {
         family.to_checkpoint_name(name): leaf.detach().contiguous() for name, leaf in leaves.items()
     }
@@ -64,26 +64,54 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    # Some files carry the settings of a past training run; text must never be cut in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Parse `config.json`. Raises CheckpointError if it is missing or not JSON."""
-    path = folder / CONFIG
-    if not path.is_file():
+def end_tokens(folder: Path) -> list[int]:
+    """Tokens that end a text, as the tokenizer and config files of a model folder say, in order."""
+    found: list[int] = []
+    tokenizer = load_tokenizer(folder)
+    token = read_if_there(folder / "tokenizer_config.json").get("eos_token")
+    text = token["content"] if isinstance(token, dict) else token
+    if text is not None and (number := tokenizer.token_to_id(text)) is not None:
+        found.append(number)
+    for file in ("generation_config.json", CONFIG):
+        numbers = read_if_there(folder / file).get("eos_token_id")
+        found += numbers if isinstance(numbers, list) else [] if numbers is None else [numbers]
+    return list(dict.fromkeys(found))
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """Parse a JSON object, or return an empty one if there is no such file."""
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(
             f"{folder} has no {CONFIG}. "
             "Name a folder in the layout of Hugging Face, or a run folder."
         )
-    try:
-        settings = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
-    return settings
+    return read_json_object(folder / CONFIG)
+
+
+def read_leaves(folder: Path, model: Decoder) -> dict[str, Tensor]:
+    """Read the tensors of a folder under our names; raises CheckpointError if they do not fit."""
+    family = family_of_model(model)
+    leaves = {
+        family.from_checkpoint_name(name): tensor
+        for name, tensor in read_tensors(folder).items()
+        if not name.endswith(_DERIVED)
+    }
+    expected = checkpoint_leaves(model)
+    _match(folder, found=leaves, expected=expected)
+    return {name: leaves[name] for name in expected}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -116,7 +144,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {_INDEX}.")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    places = read_json_object(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{index} has no weight_map.")
+    names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{index} names {name!r}, which is not a file in {folder}.")

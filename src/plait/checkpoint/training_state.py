@@ -4,7 +4,6 @@ Named leaves go to `training_state.safetensors`, plain facts (step, data cursor)
 `training_state.json`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plait.checkpoint.commit import check_folder, commit_folder
-from plait.checkpoint.huggingface import read_tensor_file, read_tensors, write_model
-from plait.errors import CheckpointError
+from plait.checkpoint.huggingface import (
+    end_tokens,
+    read_leaves,
+    read_tensor_file,
+    write_model,
+)
+from plait.checkpoint.json_file import read_json_object, write_json
 from plait.models.decoder import Decoder
-from plait.models.registry import family_of_model
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _LEAVES = "training_state.safetensors"
 _FACTS = "training_state.json"
 
@@ -36,10 +46,9 @@ def save_training_state(
     """Write a checkpoint folder, whole or not at all, with the files of the tokenizer folder."""
 
     def write(folder: Path) -> None:
-        write_model(model, folder)
-        copy_tokenizer(tokenizer, folder)
+        _write_model_with_tokenizer(model, folder, tokenizer)
         save_file(state.leaves, folder / _LEAVES)
-        (folder / _FACTS).write_text(json.dumps(state.facts, indent=1) + "\n")
+        write_json(folder / _FACTS, state.facts)
 
     commit_folder(target, write)
 
@@ -47,31 +56,24 @@ def save_training_state(
 def load_training_state(folder: Path, model: Decoder) -> TrainingState:
     """Fill `model` and return the rest; raises CheckpointError if any byte has changed."""
     check_folder(folder)
-    from_name = family_of_model(model).from_checkpoint_name
-    model.load_state_dict(
-        {from_name(name): leaf for name, leaf in read_tensors(folder).items()}, strict=False
-    )
-    return TrainingState(
-        read_tensor_file(folder / _LEAVES), json.loads((folder / _FACTS).read_text())
-    )
+    model.load_state_dict(read_leaves(folder, model), strict=False)
+    return TrainingState(read_tensor_file(folder / _LEAVES), read_json_object(folder / _FACTS))
 
 
 def export_model(target: Path, model: Decoder, tokenizer: Path) -> None:
     """Write a model folder that `transformers` loads, whole or not at all."""
 
     def write(folder: Path) -> None:
-        write_model(model, folder)
-        copy_tokenizer(tokenizer, folder)
+        _write_model_with_tokenizer(model, folder, tokenizer)
 
     commit_folder(target, write)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of one folder into another."""
-    names = [
-        name for name in ("tokenizer.json", "tokenizer_config.json") if (source / name).is_file()
-    ]
-    if "tokenizer.json" not in names:
-        raise CheckpointError(f"{source} has no tokenizer.json.")
+def _write_model_with_tokenizer(model: Decoder, folder: Path, tokenizer: Path) -> None:
+    """Write both; `config.json` then names the token that ends a text, as transformers expects."""
+    names = [name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()]
     for name in names:
-        (folder / name).write_bytes((source / name).read_bytes())
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    ends = end_tokens(tokenizer)
+    numbers = {"bos_token_id": ends[0], "eos_token_id": ends[0]} if ends else {}
+    write_model(model, folder, more_settings=numbers)

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tokenizers import Tokenizer
 
-from plait.checkpoint.huggingface import load_model, load_tokenizer
-from plait.cli.evaluate import trained_model
+from plait.checkpoint.huggingface import end_tokens, load_model, load_tokenizer
 from plait.cli.output import say, show
 from plait.config import override
 from plait.serve.chat_template import ChatTemplate, Message, read_chat_template
-from plait.serve.generate import generate, stop_tokens, stream_text
+from plait.serve.generate import generate, stream_text
 from plait.serve.sampling import Sampling
+from plait.train.score import trained_model
 
 
 def chat_command(
@@ -28,7 +29,7 @@ def chat_command(
         ),
     ] = None,
 ) -> None:
-    """Talk with a model, a line at a time; an empty line or Ctrl-D ends it.
+    """Talk with a model, a line at a time; an empty line or Ctrl-D ends it, Ctrl-C an answer.
 
     Without a chat template, as base models are, each line is completed as it stands.
 
@@ -37,25 +38,44 @@ def chat_command(
     sampling = override(Sampling(), settings or [])
     folder = trained_model(model)
     template = read_chat_template(folder)
-    tokenizer, decoder, stops = load_tokenizer(folder), load_model(folder), stop_tokens(folder)
+    tokenizer, decoder, ends = load_tokenizer(folder), load_model(folder), end_tokens(folder)
     if template is None:
         say("this model has no chat template: it completes what you type")
     messages = [Message("system", system)] if system else []
+    room = decoder.config.max_positions - 1
     while line := _read_line():
-        prompt = _prompt(template, messages, line)
-        # A template prints the special tokens itself; the tokenizer must not add them again.
-        tokens = tokenizer.encode(prompt, add_special_tokens=template is None).ids
+        tokens = _next_prompt(template, tokenizer, messages, line, room)
         answer = ""
-        for text in stream_text(tokenizer, generate(decoder, tokens, sampling, stop_tokens=stops)):
-            answer += text
-            show(text, end="")
+        try:
+            new = generate(decoder, tokens, sampling, stop_tokens=ends)
+            for text in stream_text(tokenizer, new):
+                answer += text
+                show(text, end="")
+        except KeyboardInterrupt:
+            say(" (stopped)")
         show()
         messages.append(Message("assistant", answer))
 
 
-def _prompt(template: ChatTemplate | None, messages: list[Message], line: str) -> str:
+def _next_prompt(
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    line: str,
+    room: int,
+) -> list[int]:
+    """Tokens of the conversation with the new line; the oldest turns go when room runs out."""
     messages.append(Message("user", line))
-    return line if template is None else template.render(messages)
+    if template is None:
+        return tokenizer.encode(line).ids
+    while True:
+        # The template prints the special tokens; the tokenizer must not add them again.
+        tokens = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+        first_turn = 1 if messages[0].role == "system" else 0
+        if len(tokens) <= room or len(messages) <= first_turn + 1:
+            return tokens
+        del messages[first_turn : first_turn + 2]
+        say("(the oldest turn was dropped: the conversation has reached the model's limit)")
 
 
 def _read_line() -> str:

@@ -34,13 +34,17 @@ def main() -> None:
     except PlaitError as error:
         say(f"{type(error).__name__}: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`plait ... | head`): nothing to say, nobody to tell.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        say(f"{type(error).__name__}: {place}{error.strerror or error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(_INTERRUPTED)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -1,18 +1,18 @@
 """`plait sample`: complete a prompt."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plait.checkpoint.huggingface import load_model, load_tokenizer
-from plait.cli.evaluate import trained_model
+from plait.checkpoint.huggingface import end_tokens, load_model, load_tokenizer
 from plait.cli.output import show, show_json
 from plait.config import override
-from plait.errors import ModelError
 from plait.models.decoder import Decoder
-from plait.serve.generate import generate, stop_tokens, stream_text
+from plait.serve.generate import generate, stream_text
 from plait.serve.sampling import Sampling
+from plait.train.score import trained_model
 
 
 def sample_command(
@@ -34,25 +34,20 @@ def sample_command(
     """
     sampling = override(Sampling(), settings or [])
     folder = trained_model(model)
+    pieces = complete(load_model(folder), folder, prompt, sampling)
     if as_json:
-        show_json({"prompt": prompt, "text": complete(folder, prompt, sampling)})
+        show_json({"prompt": prompt, "text": "".join(pieces)})
         return
-    tokenizer = load_tokenizer(folder)
-    decoder = load_model(folder)
-    show(prompt, end="")
-    tokens = tokenizer.encode(prompt).ids
-    for text in stream_text(
-        tokenizer, generate(decoder, tokens, sampling, stop_tokens=stop_tokens(folder))
-    ):
-        show(text, end="")
+    for piece in pieces:
+        show(piece, end="")
     show()
 
 
-def complete(folder: Path, prompt: str, sampling: Sampling, *, model: Decoder | None = None) -> str:
-    """Complete a prompt by the model in a folder (or by `model`, if it is loaded already)."""
+def complete(model: Decoder, folder: Path, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """Yield the prompt, then its completion piece by piece; the folder holds the tokenizer."""
     tokenizer = load_tokenizer(folder)
-    tokens = tokenizer.encode(prompt).ids
-    if not tokens:
-        raise ModelError("the prompt is empty; give some text with --prompt.")
-    new = generate(model or load_model(folder), tokens, sampling, stop_tokens=stop_tokens(folder))
-    return prompt + "".join(stream_text(tokenizer, new))
+    tokens = generate(model, tokenizer.encode(prompt).ids, sampling, stop_tokens=end_tokens(folder))
+    pieces = stream_text(tokenizer, tokens)
+    first = next(pieces, "")  # a prompt that is refused is refused before it is shown
+    yield prompt + first
+    yield from pieces

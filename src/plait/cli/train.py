@@ -1,6 +1,8 @@
 """`plait train`: run a recipe, show how it goes, measure and sample what came out."""
 
 import contextlib
+import itertools
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from plait.cli.evaluate import evaluate_run, evaluation_rows
+from plait.checkpoint.json_file import write_text
+from plait.cli.evaluate import score_rows, scoring_progress
 from plait.cli.output import duration, progress_console, say, show, show_json, show_table
 from plait.cli.sample import complete
 from plait.config import override
@@ -19,9 +22,11 @@ from plait.errors import ConfigError
 from plait.recipes.catalog import RECIPES, find_recipe
 from plait.serve.sampling import Sampling
 from plait.train.job import Job
-from plait.train.loop import Record, TrainResult, Watch, train
-from plait.train.report import write_report
+from plait.train.loop import TrainResult, train
+from plait.train.report import render_report
 from plait.train.run_folder import RunFolder
+from plait.train.score import score_run, scoring_of
+from plait.train.watch import Record, Watch
 
 _STOPPED = 130
 
@@ -42,23 +47,34 @@ def train_command(
     """
     job, run = _open_run(recipe, settings or [], out, resume)
     say(f"run folder: {run.path}")
-    with _stop_on_interrupt() as stop, _Display(job) as display:
-        watch = Watch(
-            on_record=display.on_record, on_stage=display.on_stage, should_stop=stop.is_set
-        )
-        result = train(job, run, watch)
-    if not result.finished:
+    how_to_resume = f"  plait train {recipe} --resume {shlex.quote(str(run.path))}"
+    try:
+        with _stop_on_interrupt() as stop, _Display(job) as display:
+
+            def on_record(record: Record) -> None:
+                stop.defer()
+                display.on_record(record)
+
+            watch = Watch(on_record=on_record, on_stage=display.on_stage, should_stop=stop.is_set)
+            result = train(job, run, watch)
+        if result.finished:
+            _finish(job, run, result, as_json=as_json)
+            return
+    except KeyboardInterrupt:
+        say("interrupted. Continue with:")
+    else:
         _report(job, run, [], "")
         say(f"stopped at step {result.step} of {job.num_steps}, saved. Continue with:")
-        say(f"  plait train {recipe} --resume {run.path}")
-        raise typer.Exit(_STOPPED)
-    _finish(job, run, result, as_json=as_json)
+    say(how_to_resume)
+    raise typer.Exit(_STOPPED)
 
 
 def _open_run(
     recipe: str, settings: list[str], out: Path | None, resume: Path | None
 ) -> tuple[Job, RunFolder]:
     job = override(find_recipe(recipe), settings)
+    if job.name != recipe:
+        raise ConfigError("--set name: the name of a job is that of its recipe.")
     if resume is None:
         run = RunFolder(out or _free_folder(recipe))
         run.write_job(job)
@@ -78,56 +94,57 @@ def _open_run(
 
 
 def _free_folder(recipe: str) -> Path:
-    number = 1
-    while (path := Path("runs") / f"{recipe}-{number}").exists():
-        number += 1
-    return path
+    """Take the first free number; making the folder is what claims it."""
+    for number in itertools.count(1):
+        path = Path("runs") / f"{recipe}-{number}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("itertools.count ends nowhere")
 
 
 def _finish(job: Job, run: RunFolder, result: TrainResult, *, as_json: bool) -> None:
     say("evaluating the held-out text")
-    evaluation = evaluate_run(run, result.model)
-    sample = complete(run.model, job.prompt, Sampling(), model=result.model)
-    records = [record for record in run.read_metrics() if "loss" in record]
+    _report(job, run, [], "")  # should anything go wrong from here on, the curve is there
+    with scoring_progress() as watch:
+        score = score_run(run, result.model, scoring_of(job), watch)
+    sample = "".join(complete(result.model, run.model, job.prompt, Sampling()))
     num_tokens = result.step * job.batch_size * job.sequence_length
-    elapsed_s = records[-1]["elapsed_s"]
     rows = [
         ("parameters", f"{sum(p.numel() for p in result.model.parameters()) / 1e6:.1f} million"),
-        ("trained on", f"{num_tokens / 1e6:.1f} million tokens in {duration(elapsed_s)}"),
-        ("speed", f"{num_tokens / elapsed_s:,.0f} tokens/s"),
-        *evaluation_rows(evaluation),
+        ("trained on", f"{num_tokens / 1e6:.1f} million tokens in {duration(result.elapsed_s)}"),
+        ("speed", f"{num_tokens / result.elapsed_s:,.0f} tokens/s"),
+        *score_rows(score),
     ]
     _report(job, run, rows, sample)
     if as_json:
-        show_json(
-            {
-                "run": str(run.path),
-                "step": result.step,
-                "train_s": elapsed_s,
-                **evaluation,
-                "sample": sample,
-            }
-        )
+        facts = {"run": str(run.path), "step": result.step, "train_s": result.elapsed_s}
+        show_json(facts | score.to_json() | {"sample": sample})
         return
     show_table([*rows, ("model", str(run.model)), ("report", str(run.report))])
     show(f"\nsample:\n{sample}")
 
 
 def _report(job: Job, run: RunFolder, rows: list[tuple[str, str]], sample: str) -> None:
-    run.report.write_text(write_report(job, run.read_metrics(), rows, sample))
+    write_text(run.report, render_report(job, run.read_metrics(), rows, sample))
 
 
 class _Stop:
-    """Set by the first Ctrl-C; the second one interrupts at once."""
+    """Ctrl-C: while steps are made, the first one asks to stop; elsewhere it interrupts at once."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._deferring = False
+
+    def defer(self) -> None:
+        self._deferring = True
 
     def is_set(self) -> bool:
         return self._asked
 
     def ask(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked or not self._deferring:
             raise KeyboardInterrupt
         self._asked = True
         say("stopping after this step and saving; press Ctrl-C again to stop at once")

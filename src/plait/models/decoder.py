@@ -24,6 +24,7 @@ from plait.nn.kv_cache import KVCache
 from plait.nn.norm import RMSNorm
 from plait.nn.rotary import Rope, rotation_tables
 from plait.nn.token_layout import TokenLayout
+from plait.ops.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class DecoderConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.norm_eps <= 0 or self.init_std < 0:
+            raise ModelError(
+                "norm_eps must be positive and init_std not negative, "
+                f"got {self.norm_eps} and {self.init_std}."
+            )
         if self.num_heads % self.num_kv_heads:
             legal = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise ModelError(
@@ -118,20 +124,34 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, tokens_BT: Tensor, layout: TokenLayout | None = None, cache: KVCache | None = None
+        self, tokens: Tensor, layout: TokenLayout | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Compute normalized hidden states (B, T, D) of int64 tokens (B, T), or the next."""
-        shared = self._share(tokens_BT, layout or TokenLayout(), cache)
-        x_BTD = self.embed_tokens(tokens_BT)
+        """Compute normalized hidden states (B, T, D) of int64 tokens (B, T).
+
+        With a cache the tokens follow those in it, and it grows by them. Raises ModelError if they
+        are more than the model has positions or the cache has room.
+        """
+        shared = self._share(tokens, layout or TokenLayout(), cache)
+        x_BTD = self.embed_tokens(tokens)
         for layer in self.layers:
             x_BTD = layer(x_BTD, shared)
         if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            cache.advance(tokens.shape[1])
         return self.norm(x_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Scores of the next token, (..., V)."""
         return self.lm_head(hidden_BTD)
+
+    def loss(
+        self, hidden_BTD: Tensor, targets_BT: Tensor, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Sum the cross-entropies of `logits` [nats], without ever holding all of them.
+
+        Targets below 0 are left out; products run in `dtype` (default: that of the hidden states).
+        """
+        hidden_MD, targets_M = hidden_BTD.flatten(0, -2), targets_BT.flatten()
+        return linear_cross_entropy(hidden_MD, self.lm_head.weight, targets_M, dtype=dtype)
 
     def make_cache(
         self, *, batch_size: int, capacity: int, dtype: torch.dtype | None = None

@@ -1,5 +1,6 @@
 """What a family must say: how its `config.json` and parameter names map to a `Decoder`."""
 
+import difflib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from typing import Any
 from plait.errors import ModelError, nearest_name
 from plait.models.decoder import DecoderConfig
 from plait.nn.rotary import Rope
+
+_TYPO_SIMILARITY = 0.9
+"""A key this close to a known one is a slip of the pen; keys further away are somebody's own."""
 
 # Keys of config.json that do not change what the model computes.
 _NEUTRAL_KEYS = frozenset(
@@ -42,8 +46,8 @@ class Family:
         """
         unknown = [key for key in settings if key not in self.own_keys | _NEUTRAL_KEYS]
         for key in unknown:
-            hint = nearest_name(key, self.own_keys)
-            if hint.startswith("Did you mean"):
+            if difflib.get_close_matches(key, self.own_keys, n=1, cutoff=_TYPO_SIMILARITY):
+                hint = nearest_name(key, self.own_keys)
                 raise ModelError(f"config.json of {self.architecture}: unknown key {key!r}. {hint}")
         if unknown:
             warnings.warn(

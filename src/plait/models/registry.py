@@ -5,7 +5,7 @@ from typing import Any
 
 from plait.errors import ModelError, nearest_name
 from plait.models import llama, qwen3
-from plait.models.decoder import Decoder
+from plait.models.decoder import Decoder, DecoderConfig
 from plait.models.family import Family
 
 FAMILIES: Mapping[str, Family] = {
@@ -27,11 +27,23 @@ def family_of_config(settings: Mapping[str, Any]) -> Family:
 
 
 def family_of_model(model: Decoder) -> Family:
-    """Find the family that a model was made for."""
-    for family in FAMILIES.values():
-        if family.name == model.config.family:
-            return family
-    names = [family.name for family in FAMILIES.values()]
-    raise ModelError(
-        f"family={model.config.family!r} is not known. {nearest_name(model.config.family, names)}"
-    )
+    """Find the family that a model was made for; raises ModelError as `check_family` does."""
+    return check_family(model.config)
+
+
+def check_family(config: DecoderConfig) -> Family:
+    """Find the family of a config; ModelError if it is unknown or cannot express the config."""
+    by_name = {family.name: family for family in FAMILIES.values()}
+    if config.family not in by_name:
+        raise ModelError(
+            f"model.family={config.family!r} is not known. {nearest_name(config.family, by_name)}"
+        )
+    family = by_name[config.family]
+    again = family.read_config(family.write_config(config))
+    if again != config:
+        fields = [name for name, value in vars(again).items() if value != getattr(config, name)]
+        raise ModelError(
+            f"a {config.family} model cannot have this {', '.join(fields)}; "
+            f"its config.json would say {', '.join(str(getattr(again, f)) for f in fields)}."
+        )
+    return family

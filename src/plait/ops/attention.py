@@ -2,8 +2,7 @@
 
 On a CPU with bfloat16 dot products but no matrix tiles (AMX), PyTorch's flash kernel runs at a
 third of the speed of its own batched matrix product; there the blocked kernel below is used.
-Everywhere else the work goes to `scaled_dot_product_attention`. `benchmarks/operators.py` holds the
-measurement.
+Everywhere else the work goes to `scaled_dot_product_attention`.
 """
 
 # Shapes: B batch, T tokens, N query heads, K key-value heads (N = K * G), H head size.
@@ -36,8 +35,13 @@ def uses_blocked_kernel(q_BNTH: Tensor) -> bool:
     return q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.bfloat16 and blocked_kernel_pays()
 
 
+@torch.compiler.assume_constant_result
 def blocked_kernel_pays() -> bool:
-    """Say whether this CPU multiplies bfloat16 natively but has no matrix tiles."""
+    """Say whether this CPU multiplies bfloat16 natively but has no matrix tiles.
+
+    Capture takes the answer as a constant. Either kernel runs on any CPU, so a captured graph
+    stays right when it is moved; only its speed may not be the best.
+    """
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 

@@ -25,12 +25,12 @@ def stdlib_15m() -> Job:
         ),
         initialization="corpus",
         optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=50),
-        evaluation=EvaluationSettings(every=250, samples=64, stride=256),
+        evaluation=EvaluationSettings(every=200, samples=64, stride=256),
         sequence_length=512,
         batch_size=4,
         micro_batch_size=4,
-        num_steps=2200,
-        save_every=500,
+        num_steps=1600,
+        save_every=400,
     )
 
 

@@ -1,6 +1,5 @@
 """Chat templates: the Jinja program in `tokenizer_config.json`, run in a sandbox."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from plait.checkpoint.huggingface import read_if_there
 from plait.errors import ModelError
 
 
@@ -29,7 +29,9 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message]) -> str:
         """Write the conversation up to where the assistant speaks; ModelError if that fails."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise
         try:
             return environment.from_string(self.source).render(
@@ -37,19 +39,21 @@ class ChatTemplate:
                 add_generation_prompt=True,
                 **self.special_tokens,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise ModelError(f"the model's chat template failed: {error}.") from error
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
     """Return the template in `chat_template.jinja` or `tokenizer_config.json`, if any."""
-    settings: dict[str, Any] = {}
-    if (path := folder / "tokenizer_config.json").is_file():
-        settings = json.loads(path.read_text())
+    settings = read_if_there(folder / "tokenizer_config.json")
     source = settings.get("chat_template")
+    if isinstance(source, list):  # several named templates; the plain one is called "default"
+        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+        if source is None:
+            raise ModelError(f"{folder} has several chat templates, none of them named default.")
     if (path := folder / "chat_template.jinja").is_file():
-        source = path.read_text()
-    if not isinstance(source, str):
+        source = path.read_text(encoding="utf-8")
+    if source is None:
         return None
     tokens = {
         name: _token_text(settings[name])

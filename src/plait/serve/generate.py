@@ -1,14 +1,11 @@
 """Complete a prompt token by token, with the model's key-value cache."""
 
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-from plait.checkpoint.huggingface import load_tokenizer
 from plait.errors import ModelError
 from plait.models.decoder import Decoder
 from plait.serve.sampling import Sampling, sample_token
@@ -20,7 +17,7 @@ def generate(
     prompt: Sequence[int],
     sampling: Sampling,
     *,
-    stop_tokens: frozenset[int] = frozenset(),
+    stop_tokens: Collection[int] = (),
 ) -> Iterator[int]:
     """Yield new tokens until a stop token (not yielded), `max_new_tokens` or the model's limit.
 
@@ -49,33 +46,10 @@ def generate(
         tokens = torch.tensor([[token]], device=device)
 
 
-def stop_tokens(folder: Path) -> frozenset[int]:
-    """Tokens that end a text, as the tokenizer and config files of a model folder say."""
-    found: set[int] = set()
-    tokenizer = load_tokenizer(folder)
-    settings = _read_json(folder / "tokenizer_config.json")
-    end = settings.get("eos_token")
-    name = end["content"] if isinstance(end, dict) else end
-    if name is not None and (number := tokenizer.token_to_id(name)) is not None:
-        found.add(number)
-    for file in ("generation_config.json", "config.json"):
-        numbers = _read_json(folder / file).get("eos_token_id")
-        found.update(numbers if isinstance(numbers, list) else [] if numbers is None else [numbers])
-    return frozenset(found)
-
-
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """Decode tokens as they come; a character that spans tokens is held back until it is whole."""
-    held: list[int] = []
+    stream = DecodeStream(skip_special_tokens=True)
     for token in tokens:
-        held.append(token)
-        text = tokenizer.decode(held, skip_special_tokens=True)
-        if text and not text.endswith("\ufffd"):
+        text = stream.step(tokenizer, token)
+        if text:
             yield text
-            held = []
-    if held:
-        yield tokenizer.decode(held, skip_special_tokens=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

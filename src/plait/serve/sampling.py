@@ -41,7 +41,8 @@ def sample_token(
     """Draw one token; temperature first, then top-k, then the smallest set of mass top-p."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V.float() / sampling.temperature
+    # The largest logit becomes 0, so that no temperature, however small, overflows.
+    logits_V = (logits_V.float() - logits_V.max()) / sampling.temperature
     if 0 < sampling.top_k < logits_V.numel():
         kth = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < kth, float("-inf"))

@@ -5,6 +5,7 @@ lines stay together (`_group`), so that the held-out side is not a copy of the t
 """
 
 import hashlib
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,18 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from plait.errors import ConfigError, DataError
+from plait.train.near_copies import group_near_copies
+from plait.train.text_file import Lines, cut_at_line_ends, read_blocks, read_text_file
 
 STDLIB = "stdlib"
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules"})
-_READ_BYTES = 1 << 20
-_COMMON_LINE_FILES = 1000
-"""A line in more files than this says nothing about copies; leaving it out bounds the work."""
-_TELLING_LINE_BYTES = 20
-"""Shorter lines, such as `return None`, occur in unrelated programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,34 +52,22 @@ class Document:
     sha256: str
 
     def read_chunks(self) -> Iterator[str]:
-        """Yield the text in pieces of about a megabyte, cut at line ends: memory stays flat."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            left, rest = self.end - self.start, b""
-            while left > 0:
-                block = file.read(min(_READ_BYTES, left))
-                if not block:
-                    raise DataError(f"{self.path} became shorter while it was read. Start again.")
-                left -= len(block)
-                text = rest + block
-                cut = text.rfind(b"\n") + 1 if left else len(text)
-                if text[:cut]:
-                    yield text[:cut].decode()
-                rest = text[cut:]
+        """Yield the text in pieces of about a megabyte, cut at line ends: memory stays flat.
+
+        Raises DataError if the file is not what it was when the corpus was made.
+        """
+        total = hashlib.sha256()
+        for content in cut_at_line_ends(read_blocks(self.path, self.start, self.end)):
+            total.update(content)
+            yield content.decode()
+        if total.hexdigest() != self.sha256:
+            raise DataError(f"{self.path} changed while it was read. Start again.")
 
     def read_bytes(self) -> bytes:
         """Return all the bytes."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
-
-
-@dataclass(frozen=True)
-class _Lines:
-    """Hashes of the distinct lines of a file, stripped, the `num_short` short ones first."""
-
-    hashes: NDArray[np.uint64]
-    num_short: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,8 @@ class Corpus:
         total = hashlib.sha256()
         for side in (self.train, self.heldout):
             for document in side:
-                total.update(f"{document.name}\0{document.start}\0{document.sha256}\0".encode())
+                total.update(os.fsencode(document.name))
+                total.update(f"\0{document.start}\0{document.sha256}\0".encode())
             total.update(b"\n")
         return total.hexdigest()
 
@@ -132,24 +116,22 @@ def find_corpus(data: str, settings: CorpusSettings, *, split: bool = True) -> C
     """
     root, paths = _stdlib_files() if data == STDLIB else _user_files(Path(data), settings)
     documents: list[Document] = []
-    line_sets: list[_Lines] = []
+    line_sets: list[Lines] = []
     skipped: dict[str, str] = {}
     for path in paths:
         name = path.relative_to(root).as_posix() if path != root else path.name
-        content = path.read_bytes()
-        if reason := _why_not_text(content):
-            if settings.undecodable == "error" and data != STDLIB:
-                raise DataError(
-                    f"{path} is not text: {reason}. Remove it, choose files with "
-                    "--set corpus.suffixes=.txt, or leave such files out with "
-                    "--set corpus.undecodable=skip."
-                )
-            skipped[name] = reason
-        elif content.strip():
-            documents.append(Document(name, path, 0, len(content), _sha256(content)))
-            line_sets.append(_line_hashes(content))
+        content = read_text_file(path)
+        if content.problem is None:
+            documents.append(Document(name, path, 0, content.num_bytes, content.sha256))
+            line_sets.append(content.lines)
+        elif content.is_empty or settings.undecodable == "skip" or data == STDLIB:
+            skipped[name] = content.problem
         else:
-            skipped[name] = "empty"
+            raise DataError(
+                f"{path} is not text: {content.problem}. Remove it, choose files with "
+                "--set corpus.suffixes=.txt, or leave such files out with "
+                "--set corpus.undecodable=skip."
+            )
     if not documents:
         raise DataError(
             f"{data} holds no text: {len(paths)} files looked at, {len(skipped)} empty or not text."
@@ -171,6 +153,8 @@ def _user_files(root: Path, settings: CorpusSettings) -> tuple[Path, list[Path]]
     root = root.resolve()
     if root.is_file():
         return root, [root]
+    if not root.is_dir():
+        raise DataError(f"data={str(root)!r} is neither a file nor a folder.")
     paths = _walk(root, settings.suffixes)
     if not paths:
         wanted = f" ending in {', '.join(settings.suffixes)}" if settings.suffixes else ""
@@ -191,29 +175,12 @@ def _walk(root: Path, suffixes: Sequence[str]) -> list[Path]:
     return found
 
 
-def _why_not_text(content: bytes) -> str | None:
-    if (at := content.find(b"\0")) >= 0:
-        return f"a zero byte at {at}"
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return f"no UTF-8 at byte {error.start}"
-    return None
-
-
-def _line_hashes(content: bytes) -> _Lines:
-    lines = sorted({line.strip() for line in content.split(b"\n")} - {b""}, key=len)
-    digests = b"".join(hashlib.blake2b(line, digest_size=8).digest() for line in lines)
-    num_short = sum(len(line) < _TELLING_LINE_BYTES for line in lines)
-    return _Lines(np.frombuffer(digests, dtype=np.uint64), num_short)
-
-
 def _split(
-    documents: list[Document], line_sets: list[_Lines], fraction: float
+    documents: list[Document], line_sets: list[Lines], fraction: float
 ) -> tuple[list[Document], list[Document]]:
     if len(documents) == 1:
         return _split_one(documents[0], fraction)
-    numbers = _group(line_sets)
+    numbers = group_near_copies(line_sets)
     if len(set(numbers)) == 1:
         warnings.warn(
             "all files share most of their lines with another, so the held-out ones have been seen "
@@ -228,7 +195,7 @@ def _split(
     heldout: list[Document] = []
     # In the order of a hash of the names: as good as random, and the same on every machine.
     for members in sorted(
-        groups.values(), key=lambda members: hashlib.sha256(members[0].name.encode()).digest()
+        groups.values(), key=lambda members: hashlib.sha256(os.fsencode(members[0].name)).digest()
     ):
         if num_bytes(heldout) + num_bytes(members) <= wanted_bytes * 1.1:
             heldout += members
@@ -244,79 +211,25 @@ def _split(
 
 def _split_one(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
     """Hold out the end of a single file, from a line's start."""
-    content = document.read_bytes()
-    cut = content.rfind(b"\n", 0, int(len(content) * (1 - fraction))) + 1
-    if not content[:cut].strip() or not content[cut:].strip():
+    wanted = int(document.end * (1 - fraction))
+    cut = position = 0
+    for block in cut_at_line_ends(read_blocks(document.path, 0, wanted)):
+        position += len(block)
+        if block.endswith(b"\n"):
+            cut = position
+    sides = [_part(document, 0, cut), _part(document, cut, document.end)]
+    if not all(any(b.strip() for b in read_blocks(d.path, d.start, d.end)) for d in sides):
         raise DataError(
             f"{document.path} is too short to split into train and held-out text. Add more text."
         )
-    sides = [
-        Document(document.name, document.path, start, end, _sha256(content[start:end]))
-        for start, end in ((0, cut), (cut, len(content)))
-    ]
     return [sides[0]], [sides[1]]
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _group(line_sets: list[_Lines]) -> list[int]:
-    """Number the groups of files that must stay together.
-
-    Two files are tied if they share over half of the distinct lines of both, or over half of the
-    telling (long) lines of one: a file copied into a larger one. Short lines alone would tie most
-    programs.
-    """
-    leader = list(range(len(line_sets)))
-    everything = [lines.hashes for lines in line_sets]
-    telling = [lines.hashes[lines.num_short :] for lines in line_sets]
-    for sets, of_both in ((everything, True), (telling, False)):
-        sizes = np.array([len(hashes) for hashes in sets])
-        for file, shared in enumerate(_shared_lines(sets)):
-            half_of = np.maximum(sizes, sizes[file]) if of_both else sizes[file]
-            for other in np.flatnonzero(2 * shared > half_of):
-                _join(leader, file, int(other))
-    return [_find(leader, file) for file in range(len(line_sets))]
-
-
-def _shared_lines(sets: list[NDArray[np.uint64]]) -> Iterator[NDArray[np.int64]]:
-    """For each set in turn, how many of its lines each set has, itself left out."""
-    lines = np.concatenate(sets)
-    owners = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
-    order = np.argsort(lines, kind="stable")
-    lines, owners = lines[order], owners[order]
-    starts = (
-        np.flatnonzero(np.concatenate(([True], lines[1:] != lines[:-1])))
-        if len(lines)
-        else lines[:0]
-    )
-    ends = np.append(starts[1:], len(lines)).astype(np.int64)
-    place_of = np.searchsorted(lines[starts], np.concatenate(sets))
-    before = 0
-    for file, hashes in enumerate(sets):
-        places = place_of[before : before + len(hashes)]
-        before += len(hashes)
-        num_files = ends[places] - starts[places]
-        places = places[(num_files > 1) & (num_files <= _COMMON_LINE_FILES)]
-        holders = [owners[starts[i] : ends[i]] for i in places]
-        shared = np.bincount(
-            np.concatenate(holders) if holders else owners[:0], minlength=len(sets)
-        )
-        shared[file] = 0
-        yield shared
-
-
-def _find(leader: list[int], file: int) -> int:
-    while leader[file] != file:
-        leader[file] = leader[leader[file]]
-        file = leader[file]
-    return file
-
-
-def _join(leader: list[int], first: int, second: int) -> None:
-    a, b = _find(leader, first), _find(leader, second)
-    leader[max(a, b)] = min(a, b)
+def _part(document: Document, start: int, end: int) -> Document:
+    total = hashlib.sha256()
+    for block in read_blocks(document.path, start, end):
+        total.update(block)
+    return Document(document.name, document.path, start, end, total.hexdigest())
 
 
 def _describe(document: Document) -> dict[str, object]:

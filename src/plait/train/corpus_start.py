@@ -93,7 +93,9 @@ def check_room(config: DecoderConfig) -> None:
     problems = {
         "model.num_layers must be at least 2": config.num_layers < 2,
         "model.hidden_size must be more than 2.5 times model.head_size": rank < config.head_size,
-        "model.head_size must be at least 16": config.head_size < 16,
+        "model.head_size must be a multiple of 4, at least 16": config.head_size % 4 > 0
+        or config.head_size < 16,
+        f"model.vocab_size must be more than {rank}": config.vocab_size <= rank,
         "model.tie_embeddings must be false": config.tie_embeddings,
         "model.qk_norm must be false": config.qk_norm,
     }

@@ -19,20 +19,19 @@ from torch import Tensor
 
 from plait.errors import DataError
 from plait.train.corpus import Document
-from plait.train.tokenizer import END_OF_TEXT
 
 _CHUNKS_AT_ONCE = 32
 
 
-def write_tokens(documents: Sequence[Document], tokenizer: Tokenizer, path: Path) -> int:
-    """Encode documents into one file, END_OF_TEXT before each and behind the last; count tokens.
+def write_tokens(
+    documents: Sequence[Document], tokenizer: Tokenizer, path: Path, *, end_of_text: int
+) -> int:
+    """Encode documents into one file, `end_of_text` before each and behind the last; count tokens.
 
     Little-endian uint16 if the vocabulary allows it, else uint32. The file appears when it is
     complete.
     """
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    if end_of_text is None:
-        raise DataError(f"the tokenizer has no {END_OF_TEXT} token.")
+    tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
     dtype = _token_dtype(tokenizer.get_vocab_size())
     temporary = path.with_name(f"{path.name}.incomplete")
     num_tokens = 0

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from plait.errors import ConfigError
 from plait.models.decoder import Decoder
-from plait.ops.linear_cross_entropy import linear_cross_entropy
 from plait.train.data import windows
 from plait.train.job import TORCH_DTYPES, Dtype
 from plait.train.step import autocast
@@ -89,9 +88,7 @@ def evaluate(
         with autocast(model.embed_tokens.weight.device.type, dtype):
             hidden_BTD = model(tokens_BU[:, :-1])
         scored_BTD, targets_BT = hidden_BTD[:, first - start :], tokens_BU[:, 1 + first - start :]
-        nats += linear_cross_entropy(
-            scored_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), dtype=dtype
-        ).item()
+        nats += model.loss(scored_BTD, targets_BT, dtype=dtype).item()
         done += len(batch) * (end - first)
         on_progress(done, total)
     model.train(was_training)

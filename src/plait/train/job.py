@@ -7,6 +7,7 @@ import torch
 
 from plait.errors import ConfigError
 from plait.models.decoder import DecoderConfig
+from plait.models.registry import check_family
 from plait.train.corpus import STDLIB, CorpusSettings
 from plait.train.corpus_start import check_room
 from plait.train.optimizer import OptimizerSettings
@@ -73,6 +74,14 @@ class Job:
         ]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must lie in 0..2**63 - 1.")
+        if self.model.vocab_size <= 256:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size}: "
+                "a byte-pair encoding needs more than 256 tokens."
+            )
+        check_family(self.model)
         if self.batch_size % self.micro_batch_size:
             legal = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ConfigError(

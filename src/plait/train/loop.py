@@ -9,27 +9,23 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from plait.checkpoint.huggingface import load_tokenizer
+from plait.checkpoint.json_file import write_text
 from plait.checkpoint.training_state import (
     TrainingState,
     export_model,
     load_training_state,
     save_training_state,
 )
-from plait.errors import CheckpointError, TrainingError
+from plait.errors import TrainingError
 from plait.models.decoder import Decoder
-from plait.train.corpus import find_corpus, num_bytes
 from plait.train.corpus_start import start_from_corpus
-from plait.train.data import PackedSamples, read_tokens, write_tokens
+from plait.train.data import PackedSamples
 from plait.train.evaluate import Scoring, evaluate
 from plait.train.job import Job
 from plait.train.optimizer import (
@@ -38,32 +34,22 @@ from plait.train.optimizer import (
     restore_optimizers,
     set_learning_rate,
 )
+from plait.train.prepare import prepare, tokens_of
 from plait.train.run_folder import RunFolder
 from plait.train.step import StepResult, train_step
-from plait.train.tokenizer import save_tokenizer, train_tokenizer
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What the loop tells and asks the outside.
-
-    on_record gets every line of `metrics.jsonl`, on_stage a short text before something slow;
-    should_stop is asked after each step.
-    """
-
-    on_record: Callable[[Record], None] = lambda record: None
-    on_stage: Callable[[str], None] = lambda text: None
-    should_stop: Callable[[], bool] = lambda: False
+from plait.train.watch import Record, Watch
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the run stands when the loop returns; finished unless it was asked to stop."""
+    """Where the run stands when the loop returns; finished unless it was asked to stop.
+
+    elapsed_s is the time of all its steps, those before a resume included.
+    """
 
     model: Decoder
     step: int
+    elapsed_s: float
     finished: bool
 
 
@@ -73,54 +59,9 @@ def train(job: Job, run: RunFolder, watch: Watch) -> TrainResult:
     Raises DataError for unusable data, CheckpointError if saving or resuming fails, TrainingError
     if the loss or the gradient is not finite.
     """
-    prepare(job, run, watch)
-    loop = _Loop(job, run, watch)
-    return loop.run_to_end()
-
-
-def tokens_of(run: RunFolder) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Tokens of the train and of the held-out side of a prepared run."""
-    corpus = run.read_corpus()
-    sides: list[NDArray[np.integer]] = []
-    for side, path in (("train", run.train_tokens), ("heldout", run.heldout_tokens)):
-        expected = corpus["num_tokens"][side]
-        tokens = read_tokens(path, vocab_size=corpus["vocab_size"]) if path.is_file() else None
-        if tokens is None or len(tokens) != expected:
-            raise CheckpointError(
-                f"{path} does not hold the {expected} tokens that were written. "
-                "Start the run again."
-            )
-        sides.append(tokens)
-    return sides[0], sides[1]
-
-
-def prepare(job: Job, run: RunFolder, watch: Watch) -> None:
-    """Write tokenizer, tokens and `corpus.json`, unless the run has them already."""
-    if run.corpus.exists():
-        return
-    watch.on_stage(f"reading {job.data}")
-    corpus = find_corpus(job.data, job.corpus)
-    watch.on_stage(f"learning a vocabulary of {job.model.vocab_size:,} tokens")
-    save_tokenizer(
-        train_tokenizer(corpus.train, vocab_size=job.model.vocab_size),
-        run.tokenizer,
-        max_positions=job.model.max_positions,
-    )
-    watch.on_stage(f"encoding {num_bytes(corpus.train + corpus.heldout) / 1e6:.1f} MB")
-    tokenizer = load_tokenizer(run.tokenizer)
-    run.train_tokens.parent.mkdir(exist_ok=True)
-    facts = {
-        **corpus.describe(),
-        "vocab_size": tokenizer.get_vocab_size(),
-        "num_tokens": {
-            "train": write_tokens(corpus.train, tokenizer, run.train_tokens),
-            "heldout": write_tokens(corpus.heldout, tokenizer, run.heldout_tokens),
-        },
-        "num_bytes": {"train": num_bytes(corpus.train), "heldout": num_bytes(corpus.heldout)},
-    }
-    temporary = run.corpus.with_suffix(".incomplete")
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.rename(run.corpus)
+    with run.lock():
+        prepare(job, run, watch)
+        return _Loop(job, run, watch).run_to_end()
 
 
 class _Loop:
@@ -142,7 +83,7 @@ class _Loop:
     def run_to_end(self) -> TrainResult:
         self._resume()
         self.model.train()
-        with self.run.metrics.open("a") as self.metrics:
+        with self.run.metrics.open("a", encoding="utf-8") as self.metrics:
             while self.step < self.job.num_steps:
                 self._one_step()
                 is_last = self.step == self.job.num_steps
@@ -152,10 +93,10 @@ class _Loop:
                 if is_last or stopping or self.step % self.job.save_every == 0:
                     self._save()
                 if stopping and not is_last:
-                    return TrainResult(self.model, self.step, finished=False)
+                    return TrainResult(self.model, self.step, self.elapsed_s, finished=False)
         self.watch.on_stage("saving the model")
         export_model(self.run.model, self.model, self.run.tokenizer)
-        return TrainResult(self.model, self.step, finished=True)
+        return TrainResult(self.model, self.step, self.elapsed_s, finished=True)
 
     def _start(self) -> None:
         """Make the weights of step 0."""
@@ -225,6 +166,8 @@ class _Loop:
     def _state(self) -> TrainingState:
         leaves = optimizer_leaves(self.model, self.optimizers)
         leaves["random.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            leaves["random.cuda"] = torch.cuda.get_rng_state(self.device)
         facts = {
             "step": self.step,
             "elapsed_s": self.elapsed_s,
@@ -248,6 +191,8 @@ class _Loop:
             state = load_training_state(folders[-1], self.model)
             restore_optimizers(self.model, self.optimizers, state.leaves)
             torch.set_rng_state(state.leaves["random.torch"])
+            if self.device.type == "cuda" and "random.cuda" in state.leaves:
+                torch.cuda.set_rng_state(state.leaves["random.cuda"], self.device)
             self.step, self.elapsed_s = state.facts["step"], state.facts["elapsed_s"]
             if (before := state.facts["num_threads"]) != (now := torch.get_num_threads()):
                 warnings.warn(
@@ -256,9 +201,7 @@ class _Loop:
                     stacklevel=2,
                 )
         kept = [record for record in self.run.read_metrics() if record["step"] <= self.step]
-        temporary = self.run.metrics.with_suffix(".incomplete")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.rename(self.run.metrics)
+        write_text(self.run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _refuse(self, result: StepResult) -> None:
         """Save the weights before the step and what it was fed, then stop."""
@@ -273,5 +216,5 @@ class _Loop:
         raise TrainingError(
             f"the {what} of step {self.step + 1} is not finite (loss {result.loss}, gradient norm "
             f"{result.grad_norm}). Nothing was updated; weights and batch are in {target}. "
-            "Try a lower optimizer.learning_rate."
+            "Start a new run with a lower --set optimizer.learning_rate."
         )

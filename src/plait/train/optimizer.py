@@ -117,4 +117,4 @@ def restore_optimizers(
         if key.startswith("optimizer."):
             _, quantity, name = key.split(".", 2)
             parameter = parameters[name]
-            owner[id(parameter)].state[parameter][quantity] = value
+            owner[id(parameter)].state[parameter][quantity] = value.to(parameter.device)

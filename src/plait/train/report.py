@@ -13,7 +13,7 @@ _POINTS = 600
 Points = list[tuple[float, float]]
 
 
-def write_report(
+def render_report(
     job: Job, records: Sequence[dict[str, Any]], summary: Sequence[tuple[str, str]], sample: str
 ) -> str:
     """Make the page. `summary` is shown as a table; `sample` as text."""

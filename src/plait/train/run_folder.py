@@ -1,10 +1,15 @@
 """The folder of one run: what lies where in it."""
 
+import fcntl
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.checkpoint.json_file import read_json_object, write_json
 from plait.config import from_json, to_json
 from plait.errors import CheckpointError, ConfigError
 from plait.train.job import Job
@@ -72,14 +77,26 @@ class RunFolder:
         return self.path / "report.html"
 
     def write_job(self, job: Job) -> None:
-        """Start a run. Raises ConfigError if the folder already holds one."""
+        """Start a run. Raises ConfigError if there is something in the folder already."""
         if self.resolved.exists():
             raise ConfigError(
                 f"{self.path} already holds a run. "
                 "Continue it with --resume, or choose another --out."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self.resolved.write_text(json.dumps(to_json(job), indent=2) + "\n")
+        if any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty. Choose another --out.")
+        write_json(self.resolved, to_json(job))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; raises ConfigError if one does."""
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another process is training in {self.path}.") from None
+            yield
 
     def read_job(self) -> Job:
         """Return the job; raises CheckpointError if there is none, ConfigError if malformed."""
@@ -91,7 +108,14 @@ class RunFolder:
 
     def step_folders(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step-*"))
+        if not self.checkpoints.is_dir():
+            return []
+        steps = {
+            int(match[1]): path
+            for path in self.checkpoints.iterdir()
+            if (match := re.fullmatch(r"step-(\d+)", path.name))
+        }
+        return [steps[step] for step in sorted(steps)]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records written so far."""
@@ -104,7 +128,4 @@ class RunFolder:
     def _read_json(self, path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: it has no {path.name}.")
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path} is damaged: {error}.") from error
+        return read_json_object(path)

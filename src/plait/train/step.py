@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from plait.models.decoder import Decoder
-from plait.ops.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ def summed_loss(
     """Sum the next-token losses [nats]; targets below 0 are left out, products run in `dtype`."""
     with autocast(inputs_BT.device.type, dtype):
         hidden_BTD = model(inputs_BT)
-    return linear_cross_entropy(
-        hidden_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), dtype=dtype
-    )
+    return model.loss(hidden_BTD, targets_BT, dtype=dtype)
 
 
 def train_step(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from plait.train.corpus import Document, num_bytes
 
 _LEVEL = 9 | lzma.PRESET_EXTREME
-_MOST_CONDITIONAL_BYTES = 256 << 20
+_WINDOW_BYTES = 64 << 20  # of level 9; beyond it nothing is matched
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class XzBaseline:
     """Bits per byte of the held-out text under `xz -9e`.
 
     solid: all files as one stream, the target to beat. per_file: each alone. conditional: what they
-    add to a stream that begins with the training text; None without such text, or with over 256
-    MiB of it.
+    add to a stream that begins with the training text; None without such text, or if both together
+    are longer than xz's window of 64 MiB.
     """
 
     solid: float
@@ -32,7 +32,7 @@ def compress_with_xz(train: Sequence[Document], heldout: Sequence[Document]) -> 
     bits = 8 / len(solid)
     with ThreadPoolExecutor(2) as pool:
         before = after = None
-        if train and num_bytes(train) <= _MOST_CONDITIONAL_BYTES:
+        if train and num_bytes(train) + len(solid) <= _WINDOW_BYTES:
             train_bytes = b"".join(document.read_bytes() for document in train)
             after = pool.submit(_num_compressed, train_bytes + solid)
             before = pool.submit(_num_compressed, train_bytes)
@@ -46,9 +46,4 @@ def compress_with_xz(train: Sequence[Document], heldout: Sequence[Document]) -> 
 
 
 def _num_compressed(content: bytes) -> int:
-    # The window of level 9 is 64 MiB; a longer text gets a window that holds it all.
-    window = max(64 << 20, 1 << max(0, len(content) - 1).bit_length())
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": _LEVEL, "dict_size": window}]
-    if len(content) <= 64 << 20:
-        return len(lzma.compress(content, preset=_LEVEL))
-    return len(lzma.compress(content, filters=filters))
+    return len(lzma.compress(content, preset=_LEVEL))
