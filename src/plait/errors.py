@@ -6,6 +6,9 @@ PlaitError(ValueError)
 |-- DataError          files to train on or to evaluate
 |-- CheckpointError    what is saved and loaded
 |-- TrainingError      a run that cannot go on
+|-- SurveyError        magnetotelluric survey, mesh and model files, with file and line
+|-- EarthError         a mesh, a resistivity model or a receiver that cannot be modelled
+|-- InversionError     an inversion that cannot start or cannot go on
 `-- MissingExtraError  an optional dependency that is not installed
 """
 
@@ -35,6 +38,18 @@ class CheckpointError(PlaitError):
 
 class TrainingError(PlaitError):
     """A training run that cannot go on."""
+
+
+class SurveyError(PlaitError):
+    """A magnetotelluric file that cannot be read, or survey data that contradict themselves."""
+
+
+class EarthError(PlaitError):
+    """A mesh, a resistivity model or a receiver that cannot be modelled."""
+
+
+class InversionError(PlaitError):
+    """An inversion that cannot start or cannot go on."""
 
 
 class MissingExtraError(PlaitError):

@@ -1,0 +1,57 @@
+"""The linearized problem of one step, solved for any trade-off after one preparation.
+
+Minimize |J (m - m_k) - r|^2 + t (m - m_ref)^T R (m - m_ref) with J and r in units of the errors.
+In data space [Siripunvaraporn and Egbert 2000, Geophysics 65, 791-803, eq. 8]
+m = m_ref + R^-1 J^T (J R^-1 J^T + t I)^-1 (r + J (m_k - m_ref)), a system of the size of the data.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from plait.magnetotellurics.arrays import RealArray
+from plait.magnetotellurics.linear_solver import dense, factorize_real
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearStep:
+    """One linearized inverse problem.
+
+    Attributes:
+        jacobian: (n_data, n_parameters), rows divided by the errors.
+        residual: (n_data,) in units of the errors.
+        roughness: R, sparse symmetric positive definite.
+        departure: (n_parameters,) present model minus reference.
+        reference: (n_parameters,).
+    """
+
+    jacobian: RealArray
+    residual: RealArray
+    roughness: Any
+    departure: RealArray
+    reference: RealArray
+
+    @cached_property
+    def _smoothed(self) -> RealArray:
+        """R^-1 J^T, (n_parameters, n_data)."""
+        return factorize_real(self.roughness).solve(np.ascontiguousarray(self.jacobian.T))
+
+    @cached_property
+    def _gram(self) -> RealArray:
+        """J R^-1 J^T, (n_data, n_data)."""
+        gram = self.jacobian @ self._smoothed
+        return (gram + gram.T) / 2
+
+    @property
+    def largest_trade_off(self) -> float:
+        """The mean eigenvalue of J R^-1 J^T times the number of data: above it, no data count."""
+        return float(np.trace(self._gram))
+
+    def model(self, trade_off: float) -> RealArray:
+        """Give the minimizing model, (n_parameters,), for one trade-off t > 0."""
+        wanted = self.residual + self.jacobian @ self.departure
+        matrix = self._gram + trade_off * np.eye(len(wanted))
+        factor = dense.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+        return self.reference + self._smoothed @ dense.cho_solve(factor, wanted)

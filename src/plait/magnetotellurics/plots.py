@@ -1,0 +1,173 @@
+"""Pictures: a section with its stations, pseudo-sections of data and response, fit, convergence.
+
+Each function returns a matplotlib Figure; figure.savefig(path) writes it. No window is opened.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from plait.errors import InversionError, MissingExtraError
+from plait.magnetotellurics.arrays import RealArray
+from plait.magnetotellurics.earth import Mesh
+from plait.magnetotellurics.inversion import StepRecord
+from plait.magnetotellurics.misfit import Misfit
+from plait.magnetotellurics.observations import Component, Observations
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:  # pragma: no cover
+    raise MissingExtraError(
+        "pictures need matplotlib: pip install 'plait[magnetotellurics]'"
+    ) from error
+
+_TITLES = {
+    Component.TE_LOG10_RHO: "TE log10 rho_a (ohm m)",
+    Component.TE_PHASE: "TE phase (degrees)",
+    Component.TM_LOG10_RHO: "TM log10 rho_a (ohm m)",
+    Component.TM_PHASE: "TM phase (degrees)",
+}
+
+
+def section_figure(
+    mesh: Mesh,
+    log10_rho: RealArray,
+    *,
+    station_m: RealArray,
+    max_depth_m: float,
+    limits: tuple[float, float] = (0.0, 4.0),
+    title: str = "",
+) -> Any:
+    """Draw log10 rho under the stations down to max_depth_m; stations are triangles at the top."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    shown = np.where(mesh.is_ground, log10_rho, np.nan)
+    image = axes.pcolormesh(
+        mesh.y_m / 1e3,
+        mesh.z_m[mesh.num_air :] / 1e3,
+        shown,
+        cmap="turbo_r",
+        vmin=limits[0],
+        vmax=limits[1],
+        rasterized=True,
+    )
+    top = mesh.z_m[mesh.terrain_row[np.searchsorted(mesh.y_m, station_m, side="right") - 1]]
+    axes.plot(station_m / 1e3, top / 1e3, "v", color="black", markersize=6, clip_on=False)
+    margin = 0.05 * (station_m.max() - station_m.min())
+    axes.set_xlim((station_m.min() - margin) / 1e3, (station_m.max() + margin) / 1e3)
+    axes.set_ylim(max_depth_m / 1e3, mesh.z_m[mesh.num_air] / 1e3)
+    axes.set_xlabel("distance along the profile (km)")
+    axes.set_ylabel("depth (km)")
+    axes.set_title(title, pad=12)
+    figure.colorbar(image, ax=axes, label="log10 resistivity (ohm m)")
+    return figure
+
+
+def pseudo_section_figure(observations: Observations, values: RealArray) -> Any:
+    """Draw data, response and residual over error, period against distance, one row per component.
+
+    Raises:
+        InversionError: no log10 rho or phase data to draw.
+    """
+    there = [c for c in _TITLES if (observations.component == c).any()]
+    if not there:
+        raise InversionError("pseudo-sections need log10 rho or phase data; use as_log_data")
+    figure = Figure(figsize=(12, 2.6 * len(there)), layout="constrained")
+    grid = figure.subplots(len(there), 3, squeeze=False, sharex=True, sharey=True)
+    residual = Misfit(observations=observations).residual(values)
+    for row, component in zip(grid, there, strict=True):
+        rows = observations.component == component
+        scale = 180 / np.pi if "PHASE" in component.name else 1.0
+        data, response = scale * observations.value[rows], scale * values[rows]
+        low, high = np.percentile(data, [2, 98])
+        x = observations.position_m[observations.receiver_index[rows]] / 1e3
+        y = np.log10(1 / observations.frequency_hz[observations.frequency_index[rows]])
+        for axes, shown, limits, colours, name in (
+            (row[0], data, (low, high), "turbo_r", f"{_TITLES[component]}: data"),
+            (row[1], response, (low, high), "turbo_r", "response"),
+            (row[2], residual[rows], (-3, 3), "RdBu", "residual / error"),
+        ):
+            points = axes.scatter(
+                x, y, c=shown, vmin=limits[0], vmax=limits[1], cmap=colours, s=28, marker="s"
+            )
+            axes.set_title(name, fontsize=9)
+            figure.colorbar(points, ax=axes)
+        row[0].set_ylabel("log10 period (s)")
+    grid[0, 0].invert_yaxis()
+    for axes in grid[-1]:
+        axes.set_xlabel("distance (km)")
+    return figure
+
+
+def fit_figure(observations: Observations, values: RealArray) -> Any:
+    """Draw each station against period: data with their errors, the response as lines."""
+    num = len(observations.position_m)
+    columns = min(5, num)
+    lines = -(-num // columns)
+    figure = Figure(figsize=(2.6 * columns, 3.4 * lines), layout="constrained")
+    grid = figure.subplots(2 * lines, columns, squeeze=False, sharex=True, sharey="row")
+    rms = Misfit(observations=observations).residual(values)
+    for axes in grid.ravel():
+        axes.set_visible(False)
+    for receiver in range(num):
+        line, column = divmod(receiver, columns)
+        pair = (grid[2 * line, column], grid[2 * line + 1, column])
+        mine = observations.receiver_index == receiver
+        share = np.sqrt(np.mean(rms[mine] ** 2)) if mine.any() else np.nan
+        pair[0].set_title(f"{observations.receiver_names[receiver]}  rms {share:.2f}", fontsize=8)
+        for axes, kind in zip(pair, (0, 1), strict=True):
+            axes.set_visible(True)
+            axes.set_xscale("log")
+            for first, colour in ((Component.TE_LOG10_RHO, "C3"), (Component.TM_LOG10_RHO, "C0")):
+                _curve(axes, observations, values, mine, Component(first + kind), colour)
+        if column == 0:
+            pair[0].set_ylabel("log10 rho_a")
+            pair[1].set_ylabel("phase (degrees)")
+    grid[0, 0].legend(fontsize=7)
+    figure.supxlabel("period (s)")
+    return figure
+
+
+def _curve(
+    axes: Any,
+    observations: Observations,
+    values: RealArray,
+    mine: np.ndarray,
+    component: Component,
+    colour: str,
+) -> None:
+    rows = np.flatnonzero(mine & (observations.component == component))
+    if not len(rows):
+        return
+    period = 1 / observations.frequency_hz[observations.frequency_index[rows]]
+    rows, period = rows[np.argsort(period)], np.sort(period)
+    scale = 180 / np.pi if "PHASE" in component.name else 1.0
+    axes.errorbar(
+        period,
+        scale * observations.value[rows],
+        yerr=scale * observations.error[rows],
+        fmt="o",
+        color=colour,
+        markersize=3,
+        linewidth=0.8,
+        label=component.name[:2],
+    )
+    axes.plot(period, scale * values[rows], "-", color=colour, linewidth=1)
+
+
+def convergence_figure(history: Sequence[StepRecord], *, target_rms: float) -> Any:
+    """Draw RMS and roughness against the step."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [record.step for record in history]
+    axes.semilogy(steps, [record.rms for record in history], "o-", color="C0")
+    axes.axhline(target_rms, color="C0", linestyle=":", label=f"target {target_rms:g}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("RMS", color="C0")
+    axes.set_xticks(steps)
+    axes.legend()
+    other = axes.twinx()
+    other.plot(steps, [record.roughness for record in history], "s--", color="C1")
+    other.set_ylabel("roughness", color="C1")
+    return figure
