@@ -15,6 +15,7 @@ from plait.ops.attention import blocked_kernel_pays
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 # Name of the extra -> (package that tells whether it is there, what it adds).
 _EXTRAS: Mapping[str, tuple[str, str]] = {
+    "magnetotellurics": ("scipy", "magnetotelluric modelling, inversion and their pictures"),
     "test": ("pytest", "the tests, and transformers to compare with"),
     "check": ("ruff", "the style, type and layer checks of `make check`"),
 }
