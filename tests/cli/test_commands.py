@@ -95,7 +95,7 @@ def test_a_run_measures_itself(finished):
         math.exp(result["bits_per_byte"] * math.log(2) * result["num_bytes"] / result["num_tokens"])
     )
     assert set(result["xz"]) == {"solid", "per_file", "conditional"}
-    assert result["sample"].startswith("def ")
+    assert result["sample"].startswith("class Stack:\n    def __init__(self")
     assert losses(run).keys() == set(range(1, 13))
 
 

@@ -19,7 +19,7 @@ def sample_command(
     model: Annotated[
         Path, typer.Argument(help="Run folder, or a model folder in the layout of Hugging Face.")
     ],
-    prompt: Annotated[str, typer.Option(help="Text to complete.")] = "def ",
+    prompt: Annotated[str, typer.Option(help="Text to complete.")] = "def main(",
     settings: Annotated[
         list[str] | None,
         typer.Option(

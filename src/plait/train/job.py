@@ -50,7 +50,7 @@ class Job:
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    prompt: str = "def "
+    prompt: str = "class Stack:\n    def __init__(self"
     initialization: Literal["random", "corpus"] = "random"
     sequence_length: int = 512
     batch_size: int = 8
