@@ -38,6 +38,10 @@ def test_the_figures_in_the_readme_are_those_of_the_results():
     assert text == with_table(text)
 
 
+def test_the_readme_has_no_gaps_left():
+    assert "_OUTPUT" not in (ROOT / "README.md").read_text()
+
+
 def test_every_package_stands_in_the_architecture_document():
     text = (ROOT / "docs" / "architecture.md").read_text()
     packages = {path.parent.name for path in (ROOT / "src" / "plait").glob("*/__init__.py")}
