@@ -232,6 +232,7 @@ BAD_JOBS = {
         ["4096", "model.max_positions=1024"],
     ),
     "a name of its own": (["train", "stdlib_demo", "--set", "name=x"], ["that of its recipe"]),
+    "empty data": (["train", "stdlib_demo", "--set", "data="], ["data is empty"]),
     "unknown family": (["train", "stdlib_demo", "--set", "model.family=foo"], ["Known: llama"]),
     "not a number": (
         ["train", "stdlib_demo", "--set", "optimizer.learning_rate=nan"],

@@ -74,6 +74,8 @@ class Job:
         ]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.data.strip():
+            raise ConfigError(f"data is empty. Give a file, a folder, or {STDLIB!r}.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must lie in 0..2**63 - 1.")
         if self.model.vocab_size <= 256:
