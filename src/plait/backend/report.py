@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One graph: nodes counts every operator once, operators as if the templates were inlined."""
+    """One graph. num_operators: as if every block were inlined. blocks: calls by class of layer."""
 
     where: str
-    num_nodes: int
     num_operators: int
-    templates: dict[str, int]  # how often each is called
+    blocks: dict[str, int]
+    num_templates: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Report:
     num_guards: int = 0
     recompilations: list[str] = field(default_factory=list)
     flat_blocks: dict[str, str] = field(default_factory=dict)
+    whole_graphs: dict[str, str] = field(default_factory=dict)
     phases_s: Counter[str] = field(default_factory=Counter)
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)
@@ -55,6 +56,10 @@ class Report:
                 *_section(
                     "repeated blocks captured one by one",
                     [f"{block}: {reason}" for block, reason in self.flat_blocks.items()],
+                ),
+                *_section(
+                    "graphs captured as a whole, without templates",
+                    [f"{where}: {reason}" for where, reason in self.whole_graphs.items()],
                 ),
                 *_section(
                     "compile time", [f"{name}: {s:.2f} s" for name, s in self.phases_s.items()]
@@ -147,8 +152,8 @@ def _headline(report: Report) -> str:
 
 
 def _graph_line(graph: CapturedGraph) -> str:
-    calls = ", ".join(f"{count} x {name}" for name, count in graph.templates.items())
-    blocks = f" ({calls})" if calls else ""
+    calls = ", ".join(f"{count} x {name}" for name, count in graph.blocks.items())
+    blocks = f" ({calls}, from {_plural(graph.num_templates, 'trace')})" if calls else ""
     return f"{graph.where}: {_plural(graph.num_operators, 'operator')}{blocks}"
 
 

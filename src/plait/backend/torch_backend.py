@@ -11,19 +11,23 @@ from functools import cache
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 
 from plait.backend.report import CapturedGraph, Report
+from plait.compiler.compile import compile_graph
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
 from plait.errors import ConfigError, nearest_name
 from plait.executor.codegen import Runner, load
-from plait.graph.blocks import Linked, link_blocks
-from plait.graph.call import calling
-from plait.graph.graph import Graph, call_of
+from plait.executor.run import Runnable
+from plait.graph.compose import compose
+from plait.graph.graph import FORWARD, Graph, call_of
+from plait.graph.inline import inline_regions
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
+from plait.graph.trace import NotATemplate
 
 _OPTIONS = ("level",)
 _AS_EAGER = {
@@ -50,7 +54,7 @@ class Backend:
 
     def __init__(self, level: str = "O0") -> None:
         self.level = level
-        self.passes = passes_of(level)
+        passes_of(level)  # raises if there is none
         self.blocks = Blocks()
         self.report = Report(level)
         watch_blocks()
@@ -61,25 +65,34 @@ class Backend:
             return self._compile(module, inputs)
 
     def _compile(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
-        with self._timed("blocks"):
-            linked = link_blocks(module)
-        for flat in linked.flat:
-            self.report.flat_blocks[flat.block] = flat.reason
         for block, reason in self.blocks.refused.items():
             self.report.flat_blocks[block.__name__] = reason
-        frame = _Frame(self, linked)
+        where = place_of(module)
+        try:
+            with self._timed("trace"):
+                graph = compose(module, TracingContext.get().fake_mode)
+        except NotATemplate as error:
+            return self._compile_whole(module, inputs, str(error))
+        with self._timed("generate"):
+            runnable = Runnable(compile_graph(graph, level=self.level))
+        self.report.graphs.append(describe_graph(where, graph))
+        return runnable
+
+    def _compile_whole(self, module: fx.GraphModule, inputs: Sequence, reason: str) -> Callable:
+        """Capture by AOTAutograd, which knows every case, block after block."""
+        inline_regions(module)
+        frame = WholeFrame(self, module)
+        self.report.whole_graphs[place_of(module)] = reason
         before = self.report.phases_s.copy()
         start_s = time.perf_counter()
-        with calling(linked.templates):
-            compiled = aot_autograd(
-                fw_compiler=frame.compile_forward,
-                bw_compiler=frame.compile_backward,
-                inference_compiler=frame.compile_forward,
-                partition_fn=frame.partition,
-            )(linked.module, inputs)
+        compiled = aot_autograd(
+            fw_compiler=frame.compile_forward,
+            bw_compiler=frame.compile_backward,
+            inference_compiler=frame.compile_forward,
+            partition_fn=frame.partition,
+        )(module, inputs)
         inner_s = sum((self.report.phases_s - before).values())
-        self.report.phases_s["differentiate"] += time.perf_counter() - start_s - inner_s
-        self.report.graphs.append(frame.describe(module))
+        self.report.phases_s["trace"] += time.perf_counter() - start_s - inner_s
         return compiled
 
     @contextmanager
@@ -89,53 +102,45 @@ class Backend:
         self.report.phases_s[phase] += time.perf_counter() - start_s
 
 
-class _Frame:
-    """One frame on its way: the callbacks that AOTAutograd wants."""
+class WholeFrame:
+    """A frame captured by AOTAutograd: the callbacks that it wants."""
 
-    def __init__(self, backend: Backend, linked: Linked) -> None:
+    def __init__(self, backend: Backend, module: fx.GraphModule) -> None:
         self.backend = backend
-        self.templates = linked.templates
-        self.graph: Graph | None = None
+        self.where = place_of(module)
+        self.is_known = False
 
     def partition(
         self, joint: fx.GraphModule, inputs: Sequence, *, num_fwd_outputs: int, **options
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Run the level's passes on the joint graph, then part it."""
-        self.graph = self._through_passes(joint, num_fwd_outputs)
-        with self.backend._timed("partition"):
-            return default_partition(
-                self.graph.root, inputs, num_fwd_outputs=num_fwd_outputs, **options
-            )
+        root = self.through_passes(joint, num_fwd_outputs)
+        return default_partition(root, inputs, num_fwd_outputs=num_fwd_outputs, **options)
 
     def compile_forward(self, module: fx.GraphModule, inputs: Sequence) -> Runner:
         """Make the forward program run; of an inference graph there is nothing else."""
-        if self.graph is None:
-            self.graph = self._through_passes(module, len(module.graph.output_node().args[0]))
-        return self._load("forward", module)
+        if not self.is_known:
+            module = self.through_passes(module, len(module.graph.output_node().args[0]))
+        return self.load("forward", module)
 
     def compile_backward(self, module: fx.GraphModule, inputs: Sequence) -> Runner:
         """Make the backward program run."""
-        return self._load("backward", module)
+        return self.load("backward", module)
 
-    def _through_passes(self, root: fx.GraphModule, num_forward_outputs: int) -> Graph:
-        graph = Graph(root, self.templates, (), (), num_forward_outputs)
-        for each in self.backend.passes:
+    def through_passes(self, root: fx.GraphModule, num_outputs: int) -> fx.GraphModule:
+        graph = Graph(root, {}, (), (), num_outputs)
+        for each in passes_of(self.backend.level):
             graph = each.run(graph)
-        return graph
+        self.backend.report.graphs.append(describe_graph(self.where, graph))
+        self.is_known = True
+        return graph.root
 
-    def _load(self, name: str, module: fx.GraphModule) -> Runner:
+    def load(self, name: str, module: fx.GraphModule) -> Runner:
         with self.backend._timed("generate"):
             lowering = Lowering()
-            programs = {name: lowering.program(name, module)}
-            templates = {
-                part: program
-                for used in _called(module)
-                for part, program in lowering.template(self.templates[used]).items()
-            }
             schedule = Schedule(
                 self.backend.level,
-                programs,
-                templates,
+                {name: lowering.program(name, module)},
                 constants=lowering.constants,
                 objects=lowering.objects,
             )
@@ -143,28 +148,30 @@ class _Frame:
         runner._boxed_call = True  # type: ignore[attr-defined]
         return runner
 
-    def describe(self, module: fx.GraphModule) -> CapturedGraph:
-        assert self.graph is not None
-        calls = Counter(_called(self.graph.root, forward_only=True))
-        return CapturedGraph(
-            where=_place(module),
-            num_nodes=len(self.graph.root.graph.nodes),
-            num_operators=self.graph.num_operators(),
-            templates=dict(calls),
-        )
+
+def describe_graph(where: str, graph: Graph) -> CapturedGraph:
+    """What the report says of a graph."""
+    calls = [call_of(node) for node in graph.root.graph.nodes]
+    counts = Counter(
+        graph.templates[call[0]].block for call in calls if call and call[1] == FORWARD
+    )
+    del counts["Between"]
+    return CapturedGraph(
+        where=where,
+        num_operators=graph.num_operators(),
+        blocks=dict(counts),
+        num_templates=sum(each.block != "Between" for each in graph.templates.values()),
+    )
 
 
-def _called(module: fx.GraphModule, *, forward_only: bool = False) -> list[str]:
-    calls = [call_of(node) for node in module.graph.nodes]
-    return [call[0] for call in calls if call and (not forward_only or call[1] == "forward")]
-
-
-def _place(module: fx.GraphModule) -> str:
+def place_of(module: fx.GraphModule) -> str:
+    """The user's first line in a graph: "file:line, in function"."""
     for node in module.graph.nodes:
         trace = node.meta.get("stack_trace")
         if trace:
             lines = [line for line in trace.splitlines() if line.strip().startswith("File ")]
-            return lines[0].strip().removeprefix("File ").replace('"', "").replace(", line ", ":")
+            place = lines[0].strip().removeprefix("File ").replace('"', "")
+            return place.replace(", line ", ":")
     return "a graph without operators"
 
 

@@ -5,7 +5,7 @@ a `call` node for each time it runs, so that capture and passes cost one layer, 
 and backward stand in one graph (a *joint* graph, as AOTAutograd makes it) until a pass parts them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -146,15 +146,22 @@ FORWARD = "forward"
 BACKWARD = "backward"
 
 
+def call(template: str, part: str, *operands: object) -> tuple[object, ...]:
+    """Stand in a root graph for running a template; the executor runs the template's program."""
+    raise AssertionError(f"the call of {template} ({part}) stands in a graph only")
+
+
 def call_of(node: fx.Node) -> tuple[str, str] | None:
     """(template name, FORWARD or BACKWARD) if the node calls a template, else None."""
-    if node.op == "call_function" and getattr(node.target, "_name", "") == "plait_call":
+    if node.op == "call_function" and node.target is call:
         return str(node.args[0]), str(node.args[1])
     return None
 
 
 def describe(role: Role, name: str, value: object) -> Value:
-    """Make the `Value` of a (fake) tensor, a size or None."""
+    """Make the `Value` of a (fake) tensor or a size, or copy one in another role."""
+    if isinstance(value, Value):
+        return replace(value, role=role, name=name)
     if not isinstance(value, Tensor):
         return Value(role=role, name=name, shape=(), stride=(), dtype=None)
     return Value(

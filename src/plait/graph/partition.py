@@ -33,16 +33,16 @@ def part_joint(
     num_results: int,
     recompute: Collection[str] = (),
 ) -> Parts:
-    """Part a joint graph of arguments and tangents, whose outputs end in a gradient per argument.
+    """Part a joint graph of arguments and tangents into forward and backward.
 
-    num_results: how many of the first outputs the forward yields (threaded ones stand after them).
+    num_results: how many of the outputs are the forward's; the others are gradients, or None.
     recompute: names of forward nodes that the backward computes again.
     """
     nodes = list(joint.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     arguments, tangents = placeholders[:num_arguments], placeholders[num_arguments:]
     (outputs,) = joint.graph.output_node().args
-    results, gradients = outputs[:num_results], outputs[-num_arguments:]
+    results, gradients = outputs[:num_results], outputs[num_results:]
     again = _computed_again(nodes, recompute)
     is_backward = _backward_nodes(nodes, tangents)
     backward_order = _needed_by(
@@ -91,6 +91,19 @@ def is_view(node: fx.Node) -> bool:
     )
 
 
+def extract_forward(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph without gradients, without what nobody needs."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    (outputs,) = module.graph.output_node().args
+    return _extract(module, list(module.graph.nodes), inputs, outputs)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether it draws random numbers: then it must run, so that the next one draws as in eager."""
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
+
+
 def _backward_nodes(nodes: list[fx.Node], tangents: list[fx.Node]) -> set[fx.Node]:
     """AOTAutograd marks them; what depends on a tangent is one in any case."""
     found = set(tangents)
@@ -129,7 +142,7 @@ def _extract(
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-    needed = _needed_by(outputs, set(nodes) - set(inputs))
+    needed = _needed_by([*outputs, *filter(_draws, nodes)], set(nodes) - set(inputs))
     for node in nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda source: copies[source])

@@ -65,15 +65,17 @@ class Program:
 class Schedule:
     """Programs that run in turn, and the programs of templates that they call.
 
-    inputs and outputs describe the edge of the whole; constants are small tensors of the code
+    inputs and outputs describe the edge of the whole; saved is what the program `backward` takes
+    from `forward`: an INPUT among them is the input of that number. constants are small tensors of the code
     itself; objects are callables that have no name, with which a schedule cannot be stored.
     """
 
     level: str
-    programs: dict[str, Program]
+    programs: dict[str, Program] = field(default_factory=dict[str, Program])
     templates: dict[str, Program] = field(default_factory=dict[str, Program])
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Value, ...] = ()
+    saved: tuple[Value, ...] = ()
     constants: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     objects: dict[str, Callable[..., object]] = field(
         default_factory=dict[str, Callable[..., object]]

@@ -1,0 +1,47 @@
+"""Regions put back where they were: a module for those who do not know of blocks."""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+import operator
+
+from torch import fx
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Replace each region by its nodes."""
+    regions = [node for node in module.graph.nodes if node.target is invoke_subgraph]
+    for node in regions:
+        _inline(module, node, getattr(module, node.args[0].target))
+    if regions:
+        module.graph.lint()
+        module.recompile()
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule) -> None:
+    graph = node.graph
+    inner = dict(zip(region.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
+    with graph.inserting_before(node):
+        for source in region.graph.nodes:
+            if source.op in ("placeholder", "output"):
+                continue
+            copy = graph.node_copy(source, lambda x: inner[x])
+            if source.op in ("get_attr", "call_module"):
+                copy.target = _adopt(module, region, source.target)
+            inner[source] = copy
+        results = fx.map_arg(region.graph.output_node().args[0], lambda x: inner[x])
+    for user in list(node.users):
+        assert user.target is operator.getitem, user.format_node()
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _adopt(module: fx.GraphModule, region: fx.GraphModule, target: str) -> str:
+    value = operator.attrgetter(target)(region)
+    name = f"{target}_of_block".replace(".", "_")
+    while hasattr(module, name) and getattr(module, name) is not value:
+        name += "_"
+    setattr(module, name, value)
+    return name
