@@ -10,7 +10,7 @@ import plait
 from .program import SEED, Program, differences
 from .programs import PROGRAMS
 
-# What Dynamo itself does: it reads .grad of a tensor that is no leaf where it resumes after a break,
+# Dynamo itself reads .grad of a tensor that is no leaf where it resumes after a break,
 # makes an instance of an autograd function, and imports deprecated modules for an optimizer.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
