@@ -27,22 +27,21 @@ def main() -> None:
     torch.manual_seed(0)
     model = Classifier(width=16, num_layers=4, num_classes=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    history: list[float] = []
 
     def compute_loss(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = nn.functional.cross_entropy(model(inputs), labels)
-        if loss > 10:  # the branch depends on data: the graph ends here
-            print("the loss is very high")
-        history.append(loss.item())  # and here: Python asks for the number
-        return loss / labels.numel()
+        logits = model(inputs)
+        loss = nn.functional.cross_entropy(logits, labels)
+        value = loss.item()  # Python asks for a number: the graph ends here
+        if value > 1.2:
+            print(f"loss {value:.3f} is still high")  # and here
+        return loss + 1e-3 * logits.square().mean()
 
     compiled = plait.jit(compute_loss)
-    for _ in range(5):
+    for _ in range(8):
         inputs = torch.randn(8, 16)
         compiled(inputs, inputs[:, :3].argmax(1)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"loss {history[0]:.3f} -> {history[-1]:.3f}")
     print(compiled.report())
 
 
