@@ -59,7 +59,14 @@ class TensorRecord:
     stride: tuple[int, ...]
     requires_grad: bool
     data: bytes = field(repr=False)
-    values: Tensor = field(compare=False)
+    values: Tensor = field(compare=False, repr=False)
+
+    def largest_difference_from(self, other: "TensorRecord") -> float:
+        """Return the largest absolute difference of two elements; NaN if one of them is."""
+        if self.shape != other.shape or not self.values.numel():
+            return float("nan")
+        kind = torch.complex128 if self.dtype.is_complex else torch.float64
+        return (self.values.to(kind) - other.values.to(kind)).abs().max().item()
 
 
 @dataclass(frozen=True)
@@ -222,4 +229,7 @@ def differences(expected: Any, found: Any, where: str = "") -> list[str]:
         is_same = type(expected) is type(found) and expected == found
     if is_same:
         return []
-    return [f"{where}: {expected} became {found}"]
+    line = f"{where}: {expected} became {found}"
+    if isinstance(expected, TensorRecord) and isinstance(found, TensorRecord):
+        line += f", up to {expected.largest_difference_from(found):.2g} away"
+    return [line]

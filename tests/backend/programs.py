@@ -2,6 +2,7 @@
 
 from . import (
     programs_autograd,
+    programs_blocks,
     programs_containers,
     programs_control_flow,
     programs_state,
@@ -12,6 +13,7 @@ PROGRAMS = [
     *programs_control_flow.PROGRAMS,
     *programs_state.PROGRAMS,
     *programs_autograd.PROGRAMS,
+    *programs_blocks.PROGRAMS,
     *programs_containers.PROGRAMS,
     *programs_tensors.PROGRAMS,
 ]

@@ -18,6 +18,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
 ]
 
+AS_A_BACKEND = {
+    "branch_on_data",
+    "batch_norm_in_training",
+    "dropout_with_a_seed",
+    "custom_autograd_function",
+    "checkpoint_of_each_layer",
+    "blocks_that_are_alike",
+    "mutation_of_an_input",
+    "lengths_across_calls",
+}
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled_yet():
@@ -40,8 +51,22 @@ def test_a_compiled_program_does_what_it_does_without(program):
         assert all(each.reason and each.advice for each in report.breaks)
 
 
+@pytest.mark.parametrize(
+    "program", [p for p in PROGRAMS if p.name in AS_A_BACKEND], ids=lambda program: program.name
+)
+def test_the_backend_of_torch_compile_does_the_same(program):
+    def compile_by_name(target):
+        return torch.compile(target, backend="plait", options={"level": "O0"})
+
+    expected, _ = _run(program, lambda target: target)
+    found, _ = _run(program, compile_by_name)
+    assert differences(expected, found) == []
+
+
 def test_names_of_programs_are_different():
-    assert len({program.name for program in PROGRAMS}) == len(PROGRAMS) >= 64
+    names = {program.name for program in PROGRAMS}
+    assert len(names) == len(PROGRAMS) >= 64
+    assert names >= AS_A_BACKEND
 
 
 def _run(program: Program, wrap):
