@@ -196,11 +196,17 @@ def snapshot(value: Any) -> Any:
 
 
 def snapshot_state(thing: Any) -> Any:
-    """Snapshot a tensor with its gradient, a module with everything it holds, or a container."""
+    """Snapshot a tensor with its gradient, a module with everything it holds, or a container.
+
+    A parameter that the loss does not reach may have a zero gradient where eager has none.
+    """
     if isinstance(thing, Tensor):
         return snapshot([thing, thing.grad])
     if isinstance(thing, nn.Module):
-        gradients = {name: snapshot(p.grad) for name, p in thing.named_parameters()}
+        gradients = {
+            name: snapshot(torch.zeros_like(p) if p.grad is None else p.grad)
+            for name, p in thing.named_parameters()
+        }
         plain = {
             f"{name}.{key}": value
             for name, module in thing.named_modules()

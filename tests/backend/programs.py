@@ -2,6 +2,7 @@
 
 from . import (
     programs_autograd,
+    programs_block_differences,
     programs_blocks,
     programs_containers,
     programs_control_flow,
@@ -14,6 +15,7 @@ PROGRAMS = [
     *programs_state.PROGRAMS,
     *programs_autograd.PROGRAMS,
     *programs_blocks.PROGRAMS,
+    *programs_block_differences.PROGRAMS,
     *programs_containers.PROGRAMS,
     *programs_tensors.PROGRAMS,
 ]
