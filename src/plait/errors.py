@@ -6,6 +6,8 @@ PlaitError(ValueError)
 |-- DataError          files to train on or to evaluate
 |-- CheckpointError    what is saved and loaded
 |-- TrainingError      a run that cannot go on
+|-- PlanError          a parallel plan, or a model and inputs that contradict it
+|-- GraphError         a program that cannot be captured, compiled or run as asked
 |-- SurveyError        magnetotelluric survey, mesh and model files, with file and line
 |-- EarthError         a mesh, a resistivity model or a receiver that cannot be modelled
 |-- InversionError     an inversion that cannot start or cannot go on
@@ -38,6 +40,14 @@ class CheckpointError(PlaitError):
 
 class TrainingError(PlaitError):
     """A training run that cannot go on."""
+
+
+class PlanError(PlaitError):
+    """A parallel plan that is impossible, or that the model or its inputs contradict."""
+
+
+class GraphError(PlaitError):
+    """A program that cannot be captured, compiled or run as asked."""
 
 
 class SurveyError(PlaitError):

@@ -1,0 +1,1 @@
+"""The way in for PyTorch programs: torch.compile(backend="plait") and plait.jit."""

@@ -1,0 +1,1 @@
+"""From graph to schedule: passes, in the order that `levels.py` gives."""

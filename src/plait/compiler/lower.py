@@ -1,0 +1,159 @@
+"""An fx graph becomes a `Program`: operators by name, and what each step frees."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from plait.graph.graph import BACKWARD, FORWARD, Template, call_of
+from plait.graph.schedule import (
+    CALL,
+    CONSTANT,
+    OBJECT,
+    Argument,
+    Program,
+    Ref,
+    Step,
+    name_of,
+    refs_in,
+)
+
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)\n\s*(?P<code>.+)'
+)
+
+
+@dataclass
+class Lowering:
+    """Programs of one schedule, and the constants and objects that they share."""
+
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    objects: dict[str, Callable] = field(default_factory=dict)
+
+    def program(self, name: str, module: fx.GraphModule) -> Program:
+        """Lower a module of operators and calls; its outputs become the results."""
+        inputs: list[str] = []
+        steps: list[Step] = []
+        results: tuple[Argument, ...] = ()
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                inputs.append(node.name)
+            elif node.op == "output":
+                (outputs,) = node.args
+                results = tuple(_argument(x) for x in outputs)
+            elif node.op == "get_attr":
+                steps.append(self._attribute(module, node))
+            else:
+                steps.append(self._step(node))
+        return Program(
+            name=name,
+            inputs=tuple(inputs),
+            results=results,
+            steps=_with_frees(steps, results),
+        )
+
+    def template(self, template: Template) -> dict[str, Program]:
+        """Programs of a template, by the names under which calls find them."""
+        parts = {FORWARD: template.forward, BACKWARD: template.backward}
+        return {
+            name: self.program(name, module)
+            for part, module in parts.items()
+            if module is not None
+            for name in [program_name(template.name, part)]
+        }
+
+    def _step(self, node: fx.Node) -> Step:
+        call = call_of(node)
+        if call is not None:
+            target, args = CALL + program_name(*call), node.args[2:]
+        else:
+            args = node.args
+            target = name_of(node.target) or self._object(node.target)
+        return Step(
+            name=node.name,
+            target=target,
+            args=tuple(_argument(x) for x in args),
+            kwargs=tuple((key, _argument(x)) for key, x in node.kwargs.items()),
+            source=source_of(node),
+        )
+
+    def _object(self, target: object) -> str:
+        assert callable(target)
+        for name, known in self.objects.items():
+            if known is target:
+                return OBJECT + name
+        name = f"{getattr(target, '__name__', 'object')}_{len(self.objects)}"
+        self.objects[name] = target
+        return OBJECT + name
+
+    def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Step:
+        value: object = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, Tensor):
+            for name, known in self.constants.items():
+                if known is value:
+                    return Step(name=node.name, target=CONSTANT, args=(name,))
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value
+            return Step(name=node.name, target=CONSTANT, args=(name,))
+        # A module under a higher-order operator of torch (cond, flex attention): kept as it is.
+        name = f"module_{len(self.objects)}"
+        self.objects[name] = lambda: value
+        return Step(name=node.name, target=OBJECT + name)
+
+
+def program_name(template: str, part: str) -> str:
+    """Name of a template's program."""
+    return f"{template}.{part}"
+
+
+def source_of(node: fx.Node) -> str:
+    """The user's line behind a node: "file:line, in function: code", or ""."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f"{frame['file']}:{frame['line']}, in {frame['where'].strip()}: {frame['code'].strip()}"
+
+
+def _argument(x: object) -> Argument:
+    if isinstance(x, fx.Node):
+        return Ref(x.name)
+    if isinstance(x, list):
+        return [_argument(item) for item in x]
+    if isinstance(x, tuple):
+        return tuple(_argument(item) for item in x)
+    if isinstance(x, Mapping):
+        return {key: _argument(item) for key, item in x.items()}
+    if isinstance(x, slice):
+        return slice(_argument(x.start), _argument(x.stop), _argument(x.step))
+    if isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool):
+        message = f"a symbolic constant ({x}) reached a program"
+        raise AssertionError(message)
+    return x
+
+
+def _with_frees(steps: list[Step], results: tuple[Argument, ...]) -> tuple[Step, ...]:
+    """Note at each step which values are used there for the last time."""
+    needed = set(refs_in(results))
+    last_first: list[Step] = []
+    for step in reversed(steps):
+        used = dict.fromkeys(refs_in((step.args, dict(step.kwargs))))
+        frees = [name for name in used if name not in needed]
+        if step.name not in needed and step.name not in frees:
+            frees.append(step.name)
+        needed.update(used)
+        last_first.append(
+            Step(
+                name=step.name,
+                target=step.target,
+                args=step.args,
+                kwargs=step.kwargs,
+                frees=tuple(frees),
+                source=step.source,
+            )
+        )
+    return tuple(reversed(last_first))

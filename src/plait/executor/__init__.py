@@ -1,0 +1,1 @@
+"""From schedule to tensors: run it, measure it, look into it."""

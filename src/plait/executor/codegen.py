@@ -1,0 +1,213 @@
+"""Programs as Python source: one straight line of operator calls, with a `del` after each last use.
+
+There is no interpreter loop. Programs take their inputs in a list and empty it, so that the caller
+holds nothing that the program could free.
+"""
+
+import keyword
+import linecache
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from plait.errors import GraphError
+from plait.graph.schedule import (
+    CALL,
+    CONSTANT,
+    OBJECT,
+    Argument,
+    Program,
+    Ref,
+    Schedule,
+    Step,
+    refs_in,
+    resolve,
+)
+
+Runner = Callable[[list], tuple]
+
+_BOUND, _RUNNER, _STEPS = "bound__", "runner__", "steps__"
+
+
+class Observer(Protocol):
+    """Is told of every step, where a program is generated to be observed."""
+
+    def before(self, program: Program, step: Step) -> None:
+        """Before the step is launched; calls come before their own steps."""
+        ...
+
+    def after(self, program: Program, step: Step, value: object) -> None:
+        """After it, with what it returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Source of a program; line i+1 belongs to `steps[i]` (None: no step)."""
+
+    source: str
+    line_steps: tuple[Step | None, ...]
+    bindings: dict[str, Any]
+
+
+def load(schedule: Schedule, observer: Observer | None = None) -> dict[str, Runner]:
+    """Make every program of the schedule callable, by name.
+
+    Each takes a list of its inputs, which it empties, and returns a tuple. If a step raises, a note
+    on the exception names the step and the user's line.
+    """
+    runners: dict[str, Runner] = {}
+    for program in (*schedule.templates.values(), *schedule.programs.values()):
+        generated = generate(program, schedule, observer)
+        runners[program.name] = _compile(program, generated, runners)
+    return {name: _explaining(runner) for name, runner in runners.items()}
+
+
+def generate(program: Program, schedule: Schedule, observer: Observer | None = None) -> Generated:
+    """Write the source of a program and what its names stand for."""
+    writer = _Writer(program, schedule, observer)
+    return writer.write()
+
+
+class _Writer:
+    def __init__(self, program: Program, schedule: Schedule, observer: Observer | None) -> None:
+        self.program = program
+        self.schedule = schedule
+        self.observer = observer
+        self.lines: list[str] = []
+        self.steps: list[Step | None] = []
+        self.bindings: dict[str, Any] = {}
+        self.names: dict[int, str] = {}
+
+    def write(self) -> Generated:
+        for name in (*self.program.inputs, *(step.name for step in self.program.steps)):
+            if not name.isidentifier() or keyword.iskeyword(name) or "__" in name:
+                raise GraphError(f"{name!r} in program {self.program.name!r} is not a name.")
+        self.line("def program(inputs):")
+        if self.program.inputs:
+            self.line(f"    ({', '.join(self.program.inputs)},) = inputs")
+            self.line("    inputs.clear()")
+        unused = set(self.program.inputs) - set(self._used())
+        if unused:
+            self.line(f"    del {', '.join(sorted(unused))}")
+        for step in self.program.steps:
+            self.step(step)
+        results = "".join(f"{self.literal(x)}, " for x in self.program.results)
+        self.line(f"    return ({results})")
+        return Generated("\n".join(self.lines) + "\n", tuple(self.steps), self.bindings)
+
+    def _used(self) -> list[str]:
+        used = refs_in(self.program.results)
+        for step in self.program.steps:
+            used += refs_in((step.args, dict(step.kwargs)))
+        return used
+
+    def line(self, text: str, step: Step | None = None) -> None:
+        self.lines.append(text)
+        self.steps.append(step)
+
+    def step(self, step: Step) -> None:
+        if self.observer is not None:
+            self.line(f"    {self.bind(self.observer.before)}{self.told(step)})")
+        frees = list(step.frees)
+        if step.target.startswith(CALL):
+            given = [name for name in frees if name != step.name]
+            box = ", ".join(self.literal(x) for x in step.args)
+            self.line(f"    box = [{box}]")
+            if given:
+                self.line(f"    del {', '.join(given)}")
+            runner = self.bind_name(step.target)
+            self.line(f"    {step.name} = {runner}(box)", step)
+            frees = [name for name in frees if name == step.name]
+        else:
+            self.line(f"    {step.name} = {self.expression(step)}", step)
+        if self.observer is not None:
+            self.line(f"    {self.bind(self.observer.after)}{self.told(step)}, {step.name})")
+        if frees:
+            self.line(f"    del {', '.join(frees)}")
+
+    def told(self, step: Step) -> str:
+        return f"({self.bind(self.program)}, {self.bind(step)}"
+
+    def expression(self, step: Step) -> str:
+        if step.target == CONSTANT:
+            return self.bind(self.schedule.constants[str(step.args[0])])
+        given = [self.literal(x) for x in step.args]
+        given += [f"{key}={self.literal(x)}" for key, x in step.kwargs]
+        if step.target == "getitem":
+            return f"{given[0]}[{given[1]}]"
+        if step.target.startswith(OBJECT):
+            target = self.schedule.objects[step.target.removeprefix(OBJECT)]
+        else:
+            target = resolve(step.target)
+            # The overload's own function: one Python call less for each kernel.
+            target = getattr(target, "_op", target)
+        return f"{self.bind(target)}({', '.join(given)})"
+
+    def literal(self, x: Argument) -> str:
+        if isinstance(x, Ref):
+            return x.name
+        if x is None or (isinstance(x, bool | int | str) and type(x) in (bool, int, str)):
+            return repr(x)
+        if type(x) is float and math.isfinite(x):
+            return repr(x)
+        if isinstance(x, list):
+            return f"[{', '.join(self.literal(item) for item in x)}]"
+        if type(x) is tuple:
+            return f"({''.join(self.literal(item) + ', ' for item in x)})"
+        if isinstance(x, dict):
+            parts = ", ".join(f"{key!r}: {self.literal(item)}" for key, item in x.items())
+            return f"{{{parts}}}"
+        if isinstance(x, slice):
+            return f"slice({self.literal((x.start, x.stop, x.step))[1:-1].rstrip(', ')})"
+        return self.bind(x)
+
+    def bind(self, value: object) -> str:
+        name = self.names.get(id(value))
+        if name is None:
+            name = f"{_BOUND}{len(self.bindings)}"
+            self.names[id(value)] = name
+            self.bindings[name] = value
+        return name
+
+    def bind_name(self, target: str) -> str:
+        """A program that may not be compiled yet: bound by `_compile`."""
+        name = _RUNNER + "".join(c if c.isalnum() else "_" for c in target.removeprefix(CALL))
+        self.bindings[name] = target
+        return name
+
+
+def _compile(program: Program, generated: Generated, runners: dict[str, Runner]) -> Runner:
+    filename = f"<plait {program.name} {id(generated):x}>"
+    bindings = {
+        name: runners[value.removeprefix(CALL)] if name.startswith(_RUNNER) else value
+        for name, value in generated.bindings.items()
+    }
+    bindings[_STEPS] = (program.name, generated.line_steps)
+    exec(compile(generated.source, filename, "exec"), bindings)  # our text; names are checked
+    lines = generated.source.splitlines(keepends=True)
+    linecache.cache[filename] = (len(generated.source), None, lines, filename)
+    return bindings["program"]
+
+
+def _explaining(runner: Runner) -> Runner:
+    def run(inputs: list) -> tuple:
+        try:
+            return runner(inputs)
+        except Exception as error:
+            _explain(error)
+            raise
+
+    return run
+
+
+def _explain(error: Exception) -> None:
+    """Note the step that raised, and the user's line that it came from."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        program, steps = frame.f_globals.get(_STEPS, ("", ()))
+        if program and line <= len(steps) and (step := steps[line - 1]) is not None:
+            error.add_note(f"raised by {step.name} = {step.target} in the program {program}")
+            if step.source:
+                error.add_note(f"from {step.source}")

@@ -1,0 +1,171 @@
+"""The hierarchical graph: one root of calls, and a template for each kind of repeated block.
+
+A deep model repeats a few kinds of layer. Each kind is captured once, as a `Template`; the root holds
+a `call` node for each time it runs, so that capture and passes cost one layer, not eighty. Forward
+and backward stand in one graph (a *joint* graph, as AOTAutograd makes it) until a pass parts them.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor, fx
+
+
+class Role(Enum):
+    """What a value at the edge of a graph is."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+    TANGENT = "tangent"  # gradient that arrives for an output
+    OUTPUT = "output"
+    GRADIENT = "gradient"
+    UPDATE = "update"  # new value of a buffer or an input that the program changes
+    SAVED = "saved"  # kept from the forward for the backward
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every replica needs, and has, the whole value."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Replicas hold equal parts along `dim`."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Replicas hold parts of these sizes along `dim`."""
+
+    dim: int
+    sizes: tuple[int, ...]
+
+
+Layout = Full | Shard | Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A value at the edge of a graph or template; shape and stride hold ints, or names of symbols.
+
+    `name` is the dotted name of a parameter or buffer, else the position in its role. A gradient
+    has the name of what it is the gradient of.
+    """
+
+    role: Role
+    name: str
+    shape: tuple[int | str, ...]
+    stride: tuple[int | str, ...]
+    dtype: torch.dtype | None  # None: a size
+    device: str = "cpu"
+    layout: Layout = field(default_factory=Full)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of a contiguous copy; symbols count as 1."""
+        count = 1
+        for size in self.shape:
+            count *= size if isinstance(size, int) else 1
+        return count * (self.dtype.itemsize if self.dtype else 0)
+
+
+@dataclass
+class Template:
+    """One kind of block, captured once.
+
+    joint: arguments, then tangents -> results, then one gradient for each argument (or None).
+    forward: arguments -> results, then the computed ones of `saved`.
+    backward: `saved`, then tangents -> those of `gradients` that are not None.
+    A template without gradients has neither joint nor backward.
+
+    saved: what the backward needs; an INPUT among them is the argument of that number.
+    differentiable: the results that take a tangent; their tangents come first, then `threaded`'s.
+    threaded: arguments that other nodes use too. A call hands them through to the later users, and
+    adds its own part to the gradient that comes back from them. So the uses of a value are summed
+    in autograd's own order (later users first), and the sum keeps its bits.
+    """
+
+    name: str
+    block: str  # the class it was captured from
+    arguments: tuple[Value, ...]
+    results: tuple[Value, ...]
+    forward: fx.GraphModule
+    joint: fx.GraphModule | None = None
+    backward: fx.GraphModule | None = None
+    saved: tuple[Value, ...] = ()
+    gradients: tuple[Value | None, ...] = ()
+    differentiable: tuple[int, ...] = ()
+    threaded: tuple[int, ...] = ()
+
+    @property
+    def computed_saved(self) -> tuple[Value, ...]:
+        """The saved values that are not arguments: what the forward yields after its results."""
+        return tuple(value for value in self.saved if value.role is Role.SAVED)
+
+    def yields(self, part: str) -> tuple[Value, ...]:
+        """What a call of this part yields."""
+        if part == FORWARD:
+            return self.results + self.computed_saved
+        return tuple(value for value in self.gradients if value is not None)
+
+
+@dataclass
+class Graph:
+    """One rank's program. `root` is joint: forward nodes, then backward nodes, calls among them."""
+
+    root: fx.GraphModule
+    templates: dict[str, Template]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    num_forward_outputs: int
+
+    def values(self, role: Role) -> list[Value]:
+        """Inputs or outputs in this role, in order."""
+        return [value for value in (*self.inputs, *self.outputs) if value.role is role]
+
+    def num_operators(self) -> int:
+        """Count operators as if every call were inlined."""
+        count = 0
+        for node in self.root.graph.nodes:
+            call = call_of(node)
+            if call is None:
+                count += node.op == "call_function"
+                continue
+            template = self.templates[call[0]]
+            part = template.forward if call[1] == FORWARD else template.backward
+            assert part is not None
+            count += sum(each.op == "call_function" for each in part.graph.nodes)
+        return count
+
+
+FORWARD = "forward"
+BACKWARD = "backward"
+
+
+def call_of(node: fx.Node) -> tuple[str, str] | None:
+    """(template name, FORWARD or BACKWARD) if the node calls a template, else None."""
+    if node.op == "call_function" and getattr(node.target, "_name", "") == "plait_call":
+        return str(node.args[0]), str(node.args[1])
+    return None
+
+
+def describe(role: Role, name: str, value: object) -> Value:
+    """Make the `Value` of a (fake) tensor, a size or None."""
+    if not isinstance(value, Tensor):
+        return Value(role=role, name=name, shape=(), stride=(), dtype=None)
+    return Value(
+        role=role,
+        name=name,
+        shape=tuple(_size(size) for size in value.shape),
+        stride=tuple(_size(size) for size in value.stride()),
+        dtype=value.dtype,
+        device=str(value.device),
+    )
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    return size if isinstance(size, int) else str(size)

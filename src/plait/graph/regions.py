@@ -1,0 +1,177 @@
+"""Repeated blocks, marked while TorchDynamo reads the model: one capture per kind of layer.
+
+A member of a `ModuleList` or `Sequential` that stands there beside others of its class is a block.
+When a model is captured for Plait, a call of a block is traced as a region of its own
+(`invoke_subgraph`), and Dynamo reuses the trace for the next block whose guards hold. The user's
+classes are not touched. A block that cannot be a region (it prints, its output shares memory with
+an input, ...) makes Dynamo start the frame again with that class captured flat; the reason is kept.
+"""
+
+# pyright: basic
+# (TorchDynamo is not typed.)
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from itertools import count
+
+from torch import nn
+from torch._dynamo import exc
+from torch._dynamo.variables.functions import UserFunctionVariable
+from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
+from torch._dynamo.variables.lists import ListVariable, TupleVariable
+from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+_MIN_REPEATS = 2
+_ANY_NUMBER = 10**9
+_serial = count()
+
+
+@dataclass
+class Blocks:
+    """What a backend knows of the blocks of its models; a backend that wants them has one."""
+
+    refused: dict[type, str] = field(default_factory=dict)
+    is_inside: bool = False
+
+    def refuse(self, block: type, reason: str) -> None:
+        """Capture this class flat from now on."""
+        self.refused.setdefault(block, reason)
+
+
+def watch_blocks() -> None:
+    """Let Dynamo ask `Blocks` at each call of a module; without them nothing changes."""
+    if UnspecializedNNModuleVariable.call_function is not _call_function:
+        UnspecializedNNModuleVariable.call_function = _call_function
+
+
+_call_flat = UnspecializedNNModuleVariable.call_function
+
+
+def _call_function(self, tx, args, kwargs):
+    blocks = _blocks_of(tx.output.compiler_fn)
+    if blocks is None or blocks.is_inside or not _is_block(self, tx, blocks):
+        return _call_flat(self, tx, args, kwargs)
+    block = type(self.value)
+    blocks.is_inside = True
+    try:
+        region = TorchHigherOrderOperatorVariable.make(invoke_subgraph)
+        leaves: list = []
+        form = tuple(_flatten(x, tx, leaves) for x in args)
+        named = tuple((name, _flatten(x, tx, leaves)) for name, x in kwargs.items())
+        function = UserFunctionVariable(_region_function(block, form, named))
+        return region.call_function(tx, [function, self, *leaves], {})
+    except (exc.RestartAnalysis, exc.SkipFrame):
+        raise
+    except (exc.UncapturedHigherOrderOpError, exc.Unsupported, RuntimeError) as error:
+        blocks.refuse(block, _first_line(error))
+        reason = f"{block.__name__} cannot be captured as a block"
+        raise exc.UnspecializeRestartAnalysis(restart_reason=reason) from error
+    finally:
+        blocks.is_inside = False
+
+
+def _blocks_of(compiler: Callable | None) -> Blocks | None:
+    """The backend's `blocks`, under the wrappers that torch.compile puts around it."""
+    for _ in range(8):
+        if compiler is None:
+            return None
+        blocks = getattr(compiler, "blocks", None)
+        if isinstance(blocks, Blocks):
+            return blocks
+        compiler = getattr(compiler, "_torchdynamo_orig_backend", None) or getattr(
+            compiler, "compiler_fn", None
+        )
+    return None
+
+
+def _is_block(variable: UnspecializedNNModuleVariable, tx, blocks: Blocks) -> bool:
+    module = variable.value
+    if type(module) in blocks.refused or variable.source is None:
+        return False
+    if not any(True for _ in module.children()):
+        return False
+    parent = _parent(variable, tx)
+    if not isinstance(parent, nn.ModuleList | nn.Sequential):
+        return False
+    return sum(type(child) is type(module) for child in parent) >= _MIN_REPEATS
+
+
+def _parent(variable: UnspecializedNNModuleVariable, tx) -> object:
+    source = variable.source
+    while (source := getattr(source, "base", None)) is not None:
+        value = tx.output.resolve_source_value(source)
+        if isinstance(value, nn.Module) and value is not variable.value:
+            return value
+    return None
+
+
+def _flatten(variable, tx, leaves: list) -> tuple:
+    """Append the leaves of an argument, and return its form, from which `_build` makes it again.
+
+    Dynamo compares calls leaf by leaf; it flattens structures too, but by tracing pytree's code,
+    which takes longer than all else.
+    """
+    variable = variable.realize()
+    if isinstance(variable, TupleVariable | ListVariable):
+        kind = type(variable).__name__.removesuffix("Variable").lower()
+        if variable.python_type() in (tuple, list):
+            return (kind, tuple(_flatten(item, tx, leaves) for item in variable.items))
+    if isinstance(variable, UserDefinedObjectVariable) and is_dataclass(variable.value):
+        kind = type(variable.value)
+        is_global = getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
+        if is_global and kind.__dataclass_params__.frozen and not hasattr(kind, "__post_init__"):
+            names = tuple(f.name for f in fields(kind))
+            parts = tuple(_flatten(variable.var_getattr(tx, name), tx, leaves) for name in names)
+            return ("dataclass", _maker(kind, names), parts)
+    leaves.append(variable)
+    return ("leaf",)
+
+
+@cache
+def _maker(kind: type, names: tuple[str, ...]) -> Callable:
+    """A function that makes a dataclass, read by Dynamo as if it stood in the class's own module."""
+    arguments = ", ".join(names)
+    given = ", ".join(f"{name}={name}" for name in names)
+    code = compile(
+        f"lambda {arguments}: {kind.__name__}({given})", f"<make {kind.__name__}>", "eval"
+    )
+    return types.FunctionType(code.co_consts[0], vars(sys.modules[kind.__module__]))
+
+
+def _build(form: tuple, leaves: list):
+    if form[0] == "leaf":
+        return leaves.pop(0)
+    if form[0] == "dataclass":
+        return form[1](*[_build(part, leaves) for part in form[2]])
+    parts = [_build(part, leaves) for part in form[1]]
+    return tuple(parts) if form[0] == "tuple" else parts
+
+
+@cache
+def _region_function(block: type, form: tuple, named: tuple) -> Callable:
+    """Dynamo keeps its traces by code object, so each class and form has a function of its own."""
+
+    def run(module, *operands):
+        leaves = list(operands)
+        args = [_build(part, leaves) for part in form]
+        kwargs = {name: _build(part, leaves) for name, part in named}
+        return module(*args, **kwargs)
+
+    name = f"block_{block.__name__}_{next(_serial)}"
+    function = types.FunctionType(
+        run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__
+    )
+    # Layers with a constant of their own are each traced; that is no reason to fail.
+    function.__marked_compile_region_max_reuse_entries__ = _ANY_NUMBER
+    return function
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    details = [line for line in lines if line.startswith(("Explanation:", "subgraph_reuse:"))]
+    return (details or lines or [type(error).__name__])[0].removeprefix("Explanation:").strip()

@@ -1,0 +1,140 @@
+"""The schedule: named programs of ordered steps, what the executor runs and the dry run prices.
+
+A schedule holds no weights. Its steps name operators, so it can be stored as JSON and bound again,
+on any machine, to a model of its shape.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from plait.graph.graph import Value
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value of that name: an input of the program or the result of an earlier step."""
+
+    name: str
+
+
+Argument = object
+"""A Ref, a plain constant (number, string, dtype, device, None), or a list, tuple or dict of them."""
+
+GETITEM = "getitem"
+CONSTANT = "constant"
+CALL = "call:"
+PYTHON = "python:"
+OBJECT = "object:"
+
+_PYTHON_MODULES = {"operator": operator, "torch": torch, "math": __import__("math")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operator to launch.
+
+    target: "aten.mm.default"; "call:<program>"; "getitem"; "constant" (of the schedule);
+    "python:operator.mul" (sizes); "object:<name>" (something that cannot be stored).
+    frees: values that nobody needs after this step. source: the user's line that it came from.
+    """
+
+    name: str
+    target: str
+    args: tuple[Argument, ...] = ()
+    kwargs: tuple[tuple[str, Argument], ...] = ()
+    frees: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Steps in order. results: what it returns, Refs and constants."""
+
+    name: str
+    inputs: tuple[str, ...]
+    results: tuple[Argument, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass
+class Schedule:
+    """Programs that run in turn, and the programs of templates that they call.
+
+    inputs and outputs describe the edge of the whole; constants are small tensors of the code
+    itself; objects are callables that have no name, with which a schedule cannot be stored.
+    """
+
+    level: str
+    programs: dict[str, Program]
+    templates: dict[str, Program] = field(default_factory=dict[str, Program])
+    inputs: tuple[Value, ...] = ()
+    outputs: tuple[Value, ...] = ()
+    constants: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    objects: dict[str, Callable[..., object]] = field(
+        default_factory=dict[str, Callable[..., object]]
+    )
+
+    def program(self, name: str) -> Program:
+        """The program or template program of that name."""
+        return self.programs[name] if name in self.programs else self.templates[name]
+
+    @property
+    def num_steps(self) -> int:
+        """Operators launched when each program runs once."""
+        return sum(self._num_steps(program) for program in self.programs.values())
+
+    def _num_steps(self, program: Program) -> int:
+        count = 0
+        for step in program.steps:
+            if step.target.startswith(CALL):
+                count += self._num_steps(self.program(step.target.removeprefix(CALL)))
+            else:
+                count += step.target not in (GETITEM, CONSTANT)
+        return count
+
+
+def name_of(target: object) -> str | None:
+    """The name under which a step stores a target; None if it has none."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if target is operator.getitem:
+        return GETITEM
+    module = getattr(target, "__module__", None)
+    name = getattr(target, "__name__", "")
+    module = {"_operator": "operator"}.get(str(module), str(module))
+    if module in _PYTHON_MODULES and getattr(_PYTHON_MODULES[module], name, None) is target:
+        return f"{PYTHON}{module}.{name}"
+    return None
+
+
+def resolve(target: str) -> Callable[..., object]:
+    """The operator of that name. Raises KeyError or AttributeError if this torch has none."""
+    if target == GETITEM:
+        return operator.getitem
+    if target.startswith(PYTHON):
+        module, _, name = target.removeprefix(PYTHON).partition(".")
+        return cast("Callable[..., object]", getattr(_PYTHON_MODULES[module], name))
+    namespace, name, overload = target.split(".")
+    return cast(
+        "Callable[..., object]", getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    )
+
+
+def refs_in(argument: Argument) -> list[str]:
+    """Names of the values in an argument, in order."""
+    if isinstance(argument, Ref):
+        return [argument.name]
+    if isinstance(argument, (list, tuple)):
+        items = cast("list[Argument]", list(cast("tuple[Argument, ...]", argument)))
+        return [name for item in items for name in refs_in(item)]
+    if isinstance(argument, Mapping):
+        parts = cast("Mapping[str, Argument]", argument).values()
+        return [name for item in parts for name in refs_in(item)]
+    if isinstance(argument, slice):
+        return refs_in((argument.start, argument.stop, argument.step))
+    return []
