@@ -1,0 +1,191 @@
+"""Time and memory of a training step at O0, which runs eager's kernels, beside eager.
+
+A step is forward, loss and backward. The two sides share one model and take turns, so that each
+pair sees the same machine; memory is what PyTorch's allocator counts, each side in its own process.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.result import ROOT, Row, run_benchmark
+
+WORKLOADS = {
+    "stdlib_15m": "stdlib_15m, bfloat16",
+    "llama_float32": "Llama 0.2B, 512 tokens, float32",
+    "llama_bfloat16": "Llama 0.2B, 512 tokens, bfloat16",
+}
+SIDES = ("eager", "O0")
+WARM_UP_PAIRS = 3
+NUM_RESAMPLES = 10_000
+
+
+def measure(quick: bool) -> list[Row]:
+    """Compare time, then memory, of each workload."""
+    rows: list[Row] = []
+    for workload, name in WORKLOADS.items():
+        if quick and workload != "stdlib_15m":
+            rows.append(Row(claim=name, unit="x", target=1.02, better="lower", full_only=True))
+            continue
+        timed = _child(workload=workload, pairs=5 if quick else 40)
+        rows += _time_rows(name, timed["eager"], timed["O0"])
+        peaks = {side: _child(workload=workload, side=side)["peak_bytes"] for side in SIDES}
+        rows += _memory_rows(name, peaks)
+    return rows
+
+
+def _time_rows(name: str, eager_s: list[float], ours_s: list[float]) -> list[Row]:
+    ratios = [ours / eager for ours, eager in zip(ours_s, eager_s, strict=True)]
+    upper_ends = {
+        "median": _interval(ratios, statistics.median)[1],
+        "geometric mean": _interval(ratios, statistics.geometric_mean)[1],
+    }
+    return [
+        *(
+            _row(f"{name}: time, O0 / eager, {kind}, upper end of 95 %", "x", 1.02, [upper])
+            for kind, upper in upper_ends.items()
+        ),
+        _row(f"{name}: time, O0 / eager, each pair", "x", None, ratios),
+        _row(f"{name}: time of an eager step", "ms", None, [1e3 * s for s in eager_s]),
+    ]
+
+
+def _memory_rows(name: str, peaks: dict[str, float]) -> list[Row]:
+    ratio = peaks["O0"] / peaks["eager"]
+    return [
+        _row(f"{name}: peak memory above the weights, O0 / eager", "x", 1.02, [ratio]),
+        _row(f"{name}: peak memory of an eager step", "MB", None, [peaks["eager"] * 1e-6]),
+    ]
+
+
+def _row(claim: str, unit: str, target: float | None, samples: list[float]) -> Row:
+    return Row(claim=claim, unit=unit, target=target, better="lower", samples=samples)
+
+
+def _interval(values: list[float], statistic: Callable[[Any], float]) -> tuple[float, float]:
+    """Percentile bootstrap, 95 % [Efron and Tibshirani 1993, section 13.3]."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    draws = generator.choice(values, (NUM_RESAMPLES, len(values)))
+    low, high = np.percentile([statistic(draw.tolist()) for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _child(**arguments: Any) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.step_time", "--child", json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{arguments} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _time(workload: str, pairs: int) -> dict[str, list[float]]:
+    """Time the sides in turn; each pair begins with the other side."""
+    import plait
+
+    eager, batch, parameters = _workload(workload)
+    sides = {"eager": eager, "O0": plait.jit(eager, level="O0")}
+    _check_bits(sides, batch, parameters)
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    for pair in range(WARM_UP_PAIRS + pairs):
+        for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+            _clear(parameters)
+            start_s = time.perf_counter()
+            sides[side](*batch).backward()
+            times[side].append(time.perf_counter() - start_s)
+    return {side: seconds[WARM_UP_PAIRS:] for side, seconds in times.items()}
+
+
+def _check_bits(sides: dict[str, Callable], batch: tuple, parameters: list) -> None:
+    results = []
+    for run in sides.values():
+        _clear(parameters)
+        loss = run(*batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in parameters)])
+    if not all(a.equal(b) for a, b in zip(*results, strict=True)):
+        raise RuntimeError("O0 does not have the bits of eager")
+    _clear(parameters)
+
+
+def _peak_bytes(workload: str, side: str) -> dict[str, float]:
+    """Bytes that PyTorch's allocator holds at most during a warm step, less those before it."""
+    import torch
+
+    import plait
+
+    eager, batch, parameters = _workload(workload)
+    run = eager if side == "eager" else plait.jit(eager, level="O0")
+    for _ in range(2):
+        run(*batch).backward()
+        _clear(parameters)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run(*batch).backward()
+    events = list(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
+    events.sort(key=lambda event: event.start_time_ns)
+    first = events[0].typed[1]
+    before = first.total_allocated - first.alloc_size
+    return {"peak_bytes": max(event.typed[1].total_allocated for event in events) - before}
+
+
+def _allocations(events: list) -> Iterator[Any]:
+    for event in events:
+        if event.name == "[memory]":
+            yield event
+        yield from _allocations(event.children)
+
+
+def _clear(parameters: list) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _workload(name: str) -> tuple[Callable, tuple, list]:
+    """Return loss function, its batch and the parameters."""
+    import torch
+
+    from plait.models.decoder import Decoder, DecoderConfig
+    from plait.recipes.catalog import find_recipe
+    from plait.train.step import summed_loss
+
+    if name == "stdlib_15m":
+        job = find_recipe(name)
+        config, batch_size, length = job.model, job.micro_batch_size, job.sequence_length
+        dtype = job.torch_dtype
+    else:
+        config = DecoderConfig(
+            vocab_size=32_000,
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_layers=12,
+            num_heads=16,
+            num_kv_heads=8,
+            head_size=64,
+            max_positions=512,
+        )
+        batch_size, length, dtype = 1, 512, getattr(torch, name.removeprefix("llama_"))
+    torch.manual_seed(0)
+    model = Decoder(config)
+    model.initialize()
+    tokens = torch.randint(0, config.vocab_size, (batch_size, length + 1))
+    batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def loss(inputs_BT, targets_BT):
+        return summed_loss(model, inputs_BT, targets_BT, dtype=dtype) / targets_BT.numel()
+
+    return loss, batch, list(model.parameters())
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        arguments = json.loads(sys.argv[-1])
+        print(json.dumps((_peak_bytes if "side" in arguments else _time)(**arguments)))
+    else:
+        run_benchmark("step_time", measure)
