@@ -49,7 +49,9 @@ class Jitted:
 
     def __getattr__(self, name: str):
         """Attributes of the original: parameters(), state_dict(), train(), ..."""
-        return getattr(self.__dict__["original"], name)
+        if name.startswith("__") or "original" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.original, name)
 
     def _note_compilation(self, num_breaks: int, num_times: int) -> None:
         report = self._backend.report

@@ -28,14 +28,9 @@ from plait.graph.inline import inline_regions
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
 from plait.graph.trace import NotATemplate
+from plait.graph.whole import AS_EAGER
 
 _OPTIONS = ("level",)
-_AS_EAGER = {
-    # Eager's backward runs outside of the autocast of the forward.
-    "backward_pass_autocast": "off",
-    # Nothing here overwrites saved values, so a second backward may use them.
-    "donated_buffer": False,
-}
 
 
 def plait_backend(
@@ -61,7 +56,7 @@ class Backend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
         """Return a function of the frame's inputs, as torch.compile asks for."""
-        with torch._functorch.config.patch(_AS_EAGER):
+        with torch._functorch.config.patch(AS_EAGER):
             return self._compile(module, inputs)
 
     def _compile(self, module: fx.GraphModule, inputs: Sequence) -> Callable:

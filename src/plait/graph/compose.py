@@ -27,7 +27,13 @@ class _Call:
     template: Template
 
 
-def compose(module: fx.GraphModule, fake_mode: FakeTensorMode) -> Graph:
+Names = dict[fx.Node, tuple[Role, str]]
+"""What the module's inputs are, where that is known."""
+
+
+def compose(
+    module: fx.GraphModule, fake_mode: FakeTensorMode, names: Names | None = None
+) -> Graph:
     """Make the joint graph of a module from TorchDynamo; its results are those of the module.
 
     Raises NotATemplate where the module must be captured as a whole: dynamic shapes, changes in
@@ -36,7 +42,7 @@ def compose(module: fx.GraphModule, fake_mode: FakeTensorMode) -> Graph:
     pieces = cut(module)
     (outputs,) = module.graph.output_node().args
     inputs = module.graph.find_nodes(op="placeholder")
-    composer = _Composer(pieces, inputs, outputs, module, fake_mode)
+    composer = _Composer(pieces, inputs, outputs, module, fake_mode, names or {})
     return composer.run()
 
 
@@ -48,7 +54,9 @@ class _Composer:
         outputs: Sequence[fx.Node],
         module: fx.GraphModule,
         fake_mode: FakeTensorMode,
+        names: Names,
     ) -> None:
+        self.names = names
         self.pieces, self.inputs, self.outputs = pieces, inputs, outputs
         self.module, self.fake_mode = module, fake_mode
         self.templates: dict[tuple, Template] = {}
@@ -64,7 +72,8 @@ class _Composer:
             value = operator.attrgetter(node.target)(self.module)
         else:
             value = node.meta["example_value"]
-        return describe(Role.INPUT, node.name, value)
+        role, name = self.names.get(node, (Role.INPUT, node.name))
+        return describe(role, name, value)
 
     def check_outputs(self) -> None:
         produced = {x for piece in self.pieces for x in piece.results}
@@ -172,7 +181,7 @@ class _Writer:
         results = [self.at[node] for node in composer.outputs]
         graph.output(tuple(results + [self.gradient_at[node] for node in wanted]))
         outputs += [
-            describe(Role.GRADIENT, node.name, self.gradients[node])
+            describe(Role.GRADIENT, composer.values[node].name, self.gradients[node])
             for node in wanted
         ]
         return Graph(

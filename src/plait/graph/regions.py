@@ -12,19 +12,24 @@ an input, ...) makes Dynamo start the frame again with that class captured flat;
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 
 from torch import nn
 from torch._dynamo import exc
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.variables import invoke_subgraph as dynamo_regions
 from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
 from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch.utils.weak import TensorWeakRef
 
 _MIN_REPEATS = 2
 _ANY_NUMBER = 10**9
@@ -43,17 +48,62 @@ class Blocks:
         self.refused.setdefault(block, reason)
 
 
+_marking: ContextVar[Blocks | None] = ContextVar("marking", default=None)
+
+
+@contextmanager
+def marking_blocks(blocks: Blocks) -> Iterator[None]:
+    """Mark blocks in whatever Dynamo reads here, whichever backend asked for it."""
+    watch_blocks()
+    token = _marking.set(blocks)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
+
+
 def watch_blocks() -> None:
     """Let Dynamo ask `Blocks` at each call of a module; without them nothing changes."""
-    if UnspecializedNNModuleVariable.call_function is not _call_function:
-        UnspecializedNNModuleVariable.call_function = _call_function
+    UnspecializedNNModuleVariable.call_function = _call_function
+    dynamo_regions.is_reusable = _is_reusable
+    dynamo_regions.stamp_out_subgraph = _reuse
 
 
 _call_flat = UnspecializedNNModuleVariable.call_function
+_is_reusable_now = dynamo_regions.is_reusable
+_stamp_out = dynamo_regions.stamp_out_subgraph
+
+
+def _is_reusable(tx, condition, fingerprint, entry) -> bool:
+    """Note the condition under which a trace is reused, for `_reuse`."""
+    if not _is_reusable_now(tx, condition, fingerprint, entry):
+        return False
+    entry.met_condition = condition
+    return True
+
+
+def _reuse(tx, fingerprint, entry):
+    """Reuse a trace with its guards, restated for the block that reuses it.
+
+    Dynamo checks them before it reuses a trace, but leaves no guard behind: a later change of the
+    second block would go unnoticed.
+    """
+    result = _stamp_out(tx, fingerprint, entry)
+    moved = dynamo_regions.build_source_replacement(entry.arg_sources, fingerprint.arg_sources)
+    for source, _, _, guard in entry.met_condition.guards:
+        new_source = source.clone(lambda s: moved.get(s, s))
+        kind = guard.create_fn_name()
+        there = {g.create_fn_name() for g in tx.output.guards.get_guards_for_source(new_source)}
+        if kind != "TENSOR_MATCH":
+            install_guard(new_source.make_guard(guard.create_fn))
+        elif kind not in there:
+            value = TensorWeakRef(tx.output.resolve_source_value(new_source))
+            install_guard(new_source.make_guard(partial(GuardBuilder.TENSOR_MATCH, value=value)))
+    return result
 
 
 def _call_function(self, tx, args, kwargs):
-    blocks = _blocks_of(tx.output.compiler_fn)
+    blocks = _marking.get() or _blocks_of(tx.output.compiler_fn)
     if blocks is None or blocks.is_inside or not _is_block(self, tx, blocks):
         return _call_flat(self, tx, args, kwargs)
     block = type(self.value)

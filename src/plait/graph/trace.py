@@ -67,7 +67,8 @@ def trace(
     tangents = [_fake(x, fake_mode) for x in use.tangents if x is not None]
     tangents += [_fake(use.operands[i], fake_mode) for i in use.threaded]
     traced = _Traced(piece, use)
-    module = _trace_functional(traced, operands, tangents if use.has_backward else [])
+    with fake_mode:
+        module = _trace_functional(traced, operands, tangents if use.has_backward else [])
     _drop_detaches(module)
     (outputs,) = module.graph.output_node().args
     results = outputs[: len(use.tangents)]

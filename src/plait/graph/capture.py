@@ -1,0 +1,143 @@
+"""`plait.capture`: the whole program of a model as one `Graph`, without touching the model.
+
+The model is read on a fake copy, whose tensors have shapes but no memory: a model that no machine
+could hold is captured on a laptop. Parameters keep their names in the graph's inputs.
+"""
+
+# pyright: basic
+# (TorchDynamo is not typed.)
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import exc
+from torch._dynamo.convert_frame import fullgraph_capture
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from plait.errors import GraphError, PlanError
+from plait.graph.compose import Names, compose
+from plait.graph.graph import Graph, Role
+from plait.graph.regions import Blocks, marking_blocks
+from plait.graph.whole import compose_whole
+from plait.graph.trace import NotATemplate
+from plait.plan.parallel_plan import ParallelPlan
+
+Loss = Callable[..., Tensor]
+
+
+def capture(
+    model: nn.Module,
+    *inputs: object,
+    plan: ParallelPlan | None = None,
+    loss: Loss | None = None,
+) -> Graph:
+    """Capture the forward of `model(*inputs)`, or with a loss the forward and backward of a step.
+
+    inputs: tensors (real, fake or meta; only their shapes matter) and plain values. A plan may also
+    be given as the last of them. loss: a function `loss(model, *inputs)` that returns a scalar.
+
+    The inputs of the graph are the parameters and buffers that the program reads, by name, then the
+    tensors among `inputs`, numbered; its outputs are the model's tensors or the loss, the new
+    values of buffers that it changes, and the gradients of the parameters.
+
+    Raises GraphError where the program cannot be one graph, and PlanError where the inputs
+    contradict the plan.
+    """
+    if inputs and isinstance(inputs[-1], ParallelPlan):
+        if plan is not None:
+            raise GraphError("two plans were given: one among the inputs and one by name.")
+        inputs, plan = inputs[:-1], inputs[-1]
+    if plan is not None:
+        _check_plan(plan, inputs)
+    fake_mode = FakeTensorMode()
+    fake_model = _fake_copy(model, fake_mode)
+    fake_inputs = [_fake(x, fake_mode) if isinstance(x, Tensor) else x for x in inputs]
+    program = fake_model if loss is None else _Step(fake_model, loss)
+    try:
+        with marking_blocks(Blocks()):
+            captured = fullgraph_capture(program, tuple(fake_inputs)).backend_input
+    except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.UserError) as error:
+        raise GraphError(f"the model is not one graph: {_plain(error)}") from error
+    if captured is None:
+        raise GraphError("the model computes nothing: there is no operator to capture.")
+    module = captured.graph_module
+    names = _names(module, fake_model, fake_inputs)
+    with tracing(TracingContext(captured.fake_mode)):
+        try:
+            return compose(module, captured.fake_mode, names)
+        except NotATemplate:
+            return compose_whole(module, captured.fake_mode, names)
+
+
+class _Step(nn.Module):
+    """The model and its loss, as one module."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, *inputs: object) -> Tensor:
+        return self.loss(self.model, *inputs)
+
+
+def _check_plan(plan: ParallelPlan, inputs: tuple[object, ...]) -> None:
+    plan.check_inputs(inputs)
+    if plan.num_ranks > 1:
+        raise PlanError(
+            f"the plan spreads the model over {plan.num_ranks} ranks, and Plait does not place "
+            "models itself yet. Place it with torch.distributed.tensor.parallel before capture, "
+            "and leave the axes of the plan at 1."
+        )
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy with fake parameters and buffers; shared ones stay shared."""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = _fake(tensor.detach(), mode)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = fake
+    return copy.deepcopy(model, memo)
+
+
+def _fake(x: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake of a tensor; of a meta tensor, one on the CPU."""
+    if isinstance(x, FakeTensor) or x.device.type == "meta":
+        device = "cpu" if x.device.type == "meta" else x.device
+        with mode:
+            fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+        return fake.requires_grad_(x.requires_grad)
+    return mode.from_tensor(x, static_shapes=True)
+
+
+def _names(module: fx.GraphModule, model: nn.Module, inputs: list[object]) -> Names:
+    """Say of each input of the graph which parameter, buffer or input of the user it is."""
+    known: dict[int, tuple[Role, str]] = {}
+    for i, x in enumerate(x for x in inputs if isinstance(x, Tensor)):
+        known[id(x)] = (Role.INPUT, str(i))
+    for name, x in model.named_buffers():
+        known.setdefault(id(x), (Role.BUFFER, name))
+    for name, x in model.named_parameters():
+        known.setdefault(id(x), (Role.PARAMETER, name))
+    names: Names = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        argument = node.meta["grapharg"]
+        found = known.get(id(argument.example))
+        if found is None:
+            raise GraphError(f"the program reads {argument.source.name}, which is no input of it.")
+        names[node] = found
+    return names
+
+
+def _plain(error: Exception) -> str:
+    """The first sentence of Dynamo's explanation, and the user's line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    explanation = [line for line in lines if line.startswith("Explanation:")]
+    text = (explanation or lines)[0].removeprefix("Explanation:").strip()
+    stack = getattr(error, "real_stack", None)
+    return f"{text} ({stack[-1].filename}:{stack[-1].lineno})" if stack else text
