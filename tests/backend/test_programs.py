@@ -9,6 +9,7 @@ import plait
 
 from .program import SEED, Program, differences
 from .programs import PROGRAMS
+from .programs_block_differences import PROGRAMS as BLOCK_DIFFERENCES
 
 # Dynamo itself reads .grad of a tensor that is no leaf where it resumes after a break,
 # makes an instance of an autograd function, and imports deprecated modules for an optimizer.
@@ -37,7 +38,13 @@ def nothing_is_compiled_yet():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p in BLOCK_DIFFERENCES else (), id=p.name)
+        for p in PROGRAMS
+    ],
+)
 def test_a_compiled_program_does_what_it_does_without(program):
     expected, _ = _run(program, lambda target: target)
     found, compiled = _run(program, plait.jit)
