@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 import torch
+from torch._dynamo import exc
 from torch._dynamo.utils import compilation_time_metrics, graph_break_reasons
 
 from plait.backend.report import Report, make_break
@@ -37,6 +38,12 @@ class Jitted:
         num_times = len(compilation_time_metrics.get(_COMPILE, ()))
         try:
             return self._compiled(*args, **kwargs)
+        except exc.TorchRuntimeError:
+            if len(graph_break_reasons) > num_breaks:
+                raise
+            # The program itself is wrong, say in its shapes, and nothing of it ran yet: let it
+            # raise its own error, from its own line.
+            return self.original(*args, **kwargs)
         finally:
             if len(graph_break_reasons) > num_breaks or (
                 self._backend.report.num_graphs > num_graphs

@@ -36,6 +36,7 @@ class Report:
     recompilations: list[str] = field(default_factory=list)
     flat_blocks: dict[str, str] = field(default_factory=dict)
     whole_graphs: dict[str, str] = field(default_factory=dict)
+    eager_graphs: dict[str, str] = field(default_factory=dict)
     phases_s: Counter[str] = field(default_factory=Counter)
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)
@@ -60,6 +61,10 @@ class Report:
                 *_section(
                     "graphs captured as a whole, without templates",
                     [f"{where}: {reason}" for where, reason in self.whole_graphs.items()],
+                ),
+                *_section(
+                    "graphs that fell back to eager operators",
+                    [f"{where}: {reason}" for where, reason in self.eager_graphs.items()],
                 ),
                 *_section(
                     "compile time", [f"{name}: {s:.2f} s" for name, s in self.phases_s.items()]

@@ -11,9 +11,9 @@ from functools import cache
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
+from torch._guards import TracingContext
 
 from plait.backend.report import CapturedGraph, Report
 from plait.compiler.compile import compile_graph
@@ -78,17 +78,20 @@ class Backend:
         inline_regions(module)
         frame = WholeFrame(self, module)
         self.report.whole_graphs[place_of(module)] = reason
-        before = self.report.phases_s.copy()
-        start_s = time.perf_counter()
-        compiled = aot_autograd(
-            fw_compiler=frame.compile_forward,
-            bw_compiler=frame.compile_backward,
-            inference_compiler=frame.compile_forward,
-            partition_fn=frame.partition,
-        )(module, inputs)
-        inner_s = sum((self.report.phases_s - before).values())
-        self.report.phases_s["trace"] += time.perf_counter() - start_s - inner_s
-        return compiled
+        try:
+            with self._timed("trace"):
+                return aot_autograd(
+                    fw_compiler=frame.compile_forward,
+                    bw_compiler=frame.compile_backward,
+                    inference_compiler=frame.compile_forward,
+                    partition_fn=frame.partition,
+                )(module, inputs)
+        except (RuntimeError, NotImplementedError) as error:
+            # What Dynamo captured is the user's own operators: they run as they are, under
+            # autograd, and the report says so.
+            self.report.eager_graphs[place_of(module)] = str(error).strip().splitlines()[0]
+            self.report.graphs.append(CapturedGraph(place_of(module), 0, {}, 0))
+            return module.forward
 
     @contextmanager
     def _timed(self, phase: str):

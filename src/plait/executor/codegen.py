@@ -28,7 +28,9 @@ from plait.graph.schedule import (
 
 Runner = Callable[[list], tuple]
 
-_BOUND, _RUNNER, _STEPS = "bound__", "runner__", "steps__"
+# Our own names in a program; no step may be called so.
+_INPUTS, _BOX, _BOUND, _RUNNER, _STEPS = "inputs__", "box__", "bound__", "runner__", "steps__"
+_OWN = (_INPUTS, _BOX, _BOUND, _RUNNER, _STEPS)
 
 
 class Observer(Protocol):
@@ -83,12 +85,12 @@ class _Writer:
 
     def write(self) -> Generated:
         for name in (*self.program.inputs, *(step.name for step in self.program.steps)):
-            if not name.isidentifier() or keyword.iskeyword(name) or "__" in name:
+            if not name.isidentifier() or keyword.iskeyword(name) or name.startswith(_OWN):
                 raise GraphError(f"{name!r} in program {self.program.name!r} is not a name.")
-        self.line("def program(inputs):")
+        self.line(f"def program({_INPUTS}):")
         if self.program.inputs:
-            self.line(f"    ({', '.join(self.program.inputs)},) = inputs")
-            self.line("    inputs.clear()")
+            self.line(f"    ({', '.join(self.program.inputs)},) = {_INPUTS}")
+            self.line(f"    {_INPUTS}.clear()")
         unused = set(self.program.inputs) - set(self._used())
         if unused:
             self.line(f"    del {', '.join(sorted(unused))}")
@@ -115,11 +117,11 @@ class _Writer:
         if step.target.startswith(CALL):
             given = [name for name in frees if name != step.name]
             box = ", ".join(self.literal(x) for x in step.args)
-            self.line(f"    box = [{box}]")
+            self.line(f"    {_BOX} = [{box}]")
             if given:
                 self.line(f"    del {', '.join(given)}")
             runner = self.bind_name(step.target)
-            self.line(f"    {step.name} = {runner}(box)", step)
+            self.line(f"    {step.name} = {runner}({_BOX})", step)
             frees = [name for name in frees if name == step.name]
         else:
             self.line(f"    {step.name} = {self.expression(step)}", step)

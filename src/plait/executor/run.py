@@ -73,10 +73,12 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         run = ctx.run
-        arriving = gradients[0] if len(gradients) == 1 and isinstance(gradients[0], list) else list(gradients)
-        tangents = [
-            _as_traced(arriving[int(value.name)], value) for value in run.tangents
-        ]
+        arriving = (
+            gradients[0]
+            if len(gradients) == 1 and isinstance(gradients[0], list)
+            else list(gradients)
+        )
+        tangents = [_as_traced(arriving[int(value.name)], value) for value in run.tangents]
         del gradients
         arriving.clear()
         keep = torch._C._autograd._get_current_graph_task_keep_graph()

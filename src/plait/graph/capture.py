@@ -21,8 +21,8 @@ from plait.errors import GraphError, PlanError
 from plait.graph.compose import Names, compose
 from plait.graph.graph import Graph, Role
 from plait.graph.regions import Blocks, marking_blocks
-from plait.graph.whole import compose_whole
 from plait.graph.trace import NotATemplate
+from plait.graph.whole import compose_whole
 from plait.plan.parallel_plan import ParallelPlan
 
 Loss = Callable[..., Tensor]

@@ -31,9 +31,7 @@ Names = dict[fx.Node, tuple[Role, str]]
 """What the module's inputs are, where that is known."""
 
 
-def compose(
-    module: fx.GraphModule, fake_mode: FakeTensorMode, names: Names | None = None
-) -> Graph:
+def compose(module: fx.GraphModule, fake_mode: FakeTensorMode, names: Names | None = None) -> Graph:
     """Make the joint graph of a module from TorchDynamo; its results are those of the module.
 
     Raises NotATemplate where the module must be captured as a whole: dynamic shapes, changes in
@@ -60,9 +58,14 @@ class _Composer:
         self.pieces, self.inputs, self.outputs = pieces, inputs, outputs
         self.module, self.fake_mode = module, fake_mode
         self.templates: dict[tuple, Template] = {}
+        if not all(isinstance(node, fx.Node) for node in outputs):
+            raise NotATemplate("it returns something that is not a tensor")
         self.values = {
             node: self.describe(node)
-            for node in [*inputs, *(x for piece in pieces for x in (*piece.operands, *piece.results))]
+            for node in [
+                *inputs,
+                *(x for piece in pieces for x in (*piece.operands, *piece.results)),
+            ]
             if node is not None
         }
         self.check_outputs()
@@ -115,9 +118,7 @@ class _Composer:
             if x is not None
         )
         needs = tuple(x in needing and piece.modes.grad for x in piece.operands)
-        threaded = tuple(
-            i for i, x in enumerate(piece.operands) if needs[i] and x in gradients
-        )
+        threaded = tuple(i for i, x in enumerate(piece.operands) if needs[i] and x in gradients)
         if all(x is None for x in arriving):
             threaded = ()  # nothing to add to what the later users send
         use = Use(

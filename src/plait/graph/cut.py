@@ -104,6 +104,8 @@ class _Cutter:
             else:
                 user.replace_all_uses_with(first)
         operands = list(node.args[2:])
+        if not all(isinstance(x, fx.Node) for x in operands):
+            raise NotATemplate("a block takes a number that is not the same each time")
         if len(set(operands)) < len(operands):
             raise NotATemplate("a block takes the same tensor twice")
         name = block_name(region)
@@ -133,7 +135,9 @@ class _Cutter:
             if source not in own and not self.is_module(source)
         ]
         results = [
-            node for node in nodes if any(u not in own and u.target is not _EXIT for u in node.users)
+            node
+            for node in nodes
+            if any(u not in own and u.target is not _EXIT for u in node.users)
         ]
         for node in (*operands, *results):
             if not isinstance(node.meta.get("example_value"), Tensor) and node.op != "get_attr":

@@ -51,10 +51,12 @@ def part_joint(
     saved = [
         node
         for node in nodes
-        if (node.op != "output"
-        and node not in backward_order
-        and node not in tangents
-        and any(user in backward_order for user in node.users))
+        if (
+            node.op != "output"
+            and node not in backward_order
+            and node not in tangents
+            and any(user in backward_order for user in node.users)
+        )
         or (node in gradients and node not in backward_order and node not in tangents)
     ]
     saved = list(dict.fromkeys(saved))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import count
 
 from torch import nn
@@ -27,9 +27,11 @@ from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
 from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
+from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch.utils.weak import TensorWeakRef
+
+from plait.graph.modes import Modes, current_modes
 
 _MIN_REPEATS = 2
 _ANY_NUMBER = 10**9
@@ -97,8 +99,8 @@ def _reuse(tx, fingerprint, entry):
         if kind != "TENSOR_MATCH":
             install_guard(new_source.make_guard(guard.create_fn))
         elif kind not in there:
-            value = TensorWeakRef(tx.output.resolve_source_value(new_source))
-            install_guard(new_source.make_guard(partial(GuardBuilder.TENSOR_MATCH, value=value)))
+            # Shared with a block before it, or read for its shape only: not an input of its own.
+            install_guard(new_source.make_guard(GuardBuilder.ID_MATCH))
     return result
 
 
@@ -107,13 +109,16 @@ def _call_function(self, tx, args, kwargs):
     if blocks is None or blocks.is_inside or not _is_block(self, tx, blocks):
         return _call_flat(self, tx, args, kwargs)
     block = type(self.value)
+    leaves: list = []
+    form = tuple(_flatten(x, tx, leaves) for x in args)
+    named = tuple((name, _flatten(x, tx, leaves)) for name, x in kwargs.items())
+    given = [leaf.as_proxy().node for leaf in leaves if isinstance(leaf, TensorVariable)]
+    if len(set(given)) < len(given):
+        return _call_flat(self, tx, args, kwargs)
     blocks.is_inside = True
     try:
         region = TorchHigherOrderOperatorVariable.make(invoke_subgraph)
-        leaves: list = []
-        form = tuple(_flatten(x, tx, leaves) for x in args)
-        named = tuple((name, _flatten(x, tx, leaves)) for name, x in kwargs.items())
-        function = UserFunctionVariable(_region_function(block, form, named))
+        function = UserFunctionVariable(_region_function(block, form, named, current_modes()))
         return region.call_function(tx, [function, self, *leaves], {})
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
@@ -143,12 +148,26 @@ def _is_block(variable: UnspecializedNNModuleVariable, tx, blocks: Blocks) -> bo
     module = variable.value
     if type(module) in blocks.refused or variable.source is None:
         return False
-    if not any(True for _ in module.children()):
+    if not any(True for _ in module.children()) or tx.output.current_tracer.parent is not None:
+        return False  # too small to matter, or inside of another region
+    if any(_has_hooks(each) for each in module.modules()):
         return False
     parent = _parent(variable, tx)
     if not isinstance(parent, nn.ModuleList | nn.Sequential):
         return False
     return sum(type(child) is type(module) for child in parent) >= _MIN_REPEATS
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        getattr(module, name)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
 
 
 def _parent(variable: UnspecializedNNModuleVariable, tx) -> object:
@@ -203,8 +222,8 @@ def _build(form: tuple, leaves: list):
 
 
 @cache
-def _region_function(block: type, form: tuple, named: tuple) -> Callable:
-    """Dynamo keeps its traces by code object, so each class and form has a function of its own."""
+def _region_function(block: type, form: tuple, named: tuple, modes: Modes) -> Callable:
+    """Dynamo keeps its traces by code object, so what it does not compare is in the key."""
 
     def run(module, *operands):
         leaves = list(operands)

@@ -67,8 +67,13 @@ def trace(
     tangents = [_fake(x, fake_mode) for x in use.tangents if x is not None]
     tangents += [_fake(use.operands[i], fake_mode) for i in use.threaded]
     traced = _Traced(piece, use)
-    with fake_mode:
-        module = _trace_functional(traced, operands, tangents if use.has_backward else [])
+    try:
+        with fake_mode:
+            module = _trace_functional(traced, operands, tangents if use.has_backward else [])
+    except NotATemplate:
+        raise
+    except Exception as error:  # what a piece cannot do alone, the whole may: the reason is kept
+        raise NotATemplate(f"{block} cannot be traced by itself: {_first_line(error)}") from error
     _drop_detaches(module)
     (outputs,) = module.graph.output_node().args
     results = outputs[: len(use.tangents)]
@@ -149,6 +154,10 @@ def _trace_functional(
             *operands, *tangents
         )
     return module
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fake(value: Value, mode: FakeTensorMode) -> Tensor:

@@ -44,11 +44,10 @@ def compose_whole(module: fx.GraphModule, fake_mode: FakeTensorMode, names: Name
     placeholders = root.graph.find_nodes(op="placeholder")
     tangents = placeholders[len(inputs) :]
     values = [
-        describe(*described[i], node.meta["val"]) for i, node in enumerate(placeholders[: len(inputs)])
+        describe(*described[i], node.meta["val"])
+        for i, node in enumerate(placeholders[: len(inputs)])
     ]
-    values += [
-        describe(Role.TANGENT, str(i), node.meta["val"]) for i, node in enumerate(tangents)
-    ]
+    values += [describe(Role.TANGENT, str(i), node.meta["val"]) for i, node in enumerate(tangents)]
     (results,) = root.graph.output_node().args
     descriptions = root.graph.output_node().meta["desc"]
     outputs = []
