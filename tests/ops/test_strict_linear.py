@@ -147,6 +147,7 @@ def test_the_probe_tells_other_orders_of_summation_apart(monkeypatch):
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         num_threads=torch.get_num_threads(),
+        precision=torch.get_float32_matmul_precision(),
         num_matrices=None,
         inner=64,
         columns=48,

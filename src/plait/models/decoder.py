@@ -223,6 +223,8 @@ class Decoder(nn.Module):
                 )
             positions_BT = torch.arange(num_before, end, device=tokens_BT.device)[None]
         cos_B1TH, sin_B1TH = rotation_tables(self.config.rope, positions_BT, self.config.head_size)
+        if self.config.numerics == "strict":
+            return AttentionInputs(cos_B1TH, sin_B1TH, None, cache)
         mask = attention_mask(
             num_tokens=num_tokens,
             num_held=num_before + num_tokens,

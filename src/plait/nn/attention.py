@@ -23,7 +23,7 @@ class AttentionInputs:
     """What all layers of one forward share: the rotation of each token, and who may see whom.
 
     mask: boolean (B, 1, T, S), True where a query may look; None = causal without a cache, or one
-    token that may see everything.
+    token that may see everything. Strict numerics are always causal and take none.
     """
 
     cos_B1TH: Tensor

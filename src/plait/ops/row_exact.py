@@ -31,13 +31,15 @@ treats rows of few and odd sizes, such as 7, by address; then 16 float32 fill an
 class Product:
     """All that a kernel may be chosen by, except the number of rows.
 
-    num_matrices: None for a plain product, else the matrices of a batched one. is_transposed: the
-    right side (K, N) is stored as (N, K).
+    precision: of float32 products, as `torch.set_float32_matmul_precision` has it. num_matrices:
+    None for a plain product, else the matrices of a batched one. is_transposed: the right side
+    (K, N) is stored as (N, K).
     """
 
     dtype: torch.dtype
     device: torch.device
     num_threads: int
+    precision: str
     num_matrices: int | None
     inner: int
     columns: int
@@ -54,6 +56,7 @@ def multiply_rows(x_MK: Tensor, w_KN: Tensor) -> Tensor:
             dtype=x_MK.dtype,
             device=x_MK.device,
             num_threads=torch.get_num_threads(),
+            precision=torch.get_float32_matmul_precision(),
             num_matrices=None,
             inner=w_KN.shape[0],
             columns=num_columns,
@@ -118,7 +121,8 @@ def is_row_exact(product: Product, num_rows: int) -> bool:
         ]
     )
     for _ in range(2):
-        order_R = torch.randperm(x_XRK.shape[1], generator=generator).to(product.device)
+        order_R = torch.randperm(x_XRK.shape[1], generator=generator, device="cpu")
+        order_R = order_R.to(product.device)
         found_XRN = _in_tiles(product, x_XRK[:, order_R], w_XKN, num_rows)
         if not torch.equal(found_XRN, expected_XRN[:, order_R]):
             return False
@@ -130,11 +134,11 @@ def _telling_values(
 ) -> tuple[Tensor, Tensor]:
     """Make x and w whose products are zero but for rounding: x = (a, -a), w = (b, b)."""
     num_matrices, half = product.num_matrices or 1, product.inner // 2
-    a_XRh = torch.randn(num_matrices, num_rows, half, generator=generator)
-    a_XRh *= 2.0 ** torch.randint(-4, 5, (half,), generator=generator)
+    a_XRh = torch.randn(num_matrices, num_rows, half, generator=generator, device="cpu")
+    a_XRh *= 2.0 ** torch.randint(-4, 5, (half,), generator=generator, device="cpu")
     # A large weight is filled by repeating one of its parts: drawing all of it takes seconds.
     part = min(half, 1024)
-    b_XhN = torch.randn(num_matrices, part, product.columns, generator=generator)
+    b_XhN = torch.randn(num_matrices, part, product.columns, generator=generator, device="cpu")
     b_XhN = b_XhN.repeat(1, -(-half // part), 1)[:, :half]
     w_XKN = torch.nn.functional.pad(torch.cat((b_XhN, b_XhN), 1), (0, 0, 0, product.inner % 2))
     x_XRK = torch.nn.functional.pad(torch.cat((a_XRh, -a_XRh), 2), (0, product.inner % 2))

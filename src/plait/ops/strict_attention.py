@@ -98,7 +98,7 @@ def _strict_backward(
     k_XbH, v_XbH = _blocks(k_BKSH), _blocks(v_BKSH)
     wide = torch.promote_types(k_BKSH.dtype, torch.float32)
     num_held = len(k_XbH) * _BLOCK_KEYS
-    dk_XSH = torch.zeros(q_XGTH.shape[0], num_held, k_BKSH.shape[3], dtype=wide)
+    dk_XSH = torch.zeros(q_XGTH.shape[0], num_held, k_BKSH.shape[3], dtype=wide, device="cpu")
     dv_XSH = torch.zeros_like(dk_XSH)
     with torch.autocast("cpu", enabled=False):
         for tile in _tiles(q_XGTH, k_BKSH):
@@ -214,6 +214,7 @@ def _products(q_XGTH: Tensor, num_matrices: int) -> tuple[Product, Product]:
         dtype=q_XGTH.dtype,
         device=q_XGTH.device,
         num_threads=torch.get_num_threads(),
+        precision=torch.get_float32_matmul_precision(),
         num_matrices=num_matrices,
         inner=head_size,
         columns=_BLOCK_KEYS,
@@ -247,9 +248,9 @@ def _blocks(x_BKSH: Tensor) -> list[Tensor]:
 def _probabilities(tile: _Tile, q_xRH: Tensor, k_XbH: list[Tensor]) -> Tensor:
     """Take the softmax of scaled queries over the keys that the tile may see: (x, R, e)."""
     scores_xRe = _times_transposed_blocks(q_xRH, k_XbH, tile)
-    query_t1 = tile.first + torch.arange(tile.num_tokens)[:, None]
+    query_t1 = tile.first + torch.arange(tile.num_tokens, device=q_xRH.device)[:, None]
     unmasked = (tile.first + 1) // _BLOCK_KEYS * _BLOCK_KEYS
-    later_tm = torch.arange(unmasked, tile.num_keys) > query_t1
+    later_tm = torch.arange(unmasked, tile.num_keys, device=q_xRH.device) > query_t1
     scores_xRe.unflatten(1, (-1, tile.num_tokens))[..., unmasked:].masked_fill_(
         later_tm, float("-inf")
     )
