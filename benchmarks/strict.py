@@ -34,11 +34,7 @@ LARGE_ROWS = (1000, 2048, 4097)
 
 def measure(quick: bool) -> list[Row]:
     """Count unequal rows of each operation and of a model, then time."""
-    rows = []
-    for num_threads in (1, 2):
-        with _threads(num_threads):
-            for dtype in DTYPES:
-                rows += _equality_rows(dtype, num_threads, quick)
+    rows = [row for dtype in DTYPES for row in _equality_rows(dtype, quick)]
     rows += [_thread_row(dtype) for dtype in DTYPES]
     for num_threads in (1, 2):
         with _threads(num_threads):
@@ -46,30 +42,33 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def _equality_rows(dtype: str, num_threads: int, quick: bool) -> list[Row]:
-    setting = f"{dtype}, {num_threads} thread{'s'[: num_threads - 1]}"
+def _equality_rows(dtype_name: str, quick: bool) -> list[Row]:
+    """Sum over one and two threads; the quick form takes one thread and fewer numbers of rows."""
+    dtype = DTYPES[dtype_name]
     counts = [*range(1, 513, 73 if quick else 1), *(() if quick else LARGE_ROWS)]
     checks: dict[str, Callable[[], int]] = {
-        "linear of width 64": lambda: _unequal_linear_rows(64, DTYPES[dtype], counts),
-        "linear of width 1,024": lambda: _unequal_linear_rows(1024, DTYPES[dtype], counts),
-        "attention": lambda: _unequal_queries(DTYPES[dtype], counts),
-        "decoder layer, batches": lambda: _unequal_samples(DTYPES[dtype], quick),
-        "decoder layer, chunks and cache": lambda: _unequal_chunks(DTYPES[dtype], quick),
+        "linear of width 64": lambda: _unequal_linear_rows(64, dtype, counts),
+        "linear of width 1,024": lambda: _unequal_linear_rows(1024, dtype, counts),
+        "attention": lambda: _unequal_queries(dtype, counts),
+        "decoder layer, batches": lambda: _unequal_samples(dtype, quick),
+        "decoder layer, chunks and cache": lambda: _unequal_chunks(dtype, quick),
     }
-    rows = []
-    for name, check in checks.items():
-        left_out = quick and num_threads == 2 and name.startswith("decoder")
-        rows.append(
-            Row(
-                claim=f"rows that differ, {name}, {setting}",
-                unit="rows",
-                target=0.0,
-                better="lower",
-                samples=[] if left_out else [float(check())],
-                full_only=left_out,
-            )
+    totals = dict.fromkeys(checks, 0)
+    for num_threads in (1,) if quick else (1, 2):
+        with _threads(num_threads):
+            for name, check in checks.items():
+                totals[name] += check()
+    threads = "1 thread" if quick else "1 and 2 threads"
+    return [
+        Row(
+            claim=f"strict: rows that differ, {name}, {dtype_name}, {threads}",
+            unit="rows",
+            target=0.0,
+            better="lower",
+            samples=[float(total)],
         )
-    return rows
+        for name, total in totals.items()
+    ]
 
 
 def _unequal_linear_rows(width: int, dtype: torch.dtype, counts: list[int]) -> int:
@@ -172,13 +171,28 @@ def _cost_rows(num_threads: int, quick: bool) -> list[Row]:
     threads = f"{num_threads} thread{'s'[: num_threads - 1]}"
     narrow = stdlib_15m().model
     rows = [
-        _cost_row(f"a linear layer 1,024 to 4,096, {dtype}, {threads}", _linear_pair(dtype), quick)
+        _cost_row(
+            f"2,048 tokens, linear 1,024 to 4,096, {dtype}, {threads}",
+            _linear_pair(dtype),
+            quick,
+            target=None,
+        )
+        for dtype in DTYPES
+    ]
+    rows += [
+        _cost_row(
+            f"one token for each of {batch}, stdlib_15m, {dtype}, {threads}",
+            _decode_pair(narrow, DTYPES[dtype], batch),
+            quick,
+            target=None,
+        )
+        for batch in (1, 16)
         for dtype in DTYPES
     ]
     for name, config in (("decoder layer, width 1,024", WIDE), ("stdlib_15m, width 320", narrow)):
         for dtype in DTYPES:
             left_out = quick and (num_threads == 2 or config is WIDE)
-            claim = f"{name}, {dtype}, {threads}"
+            claim = f"2,048 tokens, {name}, {dtype}, {threads}"
             rows += [
                 _cost_row(claim, None if left_out else _model_pair(config, dtype, False), quick),
                 _cost_row(
@@ -199,7 +213,7 @@ def _cost_row(claim: str, pair: Pair | None, quick: bool, *, target: float | Non
     num_pairs = 3 if quick else (5 if target is None else 9)
     samples = [] if pair is None else _ratios(pair, num_pairs)
     return Row(
-        claim=f"cost of strict over fast, 2,048 tokens, {claim}",
+        claim=f"strict over fast, {claim}",
         unit="times",
         target=target,
         better="lower",
@@ -243,6 +257,23 @@ def _model_pair(config: DecoderConfig, dtype: str, with_backward: bool) -> Pair:
 
     strict = replace(config, numerics="strict")
     return make(_model(config)), make(_model(strict))
+
+
+def _decode_pair(config: DecoderConfig, dtype: torch.dtype, batch: int) -> Pair:
+    """The step after 256 tokens in a cache."""
+
+    def make(model: Decoder) -> Callable[[], object]:
+        cache = model.make_cache(batch_size=batch, capacity=300)
+
+        @torch.no_grad()
+        def run() -> None:
+            cache.length = 256
+            model.logits(model(torch.zeros(batch, 1, dtype=torch.long), cache=cache))
+
+        return run
+
+    strict = replace(config, numerics="strict")
+    return make(_model(config).to(dtype)), make(_model(strict).to(dtype))
 
 
 def _model(config: DecoderConfig) -> Decoder:

@@ -8,9 +8,9 @@ size is used only after a probe has shown that it gives the same bits wherever t
 
 # Shapes: X matrices multiplied side by side, M rows, K summed over, N columns, R rows of a probe.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import NoReturn
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 from plait.errors import ModelError
 
 REFERENCE_ROWS = 128
-_ROW_COUNTS = (2048, 1024, 512, 128, 32, 16)
+_ROW_COUNTS = (2048, 1024, 512, REFERENCE_ROWS, 32, 16, 4)
+SMALLEST_WHOLE = 16
+"""Tiles of fewer rows are only the last of a call: so all start at aligned addresses."""
 ALIGNMENT_BYTES = 64
 """A cache line, and the width of the widest vectors: kernels may treat other addresses apart."""
 _WIDTH_MULTIPLES = (2, 16)
@@ -69,7 +71,8 @@ def multiply_rows(x_MK: Tensor, w_KN: Tensor) -> Tensor:
     else:
         w_KN = _filled(w_KN, product.inner, product.columns)
     y_MN = x_MK.new_empty(num_rows, product.columns)
-    for start, stop, size in cut(num_rows, _row_counts(product, num_rows)):
+    is_exact = partial(is_row_exact, product)
+    for start, stop, size in cut(num_rows, _ROW_COUNTS, is_exact, smallest_whole=SMALLEST_WHOLE):
         if stop - start == size:
             torch.mm(x_MK[start:stop], w_KN, out=y_MN[start:stop])
         else:
@@ -78,20 +81,23 @@ def multiply_rows(x_MK: Tensor, w_KN: Tensor) -> Tensor:
     return y_MN[:, :num_columns].contiguous()
 
 
-def cut(num_rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut rows into (start, stop, size), the largest first; only the last may need filling up."""
+def cut(
+    num_rows: int, sizes: Sequence[int], is_exact: Callable[[int], bool], *, smallest_whole: int = 1
+) -> Iterator[tuple[int, int, int]]:
+    """Cut rows into (start, stop, size): whole tiles, the largest first, then one to be filled up.
+
+    sizes: falling; those below `smallest_whole` only serve for the last tile. A size is asked for
+    only where it would be used, so that a server that only decodes never probes the large ones.
+    """
     start = 0
     for size in sizes:
-        while num_rows - start >= size:
-            yield start, start + size, size
-            start += size
+        if size >= smallest_whole and num_rows - start >= size and is_exact(size):
+            num_tiles = (num_rows - start) // size
+            yield from ((start + i * size, start + (i + 1) * size, size) for i in range(num_tiles))
+            start += num_tiles * size
     if start < num_rows:
-        yield start, num_rows, sizes[-1]
-
-
-def needed_sizes(sizes: Sequence[int], num_rows: int) -> Sequence[int]:
-    """Leave out sizes that so few rows never fill: a server that only decodes never probes them."""
-    return [size for size in sizes if size <= num_rows] or sizes[-1:]
+        enough = (size for size in reversed(sizes) if size >= num_rows - start)
+        yield start, num_rows, next(size for size in enough if is_exact(size))
 
 
 def refuse(product: Product) -> NoReturn:
@@ -161,11 +167,6 @@ def _choose_widths(product: Product) -> Product:
         if is_row_exact(widened, widened.reference_rows):
             return widened
     refuse(product)
-
-
-def _row_counts(product: Product, num_rows: int) -> Sequence[int]:
-    counts = [n for n in needed_sizes(_ROW_COUNTS, num_rows) if is_row_exact(product, n)]
-    return counts or [product.reference_rows]
 
 
 def _filled(x_MN: Tensor, num_rows: int, num_columns: int) -> Tensor:

@@ -10,8 +10,9 @@ forward, in chunks, token by token with a cache, and in any batch.
 # X = B * K, x of them at a time, t tokens of a tile, R = G * t its rows, b keys of a block,
 # e keys that a tile may see, in whole blocks.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,15 +21,16 @@ from plait.errors import ModelError
 from plait.ops.numerics import autocast_inputs, check_alike
 from plait.ops.row_exact import (
     ALIGNMENT_BYTES,
+    REFERENCE_ROWS,
+    SMALLEST_WHOLE,
     Product,
     cut,
     is_row_exact,
-    needed_sizes,
     refuse,
 )
 
 _BLOCK_KEYS = 128
-_TILE_TOKENS = (128, 64, 32, 16)
+_TILE_TOKENS = (REFERENCE_ROWS, 64, 32, 16, 4)
 _SCORE_BYTES = 2**21
 """Scores held at a time. Measured on Zen 4 with 1 MiB of second-level cache: 1 to 4 MiB are alike,
 16 MiB take 1.2 to 1.8 times as long."""
@@ -174,10 +176,18 @@ class _Tile:
 def _tiles(q_XGTH: Tensor, k_BKSH: Tensor) -> Iterator[_Tile]:
     num_matrices, groups, num_tokens, _ = q_XGTH.shape
     num_before = k_BKSH.shape[2] - num_tokens
-    for start, stop, size in cut(num_tokens, _token_counts(q_XGTH)):
+    if not _are_exact(q_XGTH, 1, _TILE_TOKENS[0]):
+        refuse(_products(q_XGTH, 1)[0])
+    # Heads are taken one by one, or as many as have the bits of one and keep their scores in cache.
+    token_tiles = cut(
+        num_tokens, _TILE_TOKENS, partial(_are_exact, q_XGTH, 1), smallest_whole=SMALLEST_WHOLE
+    )
+    for start, stop, size in token_tiles:
         num_keys = -(-(num_before + stop) // _BLOCK_KEYS) * _BLOCK_KEYS
-        num_bytes = groups * size * num_keys * q_XGTH.element_size()
-        for first, last, _ in cut(num_matrices, _matrix_counts(q_XGTH, size, num_bytes)):
+        most = max(1, _SCORE_BYTES // (groups * size * num_keys * q_XGTH.element_size()))
+        powers = [2**n for n in reversed(range(most.bit_length()))]
+        are_exact = partial(_are_exact, q_XGTH, num_tokens=size)
+        for first, last, _ in cut(num_matrices, powers, are_exact):
             yield _Tile(
                 matrices=slice(first, last),
                 tokens=slice(start, stop),
@@ -185,21 +195,6 @@ def _tiles(q_XGTH: Tensor, k_BKSH: Tensor) -> Iterator[_Tile]:
                 first=num_before + start,
                 num_keys=num_keys,
             )
-
-
-def _token_counts(q_XGTH: Tensor) -> Sequence[int]:
-    """Tile sizes with the bits of the reference, at which heads are taken one by one."""
-    if not _are_exact(q_XGTH, 1, _TILE_TOKENS[0]):
-        refuse(_products(q_XGTH, 1)[0])
-    needed = needed_sizes(_TILE_TOKENS, q_XGTH.shape[2])
-    return [n for n in needed if _are_exact(q_XGTH, 1, n)] or _TILE_TOKENS[:1]
-
-
-def _matrix_counts(q_XGTH: Tensor, num_tokens: int, num_bytes: int) -> Sequence[int]:
-    """Numbers of heads at a time with the bits of one, so that their scores stay in cache."""
-    most = min(q_XGTH.shape[0], max(1, _SCORE_BYTES // num_bytes))
-    powers = [2**n for n in reversed(range(1, most.bit_length()))]
-    return [*(n for n in powers if _are_exact(q_XGTH, n, num_tokens)), 1]
 
 
 def _are_exact(q_XGTH: Tensor, num_matrices: int, num_tokens: int) -> bool:
