@@ -283,7 +283,9 @@ def _model(config: DecoderConfig) -> Decoder:
 
 
 def _differing(found: Tensor, expected: Tensor) -> int:
-    """Count the rows (last dim) that are not equal."""
+    """Count the rows (last dim) that have not the same bits."""
+    kind = torch.int32 if found.dtype == torch.float32 else torch.int16
+    found, expected = (t.detach().contiguous().view(kind) for t in (found, expected))
     return int((found != expected).any(dim=-1).sum())
 
 
