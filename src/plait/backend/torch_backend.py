@@ -76,7 +76,7 @@ class Backend:
             runnable = Runnable(compile_graph(graph, level=self.level))
         self.report.graphs.append(describe_graph(where, graph))
         translator = InstructionTranslator.current_tx()
-        if not translator.output.side_effects.is_empty():
+        if _has_side_effects(translator.output.side_effects):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
@@ -177,6 +177,12 @@ class WholeFrame:
             runner = load(schedule)[name]
         runner._boxed_call = True  # type: ignore[attr-defined]
         return runner
+
+
+def _has_side_effects(side_effects) -> bool:
+    """Whether the frame changes objects that were there before it."""
+    changed = side_effects._get_modified_vars()
+    return bool(side_effects.tensor_hooks) or any(each.source is not None for each in changed)
 
 
 def describe_graph(where: str, graph: Graph) -> CapturedGraph:

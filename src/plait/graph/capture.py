@@ -62,7 +62,9 @@ def capture(
     try:
         with (
             marking_blocks(Blocks()),
-            torch._dynamo.config.patch(automatic_dynamic_shapes=False),
+            torch._dynamo.config.patch(
+                automatic_dynamic_shapes=False, inline_single_use_invoke_subgraph=False
+            ),
             get_metrics_context(),
             dynamo_timed("fullgraph_capture"),
         ):

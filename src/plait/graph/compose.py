@@ -250,7 +250,7 @@ class _Writer:
 
 def _placeholder_name(value: Value) -> str:
     name = "".join(c if c.isalnum() else "_" for c in value.name)
-    return f"input_{name}" if name.isdigit() else name.strip("_")
+    return f"{value.role.value}_{name}" if name[:1].isdigit() else name.strip("_")
 
 
 def _needs_gradient(node: fx.Node) -> bool:

@@ -35,7 +35,9 @@ PYTHON = "python:"
 OBJECT = "object:"
 
 _PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
-_SIZE_FUNCTION = re.compile(r"operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge)|torch\.sym_\w+|math\.\w+")
+_SIZE_FUNCTION = re.compile(
+    r"operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge)|torch\.sym_\w+|math\.\w+"
+)
 """What Python itself may do in a schedule: arithmetic of sizes."""
 
 
@@ -136,7 +138,9 @@ def resolve(target: str) -> Callable[..., object]:
         namespace, name, overload = target.split(".")
         found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     except (ValueError, AttributeError) as error:
-        raise GraphError(f"there is no operator {target!r} in torch {torch.__version__}.") from error
+        raise GraphError(
+            f"there is no operator {target!r} in torch {torch.__version__}."
+        ) from error
     return cast("Callable[..., object]", found)
 
 

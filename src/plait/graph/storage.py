@@ -49,7 +49,9 @@ def from_json(text: str) -> Schedule:
     try:
         data = json.loads(text)
         if data["format"] != FORMAT:
-            raise GraphError(f"the schedule has format {data['format']}, this Plait reads {FORMAT}.")
+            raise GraphError(
+                f"the schedule has format {data['format']}, this Plait reads {FORMAT}."
+            )
         return Schedule(
             level=str(data["level"]),
             is_step=bool(data["is_step"]),

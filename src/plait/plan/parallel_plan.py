@@ -52,7 +52,8 @@ class ParallelPlan:
             object.__setattr__(self, "recompute", Recompute(self.recompute))
         except ValueError:
             message = f"there is no recompute policy {str(self.recompute)!r}. "
-            raise PlanError(message + nearest_name(str(self.recompute), Recompute)) from None
+            known = [policy.value for policy in Recompute]
+            raise PlanError(message + nearest_name(str(self.recompute), known)) from None
 
     @property
     def num_ranks(self) -> int:
