@@ -200,11 +200,11 @@ class Jitted:
         (frame,) = self._backend.frames
         found = {id(x): f"a{i}" for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         found = {number: f"t{i}" for number, i in self._found.places.items()} | found
-        sources = [found.get(number) for number in frame.input_ids]
-        if None in sources or not self._found.is_current():
+        sources = [found[number] for number in frame.input_ids if number in found]
+        if len(sources) < len(frame.input_ids) or not self._found.is_current():
             self._forget("the program reads or changes what is not among its own attributes")
             return
-        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results)}
+        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results or ())}
         flat, spec = pytree.tree_flatten(result)
         kept = []
         for leaf in flat:

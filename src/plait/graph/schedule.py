@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from plait.errors import GraphError
 from plait.graph.graph import Value
@@ -112,8 +113,8 @@ class Schedule:
 
 def name_of(target: object) -> str | None:
     """The name under which a step stores a target; None if it has none."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
+    if isinstance(target, OpOverload):
+        return str(cast("object", target))
     if target is operator.getitem:
         return GETITEM
     module = getattr(target, "__module__", None)
@@ -149,11 +150,12 @@ def refs_in(argument: Argument) -> list[str]:
     if isinstance(argument, Ref):
         return [argument.name]
     if isinstance(argument, (list, tuple)):
-        items = cast("list[Argument]", list(cast("tuple[Argument, ...]", argument)))
+        items = cast("list[Argument]", argument)
         return [name for item in items for name in refs_in(item)]
     if isinstance(argument, Mapping):
         parts = cast("Mapping[str, Argument]", argument).values()
         return [name for item in parts for name in refs_in(item)]
     if isinstance(argument, slice):
-        return refs_in((argument.start, argument.stop, argument.step))
+        bounds = cast("slice[Argument, Argument, Argument]", argument)
+        return refs_in((bounds.start, bounds.stop, bounds.step))
     return []
