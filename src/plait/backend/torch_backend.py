@@ -30,6 +30,7 @@ from plait.graph.schedule import Schedule
 from plait.graph.sources import name_sources
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import AS_EAGER
+from plait.plan.parallel_plan import ParallelPlan
 
 _OPTIONS = ("level",)
 
@@ -127,15 +128,17 @@ class WholeFrame:
         return self.load("backward", module)
 
     def through_passes(self, root: fx.GraphModule, num_outputs: int) -> fx.GraphModule:
+        """Run the level's passes on a graph without templates."""
         name_sources(root)
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
-            graph = each.run(graph)
+            graph = each.run(graph, ParallelPlan())
         self.backend.report.graphs.append(describe_graph(self.where, graph))
         self.is_known = True
         return graph.root
 
     def load(self, name: str, module: fx.GraphModule) -> Runner:
+        """Order and generate one program."""
         with self.backend._timed("generate"):
             lowering = Lowering()
             schedule = Schedule(

@@ -29,7 +29,8 @@ class Event:
     """One operator, once. start_s counts from the start of the timeline.
 
     name: of the step. program: the outermost one. calls: the templates' calls around it.
-    bytes_read and bytes_written: sizes of its tensors; a view moves nothing. source: the user's line.
+    bytes_read and bytes_written: sizes of its tensors; a view moves nothing. source: the user's
+    line.
     """
 
     name: str
