@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from plait.executor.observe import Sighting, operand_names, tensors_in
+from plait.executor.observe import Sighting, tensors_in
 from plait.executor.statistics import describe_value
 from plait.graph.schedule import Argument, Ref
 
@@ -45,7 +45,8 @@ class NotFiniteSearch:
     """
 
     stop: bool = True
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list[Finding])
+    arrived: set[str] = field(default_factory=set[str])
 
     @property
     def first_nan(self) -> Finding | None:
@@ -56,10 +57,11 @@ class NotFiniteSearch:
         """Look at the inputs of a program that this step takes."""
         if sighting.place.calls or self.first_nan is not None:
             return
-        for name in operand_names(sighting.place.step):
+        for name, value in sighting.operands.items():
             if name in sighting.program.inputs:
-                kind = _kind(sighting.operands[name])
-                if kind and not any(found.input == name for found in self.findings):
+                kind = _kind(value)
+                if kind and name not in self.arrived:
+                    self.arrived.add(name)
                     self._found(kind, sighting, name)
 
     def step(self, sighting: Sighting) -> None:
@@ -78,7 +80,8 @@ class NotFiniteSearch:
 
     def _found(self, kind: str, sighting: Sighting, name: str) -> None:
         place = sighting.place
-        head = f"{kind} came in with {name}, first taken by" if name else f"{kind} was made by"
+        known = sighting.input_names.get(name, name)
+        head = f"{kind} came in with {known}, first taken by" if name else f"{kind} was made by"
         lines = [head, *(f"  {line}" for line in str(sighting).splitlines())]
         lines += [
             f"    took {each} = {describe_value(value)}"
@@ -93,7 +96,7 @@ class NotFiniteSearch:
                 kind=kind,
                 step=place.name,
                 operator=place.step.target,
-                input=name,
+                input=known,
                 source=place.step.source,
                 text="\n".join(lines),
             )

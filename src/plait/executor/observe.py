@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from plait.graph.place import Call, Place, call_made_by
+from plait.graph.place import Call, Place, call_made_by, input_names
 from plait.graph.schedule import CALL, Program, Schedule, Step, refs_in
 
 
@@ -66,7 +66,8 @@ def tensors_in(value: object) -> list[Tensor]:
 class Sighting:
     """A step that has run. run: which run of its program this is, from 1.
 
-    operands: by name; of a call none are kept, so that the call can free them.
+    operands: by name; of a call none are kept, so that the call can free them. input_names: what
+    the user calls the inputs of the outermost program.
     """
 
     graph: str
@@ -75,6 +76,7 @@ class Sighting:
     program: Program
     operands: dict[str, object]
     value: object
+    input_names: dict[str, str]
 
     def __str__(self) -> str:
         """What it is, and where it stands."""
@@ -105,6 +107,10 @@ class Lookout:
     outermost: str = ""
     runs: dict[str, int] = field(default_factory=dict)
     operands: dict[str, object] = field(default_factory=dict)
+    known_calls: dict[tuple[str, str], Call] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.input_names = input_names(self.schedule)
 
     def before(self, program: Program, step: Step, operands: tuple[object, ...]) -> None:
         """Follow calls, and keep what the step takes until it has run."""
@@ -118,7 +124,7 @@ class Lookout:
             arrival(self._sighting(program, step, named, None))
         self.operands = {}
         if step.target.startswith(CALL):
-            self.calls.append(call_made_by(step, program))
+            self.calls.append(self._call(program, step))
         else:
             self.operands = named
 
@@ -140,7 +146,14 @@ class Lookout:
             program=program,
             operands=operands,
             value=value,
+            input_names=self.input_names,
         )
+
+    def _call(self, program: Program, step: Step) -> Call:
+        at = (program.name, step.name)
+        if at not in self.known_calls:
+            self.known_calls[at] = call_made_by(step, program, self.schedule)
+        return self.known_calls[at]
 
     def _return_to(self, program: Program) -> None:
         """Leave the calls that have ended, or were ended by an exception."""
