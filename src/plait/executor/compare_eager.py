@@ -43,10 +43,9 @@ class EagerRun:
             self.made.append((operator, x.detach().cpu().clone()))
         self.known.add(digest)
 
-    def nearest(self, operator: str, x: Tensor) -> tuple[str, Tensor] | None:
-        """The kept value of this form that is nearest, of this operator if it made any."""
+    def nearest(self, x: Tensor) -> tuple[str, Tensor] | None:
+        """The kept value of this form that is nearest, and the operator that made it."""
         alike = [each for each in self.made if (each[1].shape, each[1].dtype) == (x.shape, x.dtype)]
-        alike = [each for each in alike if each[0] == operator] or alike
         x = x.detach().cpu()
         return min(alike, key=lambda each: _distance(each[1], x), default=None)
 
@@ -85,7 +84,7 @@ class EagerSearch:
         if not results or not _computes(sighting):
             return
         unknown = [x for x in results if digest_of(x) not in self.eager.known]
-        far = [x for x in unknown if not self._is_close(sighting, x)]
+        far = [x for x in unknown if not self._is_close(x)]
         if not far:
             self.num_close += bool(unknown)
             self.num_equal += not unknown
@@ -95,12 +94,12 @@ class EagerSearch:
         if is_first and not self.found:
             self.found = self._describe(sighting, far[0])
         elif not self.found:
-            self.further.append(self._describe(sighting, far[0]) if not self.further else "")
+            self.further.append("" if self.further else self._describe(sighting, far[0]))
 
-    def _is_close(self, sighting: Sighting, x: Tensor) -> bool:
+    def _is_close(self, x: Tensor) -> bool:
         if not self.rtol:
             return False
-        nearest = self.eager.nearest(sighting.place.step.target, x)
+        nearest = self.eager.nearest(x)
         if nearest is None or not are_equal([nearest[1]], [x.detach().cpu()], rtol=self.rtol):
             return False
         self.eager.known.add(digest_of(x))
@@ -111,12 +110,12 @@ class EagerSearch:
         operands = sighting.operands.items()
         lines += [f"    took  {name} = {describe_value(value)}" for name, value in operands]
         lines += [f"    made  {describe_value(x)}"]
-        nearest = self.eager.nearest(sighting.place.step.target, x)
+        nearest = self.eager.nearest(x)
         if nearest is None:
             return "\n".join([*lines, "    eager made nothing of this form"])
         largest = largest_difference([nearest[1]], [x.detach().cpu()])
         lines += [
-            f"    eager {describe_value(nearest[1])}  (by {nearest[0]}, the nearest)",
+            f"    eager {describe_value(nearest[1])}, the nearest, made by {nearest[0]}",
             f"    largest difference {largest:.4g}",
         ]
         return "\n".join(lines)

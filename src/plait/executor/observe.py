@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from plait.graph.place import Call, Place, call_made_by, input_names
 from plait.graph.schedule import CALL, Program, Schedule, Step, refs_in
@@ -59,7 +58,13 @@ def operand_names(step: Step) -> tuple[str, ...]:
 
 def tensors_in(value: object) -> list[Tensor]:
     """The tensors in a step's value, in order."""
-    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        [x for item in value for x in tensors_in(item)] if isinstance(value, list | tuple) else []
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
