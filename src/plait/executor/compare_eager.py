@@ -80,8 +80,8 @@ class EagerSearch:
 
     def watch(self, sighting: Sighting) -> None:
         """Look the step's results up."""
-        results = [x for x in tensors_in(sighting.value) if _has_values(x)]
-        if not results or not _computes(sighting):
+        results = _judged(sighting)
+        if not results:
             return
         unknown = [x for x in results if digest_of(x) not in self.eager.known]
         far = [x for x in unknown if not self._is_close(x)]
@@ -212,6 +212,16 @@ def _differing(expected: Outcome, found: Outcome, rtol: float) -> dict[str, floa
 
 def _has_values(x: Tensor) -> bool:
     return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def _judged(sighting: Sighting) -> list[Tensor]:
+    """The results that eager must have made too.
+
+    Not what stands beside numbers, such as the mask of a dropout: eager's kernels keep their own.
+    """
+    results = [x for x in tensors_in(sighting.value) if _has_values(x)]
+    numbers = [x for x in results if x.is_floating_point() or x.is_complex()]
+    return (numbers or results) if _computes(sighting) else []
 
 
 def _computes(sighting: Sighting) -> bool:

@@ -113,6 +113,7 @@ class Lookout:
     runs: dict[str, int] = field(default_factory=dict)
     operands: dict[str, object] = field(default_factory=dict)
     known_calls: dict[tuple[str, str], Call] = field(default_factory=dict)
+    known_names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.input_names = input_names(self.schedule)
@@ -124,7 +125,7 @@ class Lookout:
             self.outermost = program.name
             if step is program.steps[0]:
                 self.runs[program.name] = self.runs.get(program.name, 0) + 1
-        named = dict(zip(operand_names(step), operands, strict=True))
+        named = dict(zip(self._operand_names(step), operands, strict=True))
         for arrival in self.arrivals:
             arrival(self._sighting(program, step, named, None))
         self.operands = {}
@@ -159,6 +160,12 @@ class Lookout:
         if at not in self.known_calls:
             self.known_calls[at] = call_made_by(step, program, self.schedule)
         return self.known_calls[at]
+
+    def _operand_names(self, step: Step) -> tuple[str, ...]:
+        # By identity: the schedule keeps its steps alive.
+        if id(step) not in self.known_names:
+            self.known_names[id(step)] = operand_names(step)
+        return self.known_names[id(step)]
 
     def _return_to(self, program: Program) -> None:
         """Leave the calls that have ended, or were ended by an exception."""

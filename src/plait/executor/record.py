@@ -170,15 +170,8 @@ def are_equal(
     """
     if [(x.shape, x.dtype) for x in first] != [(x.shape, x.dtype) for x in second]:
         return False
-    if not rtol and not atol:
-        pairs = zip(first, second, strict=True)
-        return all(torch.equal(bits_of(x), bits_of(y)) for x, y in pairs)
-    for x, y in zip(first, second, strict=True):
-        finite = x[x.isfinite()].abs()
-        scale = finite.max().item() if finite.numel() else 0.0
-        if not torch.allclose(x, y, rtol=0.0, atol=atol + rtol * scale, equal_nan=True):
-            return False
-    return True
+    pairs = zip(first, second, strict=True)
+    return all(_is_equal(x, y, rtol, atol) for x, y in pairs)
 
 
 def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -197,3 +190,12 @@ def bits_of(x: Tensor) -> Tensor:
     """The bytes of a tensor's elements in order, on the CPU."""
     x = x.detach().cpu().contiguous().flatten()
     return x.view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)
+
+
+def _is_equal(x: Tensor, y: Tensor, rtol: float, atol: float) -> bool:
+    is_exact = (not rtol and not atol) or not (x.is_floating_point() or x.is_complex())
+    if is_exact:
+        return torch.equal(bits_of(x), bits_of(y))
+    finite = x[x.isfinite()].abs()
+    scale = finite.max().item() if finite.numel() else 0.0
+    return torch.allclose(x, y, rtol=0.0, atol=atol + rtol * scale, equal_nan=True)
