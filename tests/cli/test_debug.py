@@ -135,14 +135,13 @@ def test_without_options_every_operator_is_listed(folder):
     assert "(blocks.2), in the program backward of graph 1 (" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (("script.py", "--tensors", "relu"), "Give the folder too: --dump DIR"),
-        pytest.param(("nowhere.py",), "no script 'nowhere.py'", marks=pytest.mark.slow),
-        pytest.param(
-            ("script.py", "--break-at", "rellu"), "Did you mean 'relu'?", marks=pytest.mark.slow
-        ),
+        (("nowhere.py",), "no script 'nowhere.py'"),
+        (("script.py", "--break-at", "rellu"), "Did you mean 'relu'?"),
     ],
     ids=["tensors without a folder", "no script", "no such step"],
 )
@@ -159,3 +158,14 @@ def test_a_script_that_compiles_nothing_is_told_so(folder):
     result = debug(folder, "eager.py", "--nan")
     assert result.returncode == 0
     assert "no compiled program was loaded" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_exception_of_the_script_is_shown_as_python_shows_it(folder):
+    with (folder / "script.py").open("a") as file:
+        file.write("    raise FileNotFoundError('no data')\n")
+    result = debug(folder, "script.py", "--nan")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "FileNotFoundError: no data"
+    assert "runpy" not in result.stderr
+    assert "No step made NaN" in result.stdout

@@ -91,3 +91,12 @@ def test_nan_that_comes_in_is_told_with_the_name_of_the_parameter(blocks):
     assert found.input == "blocks.2.down.weight"
     assert str(found).startswith("NaN came in with blocks.2.down.weight, first taken by")
     assert "1 NaN" in str(found)
+
+
+def test_memory_that_nobody_wrote_yet_is_no_finding(make):
+    class Fill(nn.Module):
+        def forward(self, x):
+            return torch.empty_like(x).copy_(x) + 1
+
+    captured = make(Fill(), torch.ones(3))
+    assert searched(captured).findings == []

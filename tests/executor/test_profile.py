@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -36,7 +38,7 @@ def test_events_follow_each_other(blocks):
     measured = profile(blocks.schedule, *blocks.inputs)
     events = measured.timeline.events
     assert all(event.duration_s > 0 for event in events)
-    assert all(a.end_s <= b.start_s for a, b in zip(events, events[1:], strict=False))
+    assert all(a.end_s <= b.start_s for a, b in pairwise(events))
     assert 0 < measured.overhead_s < measured.timeline.duration_s
 
 

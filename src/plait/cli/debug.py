@@ -7,6 +7,7 @@ import random
 import runpy
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -63,38 +64,34 @@ def debug_command(
     """
     if tensors and dump is None:
         raise GraphError("--tensors chooses what to dump. Give the folder too: --dump DIR.")
+    if not script.is_file():
+        raise GraphError(f"there is no script {str(script)!r}.")
     command = [str(script), *(arguments or [])]
     session = Session()
-    reports: list[Callable[[], str]] = []
     if nan:
-        search = NotFiniteSearch()
-        session.watches.append(search.step)
-        session.arrivals.append(search.arrival)
-        reports.append(lambda: str(search))
+        session.search_nan()
     if compare is not None:
-        difference = EagerSearch(_eager_run(command))
-        session.watches.append(difference.watch)
-        reports.append(lambda: str(difference))
-        _seed()
+        session.search_difference(_eager_run(command))
     for where in break_at or []:
         session.watches.append(Breakpoint(where, prompt).watch)
     if dump is not None:
-        dumped = Dump(dump, tuple(tensors or ("*",)))
-        session.watches.append(dumped.watch)
-        reports.append(lambda: f"{len(dumped.files)} steps written to {dump}")
+        session.dump(dump, tuple(tensors or ("*",)))
     if not session.watches:
         session.watches.append(Listing(show).watch)
-    _watch(command, session, reports)
+    if compare is not None:
+        _seed()
+    _watch(command, session)
     for pattern in (*(break_at or ()), *(tensors or ())):
         check_is_known(pattern, session.schedules)
 
 
 @dataclass
 class Session:
-    """Every schedule that a script loads, and who watches them."""
+    """Every schedule that a script loads, who watches them, and what they will report."""
 
     watches: list[Watch] = field(default_factory=list)
     arrivals: list[Watch] = field(default_factory=list)
+    reports: list[Callable[[], str]] = field(default_factory=list)
     schedules: list[Schedule] = field(default_factory=list)
 
     def observe(self, schedule: Schedule) -> Lookout:
@@ -104,6 +101,25 @@ class Session:
         source = next(sources, "").partition(": ")[0]
         graph = f"graph {len(self.schedules)}{f' ({source})' if source else ''}"
         return Lookout(schedule, self.watches, self.arrivals, graph)
+
+    def search_nan(self) -> None:
+        """Find the first NaN, and end the run there."""
+        search = NotFiniteSearch()
+        self.watches.append(search.step)
+        self.arrivals.append(search.arrival)
+        self.reports.append(lambda: str(search))
+
+    def search_difference(self, eager: EagerRun) -> None:
+        """Find the first step that eager did not make."""
+        search = EagerSearch(eager)
+        self.watches.append(search.watch)
+        self.reports.append(lambda: str(search))
+
+    def dump(self, folder: Path, patterns: tuple[str, ...]) -> None:
+        """Write the steps that a pattern means."""
+        dumped = Dump(folder, patterns)
+        self.watches.append(dumped.watch)
+        self.reports.append(lambda: f"{len(dumped.files)} steps written to {folder}")
 
 
 def prompt(sighting: Sighting) -> None:
@@ -122,26 +138,38 @@ def prompt(sighting: Sighting) -> None:
     code.interact("\n".join(lines), local=names, exitmsg="")
 
 
-def _watch(command: list[str], session: Session, reports: list[Callable[[], str]]) -> None:
+def _watch(command: list[str], session: Session) -> None:
     """Run the script under observation; what was found is shown however the script ends."""
+    has_raised = False
     try:
         with observing(session.observe):
             _run(command)
     except NotFiniteFound:
         say("stopped at the first NaN")
+    except Exception as error:
+        has_raised = True
+        _show_traceback(error, command[0])
     finally:
         if not session.schedules:
             say("no compiled program was loaded: is plait.jit or torch.compile used and called?")
-        for report in reports:
+        for report in session.reports:
             show(report())
+    if has_raised:
+        raise typer.Exit(1)
 
 
 def _run(command: list[str]) -> None:
     """Run a script as `python SCRIPT ARGUMENTS` would."""
-    if not Path(command[0]).is_file():
-        raise GraphError(f"there is no script {command[0]!r}.")
     with _as_main(command):
         runpy.run_path(command[0], run_name="__main__")
+
+
+def _show_traceback(error: Exception, script: str) -> None:
+    """As Python would for the script: without our own frames before it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != script:
+        trace = trace.tb_next
+    traceback.print_exception(error.with_traceback(trace or error.__traceback__))
 
 
 @contextmanager
@@ -156,8 +184,6 @@ def _as_main(command: list[str]) -> Iterator[None]:
 
 def _eager_run(command: list[str]) -> EagerRun:
     """Run the script with eager PyTorch in another process, and return what it computed."""
-    if not Path(command[0]).is_file():
-        raise GraphError(f"there is no script {command[0]!r}.")
     say("running with eager PyTorch first")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "eager.pt"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plait.executor.observe import Lookout, Sighting, observing, tensors_in
+from plait.executor.observe import Lookout, Sighting, makes_values, observing, tensors_in
 from plait.executor.outcome import Outcome, outcome_of
 from plait.executor.record import are_equal, bits_of, largest_difference
 from plait.executor.statistics import describe_value
@@ -227,11 +227,11 @@ def _judged(sighting: Sighting) -> list[Tensor]:
 def _computes(sighting: Sighting) -> bool:
     """Whether eager must have made the same: not of views, nor of what reads no tensor."""
     target = sighting.place.step.target
-    if not sighting.place.is_operator or not tensors_in(list(sighting.operands.values())):
+    if not makes_values(sighting) or not tensors_in(list(sighting.operands.values())):
         return False
     if target.startswith((OBJECT, PYTHON)):
         return True
-    return not getattr(resolve(target), "is_view", False) and ".empty" not in target
+    return not getattr(resolve(target), "is_view", False)
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

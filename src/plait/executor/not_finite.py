@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from plait.executor.observe import Sighting, tensors_in
+from plait.executor.observe import Sighting, makes_values, tensors_in
 from plait.executor.statistics import describe_value
 from plait.graph.schedule import Argument, Ref
 
@@ -66,12 +66,13 @@ class NotFiniteSearch:
 
     def step(self, sighting: Sighting) -> None:
         """Look at what an operator made."""
-        if self.first_nan is not None or not sighting.place.is_operator:
+        if self.first_nan is not None or not makes_values(sighting):
             return
         kind = _kind(sighting.value)
         if not kind:
             return
-        given = [_kind(value) for value in sighting.operands.values()]
+        # An operator that works in place returns the operand itself, already overwritten.
+        given = [_kind(x) for x in sighting.operands.values() if x is not sighting.value]
         step = sighting.place.step
         is_older = kind in given
         is_meant = kind == "Inf" and (any(given) or _has_inf((step.args, dict(step.kwargs))))

@@ -97,6 +97,11 @@ class Sighting:
 Watch = Callable[[Sighting], None]
 
 
+def makes_values(sighting: Sighting) -> bool:
+    """Whether it is an operator that gives its result values: `empty` and its kind do not."""
+    return sighting.place.is_operator and "empty" not in sighting.place.step.target
+
+
 @dataclass
 class Lookout:
     """An observer that knows where it is: each watch is called after every step.
