@@ -32,8 +32,13 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-_NOT_IN_FORWARD = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-                   "_load_state_dict_post_hooks", "_non_persistent_buffers_set")
+_NOT_IN_FORWARD = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_non_persistent_buffers_set",
+)
 _MAX_OBJECTS = 200_000
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by a class statement
 
@@ -108,7 +113,7 @@ class _Walk:
         self.found.words.append(" ".join(str(word) for word in words))
 
     def visit(self, x: object, path: str, place: tuple | None = None) -> None:
-        if isinstance(x, _PLAIN) or isinstance(x, _TORCH_PLAIN):
+        if isinstance(x, (_PLAIN, _TORCH_PLAIN)):
             self.say(path, type(x).__name__, repr(x))
             return
         if id(x) in self.seen:
@@ -134,9 +139,9 @@ class _Walk:
         elif isinstance(x, logging.Logger):
             self.say(path, "logger", x.name)
         else:
-            self.object(x, path)
+            self.instance(x, path)
 
-    def object(self, x: object, path: str) -> None:
+    def instance(self, x: object, path: str) -> None:
         """An instance of a class written in Python, all of whose state is in its __dict__."""
         written = all(cls.__flags__ & _HEAP_TYPE for cls in type(x).__mro__[:-1])
         if not written or not hasattr(x, "__dict__") or type(x).__module__.startswith("torch"):

@@ -20,6 +20,7 @@ from plait.config import cache_folder
 from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
 
+_MAX_RECOMPILATIONS = 32
 _COMPILE = "_compile.compile_inner"
 
 
@@ -69,6 +70,8 @@ class Jitted:
             backend=self._backend,
             nopython=fullgraph,
             dynamic=dynamic,
+            recompile_limit=_MAX_RECOMPILATIONS,
+            isolate_recompiles=True,
             guard_export_fn=self._count_guards,
             guard_fail_fn=self._note_failed_guard,
         )
@@ -105,7 +108,8 @@ class Jitted:
         num_breaks, num_graphs = len(graph_break_reasons), report.num_graphs
         num_times = len(compilation_time_metrics.get(_COMPILE, ()))
         try:
-            return self._compiled(*args, **kwargs)
+            with torch._dynamo.config.patch(inline_single_use_invoke_subgraph=False):
+                return self._compiled(*args, **kwargs)
         except exc.TorchRuntimeError:
             if len(graph_break_reasons) > num_breaks:
                 raise
@@ -149,9 +153,7 @@ class Jitted:
             return None  # an operator that is not there: captured anew
         report = self._backend.report
         report.from_cache = True
-        report.graphs.append(
-            CapturedGraph("the compile cache", entry.schedule.num_steps, {}, 0)
-        )
+        report.graphs.append(CapturedGraph("the compile cache", entry.schedule.num_steps, {}, 0))
         self._stored[text] = (entry, runnable)
         return entry, runnable
 
@@ -180,8 +182,10 @@ class Jitted:
         if report.num_graphs == num_graphs and not self._backend.frames:
             return result  # compiled before: Dynamo's guards chose among what is there
         frames = self._backend.frames
-        if len(frames) == 1 and report.num_graphs == num_graphs + 1 and (
-            len(report.breaks) == num_breaks
+        if (
+            len(frames) == 1
+            and report.num_graphs == num_graphs + 1
+            and (len(report.breaks) == num_breaks)
         ):
             self._store(key, result, leaves)
         else:
@@ -196,11 +200,11 @@ class Jitted:
         (frame,) = self._backend.frames
         found = {id(x): f"a{i}" for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         found = {number: f"t{i}" for number, i in self._found.places.items()} | found
-        sources = [found.get(number) for number in frame.input_ids]
-        if None in sources or not self._found.is_current():
+        sources = [found[number] for number in frame.input_ids if number in found]
+        if len(sources) < len(frame.input_ids) or not self._found.is_current():
             self._forget("the program reads or changes what is not among its own attributes")
             return
-        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results)}
+        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results or ())}
         flat, spec = pytree.tree_flatten(result)
         kept = []
         for leaf in flat:

@@ -1,7 +1,7 @@
 """What a compiled function tells about itself: graphs, breaks, recompilations, time by phase."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class Report:
     flat_blocks: dict[str, str] = field(default_factory=dict)
     whole_graphs: dict[str, str] = field(default_factory=dict)
     eager_graphs: dict[str, str] = field(default_factory=dict)
-    phases_s: Counter[str] = field(default_factory=Counter)
+    phases_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)
 

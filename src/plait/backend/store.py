@@ -10,7 +10,6 @@ from still has the content it had. Whatever fails is rebuilt.
 
 import hashlib
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -84,9 +83,7 @@ def load(folder: Path, key: str) -> Entry | None:
         data = json.loads(text)
         if any(_hash_of(file) != digest for file, digest in data["files"].items()):
             return None
-        return Entry(
-            from_json(data["schedule"]), data["sources"], data["result"], data["leaves"]
-        )
+        return Entry(from_json(data["schedule"]), data["sources"], data["result"], data["leaves"])
     except (OSError, ValueError, KeyError, TypeError, GraphError):
         return None  # rebuilt, and written anew
 
@@ -104,7 +101,7 @@ def save(folder: Path, key: str, entry: Entry, files: Iterable[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
         file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    os.replace(file.name, folder / f"{key}.json")
+    Path(file.name).replace(folder / f"{key}.json")
 
 
 def _hash_of(file: str) -> str:
