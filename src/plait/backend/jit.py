@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._dynamo import exc
+from torch._dynamo import eval_frame, exc
 from torch._dynamo.utils import compilation_time_metrics, graph_break_reasons
 from torch.utils import _pytree as pytree
 
@@ -90,7 +90,7 @@ class Jitted:
 
     def __call__(self, *args, **kwargs):
         """Run as the original would."""
-        if self._folder is None:
+        if self._folder is None or eval_frame._stance.stance == "force_eager":
             return self._capture_and_run(args, kwargs)
         form = call_form(args, kwargs)
         if form is None:

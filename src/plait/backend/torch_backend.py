@@ -30,6 +30,7 @@ from plait.graph.graph import FORWARD, Graph, call_of
 from plait.graph.inline import inline_regions
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
+from plait.graph.sources import name_sources
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import AS_EAGER
 from plait.plan.parallel_plan import ParallelPlan
@@ -158,6 +159,7 @@ class WholeFrame:
 
     def through_passes(self, root: fx.GraphModule, num_outputs: int) -> fx.GraphModule:
         """Run the level's passes on a graph without templates."""
+        name_sources(root)
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
             graph = each.run(graph, ParallelPlan())

@@ -10,9 +10,10 @@ import math
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from plait.errors import GraphError
+from plait.executor.observe import Observer, observer_of, operand_names
 from plait.graph.schedule import (
     CALL,
     CONSTANT,
@@ -33,18 +34,6 @@ _INPUTS, _BOX, _BOUND, _RUNNER, _STEPS = "inputs__", "box__", "bound__", "runner
 _OWN = (_INPUTS, _BOX, _BOUND, _RUNNER, _STEPS)
 
 
-class Observer(Protocol):
-    """Is told of every step, where a program is generated to be observed."""
-
-    def before(self, program: Program, step: Step) -> None:
-        """Before the step is launched; calls come before their own steps."""
-        ...
-
-    def after(self, program: Program, step: Step, value: object) -> None:
-        """After it, with what it returned."""
-        ...
-
-
 @dataclass(frozen=True)
 class Generated:
     """Source of a program; line i+1 belongs to `steps[i]` (None: no step)."""
@@ -58,8 +47,10 @@ def load(schedule: Schedule, observer: Observer | None = None) -> dict[str, Runn
     """Make every program of the schedule callable, by name.
 
     Each takes a list of its inputs, which it empties, and returns a tuple. If a step raises, a note
-    on the exception names the step and the user's line.
+    on the exception names the step and the user's line. An observer, or that of the context, is
+    told of every step.
     """
+    observer = observer or observer_of(schedule)
     runners: dict[str, Runner] = {}
     for program in (*schedule.templates.values(), *schedule.programs.values()):
         generated = generate(program, schedule, observer)
@@ -112,7 +103,8 @@ class _Writer:
 
     def step(self, step: Step) -> None:
         if self.observer is not None:
-            self.line(f"    {self.bind(self.observer.before)}{self.told(step)})")
+            operands = "".join(f"{name}, " for name in operand_names(step))
+            self.line(f"    {self.bind(self.observer.before)}{self.told(step)}, ({operands}))")
         frees = list(step.frees)
         if step.target.startswith(CALL):
             given = [name for name in frees if name != step.name]

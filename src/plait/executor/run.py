@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from plait.errors import GraphError, PlanError
-from plait.executor.codegen import Observer, load
+from plait.executor.codegen import load
+from plait.executor.observe import Observer
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
 

@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from plait.graph.graph import Module, Node, Role, Template, Value, describe
 from plait.graph.modes import Modes
 from plait.graph.partition import extract_forward, part_joint
+from plait.graph.sources import name_sources
 
 
 class NotATemplate(Exception):
@@ -74,6 +75,7 @@ def trace(piece: Module, use: Use, *, name: str, block: str, fake_mode: FakeTens
     except Exception as error:  # what a piece cannot do alone, the whole may: the reason is kept
         raise NotATemplate(f"{block} cannot be traced by itself: {_first_line(error)}") from error
     _drop_detaches(module)
+    name_sources(module)
     (outputs,) = module.graph.output_node().args
     results = outputs[: len(use.tangents)]
     template = Template(

@@ -23,6 +23,7 @@ from plait.errors import GraphError
 from plait.graph.compose import Names
 from plait.graph.graph import Graph, Module, Role, describe
 from plait.graph.inline import inline_regions
+from plait.graph.sources import name_sources
 
 AS_EAGER = {
     # Eager's backward runs outside of the autocast of the forward.
@@ -40,6 +41,7 @@ def compose_whole(module: Module, fake_mode: FakeTensorMode, names: Names) -> Gr
     with ExitStack() as stack, functorch_config.patch(AS_EAGER):
         exported = aot_export_joint_with_descriptors(stack, module, examples)
     root: Any = exported.graph_module
+    name_sources(root)
     described = [names[node] for node in inputs]
     placeholders = root.graph.find_nodes(op="placeholder")
     tangents = placeholders[len(inputs) :]
