@@ -29,6 +29,7 @@ from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import AS_EAGER
+from plait.plan.parallel_plan import ParallelPlan
 
 _OPTIONS = ("level",)
 
@@ -126,14 +127,16 @@ class WholeFrame:
         return self.load("backward", module)
 
     def through_passes(self, root: fx.GraphModule, num_outputs: int) -> fx.GraphModule:
+        """Run the level's passes on a graph without templates."""
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
-            graph = each.run(graph)
+            graph = each.run(graph, ParallelPlan())
         self.backend.report.graphs.append(describe_graph(self.where, graph))
         self.is_known = True
         return graph.root
 
     def load(self, name: str, module: fx.GraphModule) -> Runner:
+        """Order and generate one program."""
         with self.backend._timed("generate"):
             lowering = Lowering()
             schedule = Schedule(

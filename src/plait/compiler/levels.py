@@ -2,16 +2,19 @@
 
 | level | passes | numbers |
 |---|---|---|
-| O0 | none beyond the recompute policy; kernel by kernel, in captured order | eager's, bit for bit |
+| O0 | the plan's recompute policy; then kernel by kernel in captured order | eager's bits |
+
+A pass maps a graph and a plan to a graph. `compile.py` runs the passes of a level, parts forward
+from backward, and lowers both to the steps of a schedule.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plait.compiler.recompute import recompute
 from plait.errors import GraphError, nearest_name
 from plait.graph.graph import Graph
-
-Run = Callable[[Graph], Graph]
+from plait.plan.parallel_plan import ParallelPlan
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,15 @@ class Pass:
     """A step from graph to graph. exact: the numbers keep their bits; else within `tolerance`."""
 
     name: str
-    run: Run
+    run: Callable[[Graph, ParallelPlan], Graph]
     exact: bool = True
     tolerance: float = 0.0
 
 
+RECOMPUTE = Pass("recompute", lambda graph, plan: recompute(graph, plan.recompute))
+
 LEVELS: dict[str, tuple[Pass, ...]] = {
-    "O0": (),
+    "O0": (RECOMPUTE,),
 }
 
 

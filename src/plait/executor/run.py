@@ -1,123 +1,207 @@
-"""Run a schedule on real tensors, under autograd."""
+"""Run a schedule on real tensors: under autograd (`Runnable`), or as a step of training (`run`)."""
 
 # pyright: basic
 # (autograd.Function is not typed.)
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from plait.executor.codegen import Observer, Runner, load
+from plait.errors import GraphError, PlanError
+from plait.executor.codegen import Observer, load
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
 
 
-class Runnable:
-    """A schedule as a function of its inputs (tensors, in the order of `schedule.inputs`).
+def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple[Tensor, ...]:
+    """Run a schedule with the weights of `model`, which has the form of the captured one.
 
-    Differentiable: the result carries gradients back through the program `backward`. Once only; a
-    gradient of a gradient raises.
+    Of a step (captured with its loss): runs forward and backward for each micro-batch of the plan,
+    adds the gradients to `.grad` and returns the mean loss, detached. Of a model: returns its
+    tensors, with gradients through autograd; one tensor is returned as it is.
+
+    Raises PlanError if inputs or parameters have another shape or dtype than captured.
+    """
+    runnable = schedule.loaded
+    if not isinstance(runnable, Runnable):
+        runnable = schedule.loaded = Runnable(schedule)
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if not schedule.is_step:
+        results = runnable(*_bind(schedule, model, tensors))
+        return results[0] if len(results) == 1 else results
+    losses = [
+        _step(runnable, _bind(schedule, model, part))
+        for part in _micro_batches(tensors, schedule.num_micro_batches)
+    ]
+    return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+
+class Runnable:
+    """A schedule as a function of its inputs: tensors, in the order of `schedule.inputs`.
+
+    Differentiable once: the results carry gradients back through the program `backward`.
     """
 
     def __init__(self, schedule: Schedule, observer: Observer | None = None) -> None:
-        self.schedule = schedule
         runners = load(schedule, observer)
-        self.forward = runners["forward"]
-        self.backward: Runner | None = runners.get("backward")
-        self.num_results = sum(value.role is Role.OUTPUT for value in schedule.outputs)
-        self.takes_tangent = {
-            int(value.name) for value in schedule.inputs if value.role is Role.TANGENT
-        }
-        self.tangents = [value for value in schedule.inputs if value.role is Role.TANGENT]
-        names = [value.name for value in schedule.inputs]
+        self.schedule = schedule
+        self.forward, self.backward = runners["forward"], runners.get("backward")
+        inputs = [value for value in schedule.inputs if value.role is not Role.TANGENT]
+        results = [value for value in schedule.outputs if value.role is not Role.GRADIENT]
+        self.num_results = len(results)
+        self.outputs = [i for i, value in enumerate(results) if value.role is Role.OUTPUT]
+        names = [value.name for value in inputs]
+        self.updates = [
+            (i, names.index(value.name))
+            for i, value in enumerate(results)
+            if value.role is Role.UPDATE
+        ]
+        numbers = {results[i].name: i for i in self.outputs}
+        self.tangents = [
+            (numbers[value.name], value) for value in schedule.inputs if value.role is Role.TANGENT
+        ]
         self.gradient_of = [
             names.index(value.name) for value in schedule.outputs if value.role is Role.GRADIENT
         ]
-        self.saved_inputs = [int(v.name) for v in schedule.saved if v.role is Role.INPUT]
-        self.saved_from_inputs = [v.role is Role.INPUT for v in schedule.saved]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs."""
+        """Return the outputs; buffers and inputs that the program changes are changed."""
         if self.backward is not None and torch.is_grad_enabled():
-            return _Differentiable.apply(self, *inputs)
+            results = _Differentiable.apply(self, *inputs)
+        else:
+            with torch.no_grad():
+                results = self.forward(list(inputs))[: self.num_results]
+        if not self.updates:
+            return results
+        self.update(inputs, results)
+        return tuple(results[i] for i in self.outputs)
+
+    def update(self, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Write the new values of what the program changes."""
         with torch.no_grad():
-            return self.forward(list(inputs))[: self.num_results]
+            for result, at in self.updates:
+                inputs[at].copy_(results[result])
+
+    def saved(self, inputs: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:
+        """What `backward` takes, from the inputs and from what `forward` kept."""
+        rest = iter(computed)
+        return [
+            inputs[int(value.name)] if value.role is Role.INPUT else next(rest)
+            for value in self.schedule.saved
+        ]
 
 
 class _Differentiable(torch.autograd.Function):
-    # Each gradient leaves our hands before the next is taken: autograd may keep it without a copy.
-    boxed_grads_call = True
-
     @staticmethod
-    def forward(ctx, run: Runnable, *inputs: Tensor) -> tuple[Tensor, ...]:
-        yielded = run.forward(list(inputs))
-        results = yielded[: run.num_results]
-        ctx.run = run
-        ctx.num_inputs = len(inputs)
-        # Inputs and results are checked for changes by autograd; what is only ours is kept by us,
-        # so that the backward can free each value after its last use.
-        at = {id(x): i for i, x in enumerate(results)}
-        ctx.own = [None if id(x) in at else x for x in yielded[run.num_results :]]
-        ctx.from_results = [at.get(id(x)) for x in yielded[run.num_results :]]
-        kept = [inputs[i] for i in run.saved_inputs]
-        kept += [results[i] for i in ctx.from_results if i is not None]
-        ctx.save_for_backward(*kept)
-        ctx.mark_non_differentiable(
-            *(x for i, x in enumerate(results) if i not in run.takes_tangent)
+    def forward(ctx, runnable: Runnable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        yielded = runnable.forward(list(inputs))
+        results, computed = yielded[: runnable.num_results], yielded[runnable.num_results :]
+        # Autograd keeps inputs and results, and checks that nobody changes them; the rest is known
+        # to nobody else and kept by us, so that the backward frees each value after its last use.
+        numbers = {id(x): i for i, x in enumerate(results)}
+        ctx.kept_by_autograd = [numbers.get(id(x)) for x in computed]
+        ctx.own = [None if id(x) in numbers else x for x in computed]
+        ctx.runnable, ctx.num_inputs = runnable, len(inputs)
+        ctx.save_for_backward(
+            *(inputs[int(v.name)] for v in runnable.schedule.saved if v.role is Role.INPUT),
+            *(results[i] for i in ctx.kept_by_autograd if i is not None),
         )
+        takes_tangent = {i for i, _ in runnable.tangents}
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(results) if i not in takes_tangent))
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = ctx.run
-        arriving = (
-            gradients[0]
-            if len(gradients) == 1 and isinstance(gradients[0], list)
-            else list(gradients)
-        )
-        tangents = [_as_traced(arriving[int(value.name)], value) for value in run.tangents]
-        del gradients
-        arriving.clear()
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        runnable = ctx.runnable
         own = list(ctx.own)
-        if not keep:
-            ctx.own = None
-        box = _saved(run, ctx.saved_tensors, own, ctx.from_results)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.own.clear()
+        kept = iter(ctx.saved_tensors)
+        inputs = [next(kept) for v in runnable.schedule.saved if v.role is Role.INPUT]
+        computed = [
+            x if number is None else next(kept)
+            for x, number in zip(own, ctx.kept_by_autograd, strict=True)
+        ]
         own.clear()
-        box += tangents
-        tangents.clear()
-        computed = run.backward(box)
+        box = _merge(runnable.schedule.saved, inputs, computed)
+        computed.clear()
+        box += [_as_traced(gradients[i], value) for i, value in runnable.tangents]
+        del gradients
+        assert runnable.backward is not None
         found: list[Tensor | None] = [None] * ctx.num_inputs
-        for i, gradient in zip(run.gradient_of, computed, strict=True):
+        for i, gradient in zip(runnable.gradient_of, runnable.backward(box), strict=True):
             found[i] = gradient
         return (None, *found)
 
 
-def _saved(
-    run: Runnable, kept: Sequence[Tensor], own: list[Tensor], from_results: list[int | None]
-) -> list[Tensor]:
-    inputs, results = iter(kept[: len(run.saved_inputs)]), iter(kept[len(run.saved_inputs) :])
-    computed = iter(zip(own, from_results, strict=True))
-    box: list[Tensor] = []
-    for from_input in run.saved_from_inputs:
-        if from_input:
-            box.append(next(inputs))
-        else:
-            value, at = next(computed)
-            box.append(value if at is None else next(results))
-    return box
+def _merge(saved: Sequence[Value], inputs: list[Tensor], computed: list[Tensor]) -> list[Tensor]:
+    first, second = iter(inputs), iter(computed)
+    return [next(first) if value.role is Role.INPUT else next(second) for value in saved]
 
 
 def _as_traced(gradient: Tensor | None, value: Value) -> Tensor:
     """The gradient in the form that the program was traced for; zeros where none arrives."""
     if gradient is None:
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    if gradient.stride() != value.stride:
-        copy = torch.empty_strided(
-            value.shape, value.stride, dtype=gradient.dtype, device=gradient.device
-        )
-        return copy.copy_(gradient)
-    return gradient
+    if gradient.stride() == value.stride:
+        return gradient
+    copy = torch.empty_strided(
+        value.shape, value.stride, dtype=gradient.dtype, device=gradient.device
+    )
+    return copy.copy_(gradient)
+
+
+@torch.no_grad()
+def _step(runnable: Runnable, inputs: list[Tensor]) -> Tensor:
+    """Forward, backward, and gradients added to those that are there; returns the mean loss."""
+    yielded = runnable.forward(list(inputs))
+    results, computed = yielded[: runnable.num_results], list(yielded[runnable.num_results :])
+    del yielded
+    (loss,) = (results[i] for i in runnable.outputs)
+    runnable.update(inputs, results)
+    if runnable.backward is None:
+        raise GraphError("the captured step has no gradients: no parameter requires one.")
+    share = 1 / runnable.schedule.num_micro_batches
+    box = runnable.saved(inputs, computed)
+    computed.clear()
+    box += [torch.full_like(loss, share) for _ in runnable.tangents]
+    for i, gradient in zip(runnable.gradient_of, runnable.backward(box), strict=True):
+        if inputs[i].grad is None:
+            inputs[i].grad = gradient
+        else:
+            inputs[i].grad += gradient
+    return loss
+
+
+def _micro_batches(tensors: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:
+    if count == 1:
+        yield list(tensors)
+        return
+    parts = [x.chunk(count) if x.dim() else (x,) * count for x in tensors]
+    for i in range(count):
+        yield [part[i] for part in parts]
+
+
+def _bind(schedule: Schedule, model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs of the schedule, in order, each of the captured form."""
+    named: dict[tuple[Role, str], Tensor] = {(Role.INPUT, str(i)): x for i, x in enumerate(tensors)}
+    named |= {(Role.PARAMETER, name): x for name, x in model.named_parameters()}
+    named |= {(Role.BUFFER, name): x for name, x in model.named_buffers()}
+    bound = []
+    for value in schedule.inputs:
+        if value.role is Role.TANGENT:
+            continue
+        found = named.get((value.role, value.name))
+        if found is None:
+            raise PlanError(f"the schedule needs the {value.role.value} {value.name}: none given.")
+        if tuple(found.shape) != value.shape or found.dtype != value.dtype:
+            raise PlanError(
+                f"{value.role.value} {value.name} is {found.dtype} {tuple(found.shape)}, "
+                f"but the schedule was made for {value.dtype} {value.shape}. "
+                "Capture again with inputs of this form."
+            )
+        bound.append(found)
+    return bound

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import exc
 from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -37,11 +38,12 @@ def capture(
     """Capture the forward of `model(*inputs)`, or with a loss the forward and backward of a step.
 
     inputs: tensors (real, fake or meta; only their shapes matter) and plain values. A plan may also
-    be given as the last of them. loss: a function `loss(model, *inputs)` that returns a scalar.
+    be given as the last of them; with micro-batches, the graph is that of one of them. loss: a function `loss(model, *inputs)` that returns a scalar.
 
-    The inputs of the graph are the parameters and buffers that the program reads, by name, then the
-    tensors among `inputs`, numbered; its outputs are the model's tensors or the loss, the new
-    values of buffers that it changes, and the gradients of the parameters.
+    The inputs of the graph are what the program reads: parameters and buffers by name, the tensors
+    among `inputs` by number, and a tangent for each output. Its outputs are the model's tensors or
+    the loss, the new values of buffers that it changes, and the gradients of the parameters. Under
+    torch.no_grad() there are no tangents and no gradients.
 
     Raises GraphError where the program cannot be one graph, and PlanError where the inputs
     contradict the plan.
@@ -54,22 +56,30 @@ def capture(
         _check_plan(plan, inputs)
     fake_mode = FakeTensorMode()
     fake_model = _fake_copy(model, fake_mode)
-    fake_inputs = [_fake(x, fake_mode) if isinstance(x, Tensor) else x for x in inputs]
+    parts = 1 if plan is None else plan.num_micro_batches
+    fake_inputs = [_fake_part(x, fake_mode, parts) if isinstance(x, Tensor) else x for x in inputs]
     program = fake_model if loss is None else _Step(fake_model, loss)
     try:
-        with marking_blocks(Blocks()):
+        with (
+            marking_blocks(Blocks()),
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False),
+            get_metrics_context(),
+            dynamo_timed("fullgraph_capture"),
+        ):
             captured = fullgraph_capture(program, tuple(fake_inputs)).backend_input
     except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.UserError) as error:
         raise GraphError(f"the model is not one graph: {_plain(error)}") from error
     if captured is None:
         raise GraphError("the model computes nothing: there is no operator to capture.")
     module = captured.graph_module
-    names = _names(module, fake_model, fake_inputs)
+    names = _names(module, captured.example_inputs, fake_model, fake_inputs)
     with tracing(TracingContext(captured.fake_mode)):
         try:
-            return compose(module, captured.fake_mode, names)
+            graph = compose(module, captured.fake_mode, names)
         except NotATemplate:
-            return compose_whole(module, captured.fake_mode, names)
+            graph = compose_whole(module, captured.fake_mode, names)
+    graph.is_step = loss is not None
+    return graph
 
 
 class _Step(nn.Module):
@@ -115,7 +125,13 @@ def _fake(x: Tensor, mode: FakeTensorMode) -> Tensor:
     return mode.from_tensor(x, static_shapes=True)
 
 
-def _names(module: fx.GraphModule, model: nn.Module, inputs: list[object]) -> Names:
+def _fake_part(x: Tensor, mode: FakeTensorMode, parts: int) -> Tensor:
+    """A fake of the first micro-batch of an input."""
+    fake = _fake(x, mode)
+    return fake.chunk(parts)[0] if parts > 1 and x.dim() else fake
+
+
+def _names(module: fx.GraphModule, examples: list, model: nn.Module, inputs: list[object]) -> Names:
     """Say of each input of the graph which parameter, buffer or input of the user it is."""
     known: dict[int, tuple[Role, str]] = {}
     for i, x in enumerate(x for x in inputs if isinstance(x, Tensor)):
@@ -125,12 +141,11 @@ def _names(module: fx.GraphModule, model: nn.Module, inputs: list[object]) -> Na
     for name, x in model.named_parameters():
         known.setdefault(id(x), (Role.PARAMETER, name))
     names: Names = {}
-    for node in module.graph.find_nodes(op="placeholder"):
-        argument = node.meta["grapharg"]
-        found = known.get(id(argument.example))
-        if found is None:
-            raise GraphError(f"the program reads {argument.source.name}, which is no input of it.")
-        names[node] = found
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for node, example in zip(placeholders, examples, strict=True):
+        if id(example) not in known:
+            raise GraphError(f"the program reads {node.name}, which is no input of it.")
+        names[node] = known[id(example)]
     return names
 
 

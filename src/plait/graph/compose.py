@@ -159,12 +159,13 @@ class _Writer:
         self.graph = fx.Graph()
         self.at: dict[fx.Node, fx.Node] = {}  # node of the module -> its value in the root
         self.gradient_at: dict[fx.Node, fx.Node] = {}
+        self.forward_at: dict[int, fx.Node] = {}  # by id of the call
 
     def write(self) -> Graph:
         composer, graph = self.composer, self.graph
         inputs = [composer.values[node] for node in composer.inputs]
         for node in composer.inputs:
-            self.at[node] = graph.placeholder(node.name)
+            self.at[node] = graph.placeholder(_placeholder_name(composer.values[node]))
             self.at[node].meta["val"] = composer.values[node]
         for node in self.tangents:
             tangent = self.gradient_of_output(node)
@@ -203,6 +204,7 @@ class _Writer:
         piece, template = each.piece, each.template
         operands = [self.value(x) for x in piece.operands]
         node = self.call(template, FORWARD, operands)
+        self.forward_at[id(each)] = node
         yielded = template.yields(FORWARD)
         used = [x for x in piece.results if x is not None]
         for i, result in enumerate(used):
@@ -223,6 +225,7 @@ class _Writer:
         arriving = [self.gradient_at[used[i]] for i in template.differentiable]
         arriving += [self.gradient_at[piece.operands[i]] for i in template.threaded]
         node = self.call(template, BACKWARD, [*saved, *arriving])
+        node.meta["forward"] = self.forward_at[id(each)]
         present = [x for x, g in zip(piece.operands, template.gradients, strict=True) if g]
         for i, operand in enumerate(present):
             self.gradient_at[operand] = self.part(node, i, self.gradients[operand])
@@ -235,15 +238,19 @@ class _Writer:
 
     def call(self, template: Template, part: str, operands: list[fx.Node]) -> fx.Node:
         name = f"{template.name}_{part}".lower()
-        node = self.graph.create_node(
+        return self.graph.create_node(
             "call_function", call, (template.name, part, *operands), name=name
         )
-        return node
 
     def part(self, node: fx.Node, i: int, value: Value) -> fx.Node:
         part = self.graph.call_function(operator.getitem, (node, i))
         part.meta["val"] = value
         return part
+
+
+def _placeholder_name(value: Value) -> str:
+    name = "".join(c if c.isalnum() else "_" for c in value.name)
+    return f"input_{name}" if name.isdigit() else name.strip("_")
 
 
 def _needs_gradient(node: fx.Node) -> bool:

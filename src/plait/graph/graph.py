@@ -1,8 +1,8 @@
 """The hierarchical graph: one root of calls, and a template for each kind of repeated block.
 
-A deep model repeats a few kinds of layer. Each kind is captured once, as a `Template`; the root holds
-a `call` node for each time it runs, so that capture and passes cost one layer, not eighty. Forward
-and backward stand in one graph (a *joint* graph, as AOTAutograd makes it) until a pass parts them.
+A deep model repeats a few kinds of layer. Each kind is captured once, as a `Template`; the root
+holds a `call` node for each time it runs, so that capture and passes cost one layer, not eighty.
+Forward and backward stand in one graph (a *joint* graph) until the compiler parts them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -122,6 +122,7 @@ class Graph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     num_forward_outputs: int
+    is_step: bool = False  # captured with its loss: running it is a step of training
 
     def values(self, role: Role) -> list[Value]:
         """Inputs or outputs in this role, in order."""

@@ -1,7 +1,7 @@
 """A joint graph parted into forward and backward, and what is kept between them.
 
-What the backward uses of the forward is either saved, or computed again from what is saved. Views are
-always computed again: what they look at is kept in memory in either case.
+What the backward uses of the forward is either saved, or computed again from what is saved. Views
+are always computed again: what they look at is kept in memory in either case.
 """
 
 # pyright: basic

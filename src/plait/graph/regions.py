@@ -203,7 +203,7 @@ def _flatten(variable, tx, leaves: list) -> tuple:
 
 @cache
 def _maker(kind: type, names: tuple[str, ...]) -> Callable:
-    """A function that makes a dataclass, read by Dynamo as if it stood in the class's own module."""
+    """A function that makes a dataclass, for Dynamo one of the class's own module."""
     arguments = ", ".join(names)
     given = ", ".join(f"{name}={name}" for name in names)
     code = compile(

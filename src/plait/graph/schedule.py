@@ -23,7 +23,7 @@ class Ref:
 
 
 Argument = object
-"""A Ref, a plain constant (number, string, dtype, device, None), or a list, tuple or dict of them."""
+"""A Ref, a constant (number, string, dtype, device, None), or a list, tuple or dict of them."""
 
 GETITEM = "getitem"
 CONSTANT = "constant"
@@ -66,8 +66,8 @@ class Schedule:
     """Programs that run in turn, and the programs of templates that they call.
 
     inputs and outputs describe the edge of the whole; saved is what the program `backward` takes
-    from `forward`: an INPUT among them is the input of that number. constants are small tensors of the code
-    itself; objects are callables that have no name, with which a schedule cannot be stored.
+    from `forward`: an INPUT among them is the input of that number. constants are small tensors of
+    the code itself; objects are callables without a name, with which a schedule cannot be stored.
     """
 
     level: str
@@ -80,6 +80,9 @@ class Schedule:
     objects: dict[str, Callable[..., object]] = field(
         default_factory=dict[str, Callable[..., object]]
     )
+    is_step: bool = False
+    num_micro_batches: int = 1
+    loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 
     def program(self, name: str) -> Program:
         """The program or template program of that name."""

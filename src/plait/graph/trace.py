@@ -150,10 +150,9 @@ def _trace_functional(
         FunctionalTensorMode(),
         fx_traceback.preserve_node_meta(),
     ):
-        module = make_fx(functional, decomposition_table={}, record_module_stack=True)(
+        return make_fx(functional, decomposition_table={}, record_module_stack=True)(
             *operands, *tangents
         )
-    return module
 
 
 def _first_line(error: Exception) -> str:
