@@ -6,7 +6,8 @@ names the place, the node and the rule: it is a defect of a pass or of capture, 
 
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
-# pyright: reportOptionalSubscript=false, reportOptionalIterable=false
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 # (Arguments of fx nodes are not typed.)
 
 from collections import Counter

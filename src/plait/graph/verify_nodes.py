@@ -2,7 +2,8 @@
 
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
-# pyright: reportOptionalSubscript=false, reportOptionalIterable=false
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
 # (Arguments of fx nodes are not typed.)
 
 import operator
