@@ -86,12 +86,8 @@ def an_unknown_template(graph):
     set_operand(calls(graph, FORWARD)[0], 0, "Nobody")
 
 
-def a_backward_that_is_missing(graph):
-    template = block(graph)
-    template.backward = template.joint = None
-    output = template.forward.graph.output_node()
-    output.args = (output.args[0][: len(template.results)],)
-    template.saved = template.gradients = ()
+def a_part_that_no_template_has(graph):
+    set_operand(calls(graph, BACKWARD)[0], 1, "sideways")
 
 
 def too_few_operands(graph):
@@ -224,7 +220,7 @@ BREAKAGES = {
     a_node_of_another_graph: ["threshold_backward", "not in this graph", "dangles"],
     an_attribute_that_is_gone: ["nowhere", "no attribute", "dangles"],
     an_unknown_template: ["no template Nobody", "names a known template"],
-    a_backward_that_is_missing: ["has no backward", "a part of its template"],
+    a_part_that_no_template_has: ["has no sideways", "a part of its template"],
     too_few_operands: ["takes 7 operands for its forward, and here are 6"],
     an_operand_of_another_shape: ["operand 1", "float32[12, 6] where float32[6] is expected"],
     an_operand_of_another_dtype: ["where float64[6] is expected"],
