@@ -6,9 +6,11 @@ and `from_json` carry it to `resolved.json` and back without loss.
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from plait.errors import ConfigError, nearest_name
@@ -191,3 +193,12 @@ _KIND_NAMES = {
     float: "a finite number",
     str: "a text",
 }
+
+
+def cache_folder() -> Path | None:
+    """Where compiled schedules are kept: PLAIT_CACHE, or the user's cache; None if set to ""."""
+    given = os.environ.get("PLAIT_CACHE")
+    if given is not None:
+        return Path(given) if given else None
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "plait" / "schedules"

@@ -1,28 +1,70 @@
-"""`plait.jit`: compile a function or module, and report on it."""
+"""`plait.jit`: compile a function or module, keep what was compiled, and report on it."""
 
 # pyright: basic
 # (TorchDynamo is not typed.)
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._dynamo import exc
 from torch._dynamo.utils import compilation_time_metrics, graph_break_reasons
+from torch.utils import _pytree as pytree
 
-from plait.backend.report import Report, make_break
+from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
+from plait.backend.report import CapturedGraph, Report, make_break
+from plait.backend.store import Entry, call_form, key_of, load, save
 from plait.backend.torch_backend import Backend
+from plait.config import cache_folder
+from plait.errors import ConfigError, GraphError
+from plait.executor.run import Runnable
 
 _COMPILE = "_compile.compile_inner"
+
+
+def jit(
+    function: Callable,
+    *,
+    level: str = "O0",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    cache: bool = True,
+) -> "Jitted":
+    """Compile a function or module at its first call; the results keep eager's bits at level O0.
+
+    What cannot be captured runs as plain Python between graphs, unless `fullgraph` asks for an
+    error. dynamic: True lets sizes vary from the start, None from the second size on, False never.
+    cache: look for a stored schedule first, and store a new one, in the folder that the environment
+    variable PLAIT_CACHE names (default: the user's cache).
+
+    Raises GraphError if there is no such level.
+    """
+    return Jitted(function, level=level, dynamic=dynamic, fullgraph=fullgraph, cache=cache)
 
 
 class Jitted:
     """A compiled function or module. Call it like the original; `report()` says what was done."""
 
     def __init__(
-        self, function: Callable, *, level: str, dynamic: bool | None, fullgraph: bool
+        self,
+        function: Callable,
+        *,
+        level: str,
+        dynamic: bool | None,
+        fullgraph: bool,
+        cache: bool,
     ) -> None:
+        if not callable(function):
+            raise ConfigError(f"plait.jit takes a function or module, got {function!r}.")
         self.original = function
+        self._dynamic = dynamic
         self._backend = Backend(level)
+        self._folder = cache_folder() if cache else None
+        self._found: Fingerprint | None = None
+        self._stored: dict[str, tuple[Entry, Runnable]] = {}
+        self._captured: set[str] = set()  # forms of calls that Dynamo knows in this process
+        self._read_s = 0.0
         optimize = torch._dynamo.optimize(
             backend=self._backend,
             nopython=fullgraph,
@@ -33,22 +75,20 @@ class Jitted:
         self._compiled = optimize(function)
 
     def __call__(self, *args, **kwargs):
-        """Run as the original would, bit for bit."""
-        num_breaks, num_graphs = len(graph_break_reasons), self._backend.report.num_graphs
-        num_times = len(compilation_time_metrics.get(_COMPILE, ()))
-        try:
-            return self._compiled(*args, **kwargs)
-        except exc.TorchRuntimeError:
-            if len(graph_break_reasons) > num_breaks:
-                raise
-            # The program itself is wrong, say in its shapes, and nothing of it ran yet: let it
-            # raise its own error, from its own line.
-            return self.original(*args, **kwargs)
-        finally:
-            if len(graph_break_reasons) > num_breaks or (
-                self._backend.report.num_graphs > num_graphs
-            ):
-                self._note_compilation(num_breaks, num_times)
+        """Run as the original would."""
+        if self._folder is None:
+            return self._capture_and_run(args, kwargs)
+        form = call_form(args, kwargs)
+        if form is None:
+            self._forget("the call has arguments that cannot be compared")
+            return self._capture_and_run(args, kwargs)
+        leaves, text = form
+        if text in self._captured or not self._is_known():
+            return self._capture_and_run(args, kwargs)
+        stored = self._stored.get(text) or self._look_up(text)
+        if stored is not None:
+            return self._run_stored(*stored, leaves)
+        return self._capture_and_store(args, kwargs, leaves, text)
 
     def report(self) -> Report:
         """What was compiled so far."""
@@ -60,30 +100,134 @@ class Jitted:
             raise AttributeError(name)
         return getattr(self.original, name)
 
+    def _capture_and_run(self, args: tuple, kwargs: dict):
+        report = self._backend.report
+        num_breaks, num_graphs = len(graph_break_reasons), report.num_graphs
+        num_times = len(compilation_time_metrics.get(_COMPILE, ()))
+        try:
+            return self._compiled(*args, **kwargs)
+        except exc.TorchRuntimeError:
+            if len(graph_break_reasons) > num_breaks:
+                raise
+            # The program itself is wrong, say in its shapes, and nothing of it ran yet: let it
+            # raise its own error, from its own line.
+            return self.original(*args, **kwargs)
+        finally:
+            if len(graph_break_reasons) > num_breaks or report.num_graphs > num_graphs:
+                self._note_compilation(num_breaks, num_times)
+
+    def _is_known(self) -> bool:
+        """Whether the program has a fingerprint that still holds."""
+        if self._found is None:
+            try:
+                self._found = fingerprint(self.original)
+            except Uncacheable as reason:
+                self._forget(str(reason))
+                return False
+        if not self._found.is_current():
+            # Something was replaced since: look at the program again before trusting what is kept.
+            self._found = None
+            self._stored.clear()
+            return self._is_known()
+        return True
+
+    def _forget(self, reason: str) -> None:
+        """Leave the cache alone from now on."""
+        self._backend.report.notes.append(f"not kept in the compile cache: {reason}")
+        self._folder, self._found = None, None
+        self._stored.clear()
+
+    def _look_up(self, text: str) -> tuple[Entry, Runnable] | None:
+        assert self._found is not None
+        assert self._folder is not None
+        entry = load(self._folder, self._key(text))
+        if entry is None:
+            return None
+        try:
+            runnable = Runnable(entry.schedule)
+        except GraphError:
+            return None  # an operator that is not there: captured anew
+        report = self._backend.report
+        report.from_cache = True
+        report.graphs.append(
+            CapturedGraph("the compile cache", entry.schedule.num_steps, {}, 0)
+        )
+        self._stored[text] = (entry, runnable)
+        return entry, runnable
+
+    def _key(self, text: str) -> str:
+        assert self._found is not None
+        return key_of(self._found, text, self._backend.level, self._dynamic)
+
+    def _run_stored(self, entry: Entry, runnable: Runnable, leaves: list):
+        assert self._found is not None
+        known = {"t": self._found.values(), "a": leaves}
+        outputs = runnable(*(known[source[0]][int(source[1:])] for source in entry.sources))
+        known["o"] = list(outputs)
+        found = [
+            known[leaf[1]][int(leaf[2:])] if isinstance(leaf, str) and leaf[0] == "@" else leaf
+            for leaf in entry.leaves
+        ]
+        return pytree.tree_unflatten(found, pytree.treespec_loads(entry.result))
+
+    def _capture_and_store(self, args: tuple, kwargs: dict, leaves: list, text: str):
+        report = self._backend.report
+        num_graphs, num_breaks = report.num_graphs, len(report.breaks)
+        self._backend.frames.clear()
+        self._captured.add(text)
+        key = self._key(text)
+        result = self._capture_and_run(args, kwargs)
+        if report.num_graphs == num_graphs and not self._backend.frames:
+            return result  # compiled before: Dynamo's guards chose among what is there
+        frames = self._backend.frames
+        if len(frames) == 1 and report.num_graphs == num_graphs + 1 and (
+            len(report.breaks) == num_breaks
+        ):
+            self._store(key, result, leaves)
+        else:
+            self._forget("the program is not one graph without side effects")
+        for frame in frames:
+            frame.results = ()
+        return result
+
+    def _store(self, key: str, result: object, leaves: list) -> None:
+        assert self._found is not None
+        assert self._folder is not None
+        (frame,) = self._backend.frames
+        found = {id(x): f"a{i}" for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+        found = {number: f"t{i}" for number, i in self._found.places.items()} | found
+        sources = [found.get(number) for number in frame.input_ids]
+        if None in sources or not self._found.is_current():
+            self._forget("the program reads or changes what is not among its own attributes")
+            return
+        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results)}
+        flat, spec = pytree.tree_flatten(result)
+        kept = []
+        for leaf in flat:
+            place = outputs.get(id(leaf)) or found.get(id(leaf))
+            if place is not None:
+                kept.append(f"@{place}")
+            elif leaf is None or type(leaf) in (bool, int, float):
+                kept.append(leaf)
+            else:
+                self._forget(f"the result holds a {type(leaf).__name__}")
+                return
+        try:
+            entry = Entry(frame.schedule, sources, pytree.treespec_dumps(spec), kept)
+            save(Path(self._folder), key, entry, self._found.files | frame.files)
+        except (NotImplementedError, ValueError, GraphError, OSError) as error:
+            self._forget(str(error))
+
     def _note_compilation(self, num_breaks: int, num_times: int) -> None:
         report = self._backend.report
         for cause in graph_break_reasons[num_breaks:]:
             report.breaks.append(make_break(cause.reason, cause.user_stack))
-        known_s = sum(report.phases_s.values()) - report.phases_s["read"]
-        self._total_s = getattr(self, "_total_s", 0.0) + sum(
-            compilation_time_metrics.get(_COMPILE, ())[num_times:]
-        )
-        report.phases_s["read"] = self._total_s - known_s
+        self._read_s += sum(compilation_time_metrics.get(_COMPILE, ())[num_times:])
+        ours_s = sum(report.phases_s.values()) - report.phases_s["read"]
+        report.phases_s["read"] = max(0.0, self._read_s - ours_s)
 
     def _count_guards(self, guards) -> None:
         self._backend.report.num_guards += len(guards)
 
     def _note_failed_guard(self, failure) -> None:
         self._backend.report.recompilations.append(str(failure.reason).strip())
-
-
-def jit(
-    function: Callable,
-    *,
-    level: str = "O0",
-    numerics: str = "fast",
-    dynamic: bool | None = None,
-    fullgraph: bool = False,
-) -> Jitted:
-    """Compile a function or module, with each kind of repeated block captured once."""
-    return Jitted(function, level=level, dynamic=dynamic, fullgraph=fullgraph)

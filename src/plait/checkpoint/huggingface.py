@@ -5,6 +5,7 @@ Tensors keep their dtype and every byte in both directions.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError
 from plait.models.decoder import Decoder
 from plait.models.registry import family_of_config, family_of_model
+from plait.ops.numerics import Numerics
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -25,19 +27,24 @@ _INDEX = "model.safetensors.index.json"
 _DERIVED = ".rotary_emb.inv_freq"  # a table that old Llama checkpoints carry along
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype | None = None) -> Decoder:
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, numerics: Numerics = "fast"
+) -> Decoder:
     """Build the model that `config.json` names and fill it from the weights beside it.
 
-    dtype: of the parameters; default that of the file. Raises CheckpointError for missing, damaged
-    or unmatched files, ModelError for a config that no family takes.
+    dtype: of the parameters; default that of the file. numerics: how the model computes. Raises
+    CheckpointError for missing, damaged or unmatched files, ModelError for a config that no family
+    takes.
     """
     folder = Path(folder)
     settings = _read_config(folder)
     family = family_of_config(settings)
     with torch.device("meta"):
-        model = Decoder(family.read_config(settings))
+        model = Decoder(replace(family.read_config(settings), numerics=numerics))
     leaves = read_leaves(folder, model)
-    cast = {name: leaf.to(dtype) for name, leaf in leaves.items()}
+    # Strict kernels want aligned weights; those of a safetensors file lie anywhere.
+    copy = numerics == "strict"
+    cast = {name: leaf.to(dtype or leaf.dtype, copy=copy) for name, leaf in leaves.items()}
     model.load_state_dict(cast, strict=False, assign=True)
     model.tie()
     return model.eval()

@@ -4,7 +4,9 @@ A schedule holds no weights. Its steps name operators, so it can be stored as JS
 on any machine, to a model of its shape.
 """
 
+import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -12,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from plait.errors import GraphError
 from plait.graph.graph import Value
 
 
@@ -31,7 +34,9 @@ CALL = "call:"
 PYTHON = "python:"
 OBJECT = "object:"
 
-_PYTHON_MODULES = {"operator": operator, "torch": torch, "math": __import__("math")}
+_PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
+_SIZE_FUNCTION = re.compile(r"operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge)|torch\.sym_\w+|math\.\w+")
+"""What Python itself may do in a schedule: arithmetic of sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,22 +117,27 @@ def name_of(target: object) -> str | None:
     module = getattr(target, "__module__", None)
     name = getattr(target, "__name__", "")
     module = {"_operator": "operator"}.get(str(module), str(module))
-    if module in _PYTHON_MODULES and getattr(_PYTHON_MODULES[module], name, None) is target:
+    is_known = _SIZE_FUNCTION.fullmatch(f"{module}.{name}") is not None
+    if is_known and getattr(_PYTHON_MODULES[module], name, None) is target:
         return f"{PYTHON}{module}.{name}"
     return None
 
 
 def resolve(target: str) -> Callable[..., object]:
-    """The operator of that name. Raises KeyError or AttributeError if this torch has none."""
+    """The operator of that name. Raises GraphError if there is none that a schedule may call."""
     if target == GETITEM:
         return operator.getitem
     if target.startswith(PYTHON):
+        if _SIZE_FUNCTION.fullmatch(target.removeprefix(PYTHON)) is None:
+            raise GraphError(f"a schedule may not call {target.removeprefix(PYTHON)}.")
         module, _, name = target.removeprefix(PYTHON).partition(".")
         return cast("Callable[..., object]", getattr(_PYTHON_MODULES[module], name))
-    namespace, name, overload = target.split(".")
-    return cast(
-        "Callable[..., object]", getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    )
+    try:
+        namespace, name, overload = target.split(".")
+        found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    except (ValueError, AttributeError) as error:
+        raise GraphError(f"there is no operator {target!r} in torch {torch.__version__}.") from error
+    return cast("Callable[..., object]", found)
 
 
 def refs_in(argument: Argument) -> list[str]:

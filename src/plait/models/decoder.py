@@ -21,15 +21,21 @@ from plait.errors import ModelError
 from plait.nn.attention import Attention, AttentionInputs, attention_mask
 from plait.nn.feed_forward import FeedForward
 from plait.nn.kv_cache import KVCache
+from plait.nn.linear import make_linear
 from plait.nn.norm import RMSNorm
 from plait.nn.rotary import Rope, rotation_tables
 from plait.nn.token_layout import TokenLayout
 from plait.ops.linear_cross_entropy import linear_cross_entropy
+from plait.ops.numerics import Numerics
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of a decoder. `family` is the name under which `registry.py` knows it."""
+    """Shape of a decoder. `family` is the name under which `registry.py` knows it.
+
+    numerics: "strict" makes the hidden states and logits of a token, and the gradients of a layer's
+    inputs, independent of how tokens are batched, cut into chunks or cached, bit for bit.
+    """
 
     family: str = "llama"
     vocab_size: int = 32_000
@@ -47,6 +53,7 @@ class DecoderConfig:
     feed_forward_bias: bool = False
     qk_norm: bool = False
     init_std: float = 0.02
+    numerics: Numerics = "fast"
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail deep inside."""
@@ -92,10 +99,14 @@ class DecoderLayer(nn.Module):
             bias=config.attention_bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
             layer=layer,
+            numerics=config.numerics,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = FeedForward(
-            config.hidden_size, config.intermediate_size, bias=config.feed_forward_bias
+            config.hidden_size,
+            config.intermediate_size,
+            bias=config.feed_forward_bias,
+            numerics=config.numerics,
         )
 
     def forward(self, x_BTD: Tensor, shared: AttentionInputs) -> Tensor:
@@ -115,7 +126,9 @@ class Decoder(nn.Module):
         layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.layers = cast("Sequence[DecoderLayer]", layers)  # a ModuleList forgets its items' type
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = make_linear(
+            config.hidden_size, config.vocab_size, bias=False, numerics=config.numerics
+        )
         self.tie()
 
     def tie(self) -> None:
@@ -192,6 +205,11 @@ class Decoder(nn.Module):
                 "a layout with segments cannot be used with a cache; "
                 "give each document its own row."
             )
+        if self.config.numerics == "strict" and layout.segments is not None:
+            raise ModelError(
+                "a model of strict numerics takes no layout with segments yet; "
+                "give each document its own row."
+            )
         num_tokens = tokens_BT.shape[1]
         num_before = 0 if cache is None else cache.length
         positions_BT = layout.positions
@@ -205,6 +223,8 @@ class Decoder(nn.Module):
                 )
             positions_BT = torch.arange(num_before, end, device=tokens_BT.device)[None]
         cos_B1TH, sin_B1TH = rotation_tables(self.config.rope, positions_BT, self.config.head_size)
+        if self.config.numerics == "strict":
+            return AttentionInputs(cos_B1TH, sin_B1TH, None, cache)
         mask = attention_mask(
             num_tokens=num_tokens,
             num_held=num_before + num_tokens,

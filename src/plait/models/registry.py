@@ -1,6 +1,7 @@
 """The families, by the architecture name in `config.json`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from plait.errors import ModelError, nearest_name
@@ -39,7 +40,8 @@ def check_family(config: DecoderConfig) -> Family:
             f"model.family={config.family!r} is not known. {nearest_name(config.family, by_name)}"
         )
     family = by_name[config.family]
-    again = family.read_config(family.write_config(config))
+    # How the sums are taken is no part of the architecture, and of no config.json.
+    again = replace(family.read_config(family.write_config(config)), numerics=config.numerics)
     if again != config:
         fields = [name for name, value in vars(again).items() if value != getattr(config, name)]
         raise ModelError(

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from plait.nn.kv_cache import KVCache
+from plait.nn.linear import make_linear
 from plait.nn.norm import RMSNorm
 from plait.nn.rotary import rotate
 from plait.ops.attention import causal_attention
+from plait.ops.numerics import Numerics
+from plait.ops.strict_attention import strict_causal_attention
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class AttentionInputs:
     """What all layers of one forward share: the rotation of each token, and who may see whom.
 
     mask: boolean (B, 1, T, S), True where a query may look; None = causal without a cache, or one
-    token that may see everything.
+    token that may see everything. Strict numerics are always causal and take none.
     """
 
     cos_B1TH: Tensor
@@ -42,15 +45,21 @@ class Attention(nn.Module):
         bias: bool,
         qk_norm_eps: float | None,
         layer: int,
+        numerics: Numerics = "fast",
     ) -> None:
         """Make the four projections; `qk_norm_eps` asks for normalized queries and keys (Qwen3)."""
         super().__init__()
         self.head_size = head_size
         self.layer = layer
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_size, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_size, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_size, hidden_size, bias=bias)
+        self.numerics: Numerics = numerics
+        self.q_proj = make_linear(hidden_size, num_heads * head_size, bias=bias, numerics=numerics)
+        self.k_proj = make_linear(
+            hidden_size, num_kv_heads * head_size, bias=bias, numerics=numerics
+        )
+        self.v_proj = make_linear(
+            hidden_size, num_kv_heads * head_size, bias=bias, numerics=numerics
+        )
+        self.o_proj = make_linear(num_heads * head_size, hidden_size, bias=bias, numerics=numerics)
         self.q_norm = None if qk_norm_eps is None else RMSNorm(head_size, eps=qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_size, eps=qk_norm_eps)
 
@@ -65,10 +74,14 @@ class Attention(nn.Module):
         v_BKTH = self._heads(self.v_proj, None, x_BTD)
         if shared.cache is not None:
             k_BKTH, v_BKTH = shared.cache.append(self.layer, k_BKTH, v_BKTH)
-        attended_BNTH = _attend(q_BNTH, k_BKTH, v_BKTH, shared.mask_B1TS, self.head_size**-0.5)
+        scale = self.head_size**-0.5
+        if self.numerics == "strict":
+            attended_BNTH = strict_causal_attention(q_BNTH, k_BKTH, v_BKTH, scale=scale)
+        else:
+            attended_BNTH = _attend(q_BNTH, k_BKTH, v_BKTH, shared.mask_B1TS, scale)
         return self.o_proj(attended_BNTH.transpose(1, 2).flatten(2))
 
-    def _heads(self, projection: nn.Linear, norm: RMSNorm | None, x_BTD: Tensor) -> Tensor:
+    def _heads(self, projection: nn.Module, norm: RMSNorm | None, x_BTD: Tensor) -> Tensor:
         heads_BTNH = projection(x_BTD).unflatten(-1, (-1, self.head_size))
         return (heads_BTNH if norm is None else norm(heads_BTNH)).transpose(1, 2)
 

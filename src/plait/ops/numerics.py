@@ -1,0 +1,35 @@
+"""The two kinds of numerics, and what they have in common.
+
+"fast" takes PyTorch's quickest kernels. "strict" fixes every order of summation: the result and the
+input gradient of a row do not depend, bit for bit, on how many rows there are, on their order or on
+their neighbours.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plait.errors import ModelError
+
+Numerics = Literal["fast", "strict"]
+
+
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Convert to the dtype of the enclosing `torch.autocast`, as PyTorch does for its products."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def check_alike(name: str, *tensors: Tensor) -> None:
+    """Raise ModelError unless all tensors have one floating-point dtype and one device."""
+    dtypes, devices = ({getattr(t, key) for t in tensors} for key in ("dtype", "device"))
+    if len(dtypes) > 1 or not tensors[0].dtype.is_floating_point:
+        given = ", ".join(str(tensor.dtype) for tensor in tensors)
+        raise ModelError(f"{name} needs one floating-point dtype, got {given}. Convert them first.")
+    if len(devices) > 1:
+        given = ", ".join(str(tensor.device) for tensor in tensors)
+        raise ModelError(f"{name} needs its tensors on one device, got {given}. Move them first.")
