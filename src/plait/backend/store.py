@@ -84,9 +84,7 @@ def load(folder: Path, key: str) -> Entry | None:
         data = json.loads(text)
         if any(_hash_of(file) != digest for file, digest in data["files"].items()):
             return None
-        return Entry(
-            from_json(data["schedule"]), data["sources"], data["result"], data["leaves"]
-        )
+        return Entry(from_json(data["schedule"]), data["sources"], data["result"], data["leaves"])
     except (OSError, ValueError, KeyError, TypeError, GraphError):
         return None  # rebuilt, and written anew
 

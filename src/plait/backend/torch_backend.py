@@ -17,7 +17,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 
-from plait.backend.report import CapturedGraph, Report
+from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile_graph
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
@@ -55,7 +55,7 @@ class Backend:
         passes_of(level)  # raises if there is none
         self.blocks = Blocks()
         self.frames: list[Frame] = []
-        self.report = Report(level)
+        self.report = new_report(level)
         watch_blocks()
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
@@ -74,7 +74,7 @@ class Backend:
             return self._compile_whole(module, inputs, str(error))
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
-        self.report.graphs.append(describe_graph(where, graph))
+        self.report.add(describe_graph(where, graph), graph)
         translator = InstructionTranslator.current_tx()
         if not translator.output.side_effects.is_empty():
             return runnable
@@ -160,7 +160,7 @@ class WholeFrame:
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
             graph = each.run(graph, ParallelPlan())
-        self.backend.report.graphs.append(describe_graph(self.where, graph))
+        self.backend.report.add(describe_graph(self.where, graph), graph)
         self.is_known = True
         return graph.root
 
