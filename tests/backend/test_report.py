@@ -40,7 +40,7 @@ def operator_without_a_fake():
 
 def prints(x):
     y = x + 1
-    print("text")
+    print("text")  # noqa: T201
     return y * 2
 
 
@@ -127,7 +127,7 @@ def opens(x):
 def catches(x):
     y = x + 1
     try:
-        print("text")
+        print("text")  # noqa: T201
         y = y * 2
     except ValueError:
         pass
@@ -175,7 +175,7 @@ def two_breaks(x):
     y = x + 1
     value = y.sum().item()
     if value > 0:
-        print(f"{value:.1f}")
+        print(f"{value:.1f}")  # noqa: T201
     return y * 2
 
 

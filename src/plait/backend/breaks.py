@@ -69,6 +69,11 @@ def is_library(path: str) -> bool:
     return path.startswith(_LIBRARIES) or path.startswith("<")
 
 
+def resumed(name: str) -> str:
+    """The user's name of a function that TorchDynamo goes on with after a break."""
+    return re.sub(r"torch_dynamo_resume_in_(\w+)_at_(\d+)", r"\1 after line \2", name)
+
+
 def short_path(path: str) -> str:
     """A path as a user would type it: relative to here, or within the installed packages."""
     for folder in (str(Path.cwd()), *_LIBRARIES):
@@ -134,7 +139,7 @@ _BREAKS = [
         "print after the compiled function has returned",
     ),
     (
-        r"logging\.Logger|logging function .*logg",
+        r"logging\.Logger|module: logging\b",
         "a message is logged",
         "log after the compiled function has returned, or add the method to "
         "torch._dynamo.config.ignore_logging_functions, which leaves the message out",
@@ -181,6 +186,11 @@ _BREAKS = [
         r"method `(?P<name>[^`]+)` of class `(?P<module>[^`]+)`",
         "the method {name} of {module} is called, which cannot be read as tensor operations",
         _OUTSIDE,
+    ),
+    (
+        r"context manager|enter a `(?P<name>\w+)`",
+        "a context manager is entered that cannot be captured",
+        "enter it outside of the compiled function",
     ),
     (
         f"^{STEP}$",

@@ -1,13 +1,12 @@
 """What a compiled function tells about itself: graphs, breaks, recompilations, time by phase."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 
-from plait.backend.breaks import STEP, Break, explain_guard, make_break, short_path
+from plait.backend.breaks import STEP, Break, explain_guard, make_break, resumed, short_path
 from plait.backend.watch import Watch, remembering_frames
 from plait.graph.graph import Graph
 
@@ -65,13 +64,14 @@ class Report:
         if self.kept is not None:
             self.kept.append((captured.where, graph))
 
-    def note_break(self, item: Break, *, is_step: bool = False) -> None:
-        """Add a break. A line whose break is explained is not listed again as a mere step."""
-        if is_step and any(each.where == item.where for each in self.breaks):
+    def note_break(self, item: Break, *, is_vague: bool = False) -> None:
+        """Add a break. What is vague is left out where another reason is known for the line."""
+        same_line = [each for each in self.breaks if each.where == item.where]
+        if is_vague and any(each != item for each in same_line):
             return
-        if not is_step:
-            steps = {each for each in self.breaks if each.where == item.where and _is_step(each)}
-            self.breaks = [each for each in self.breaks if each not in steps]
+        self.breaks = [
+            each for each in self.breaks if each.where != item.where or not _is_step(each)
+        ]
         if item not in self.breaks:
             self.breaks.append(item)
         self.times[item] += 1
@@ -85,7 +85,7 @@ class Report:
             if frame.recompile_reason:
                 self.recompilations.append(explain_guard(frame.recompile_reason))
             if frame.fail_type == "Unsupported":
-                self.note_break(_given_up(frame))
+                self.note_break(_given_up(frame), is_vague=True)
         ours_s = sum(self.phases_s.values()) - self.phases_s["read"]
         self.phases_s["read"] = max(0.0, self.read_s - ours_s)
 
@@ -93,7 +93,7 @@ class Report:
         """Add all that was seen by a watch."""
         for cause in watch.breaks():
             self.note_break(
-                make_break(cause.reason, cause.user_stack), is_step=cause.reason == STEP
+                make_break(cause.reason, cause.user_stack), is_vague=cause.reason == STEP
             )
         self.note_frames(watch.frames())
 
@@ -168,7 +168,7 @@ def _note_unclaimed(reports: Sequence[Report], watch: Watch) -> None:
     for cause in watch.breaks():
         item = make_break(cause.reason, cause.user_stack)
         if item.where not in known:
-            unclaimed.note_break(item, is_step=cause.reason == STEP)
+            unclaimed.note_break(item, is_vague=cause.reason == STEP)
     unclaimed.note_frames([x for x in watch.frames() if str(x.compile_id) not in claimed])
 
 
@@ -179,9 +179,10 @@ def _is_step(item: Break) -> bool:
 def _given_up(frame) -> Break:
     """The break of a frame that cannot go on after it: in a try or with, in a loop."""
     place = f"{frame.fail_user_frame_filename}:{frame.fail_user_frame_lineno}"
+    name = resumed(frame.co_name)
     found = make_break(frame.fail_reason or "", ())
-    reason = f"{found.reason}, and `{frame.co_name}` cannot go on in a graph behind it"
-    advice = f"{found.advice}; until then this call of `{frame.co_name}` runs as plain Python"
+    reason = f"{found.reason}, and `{name}` cannot go on in a graph behind it"
+    advice = f"{found.advice}; until then this call of `{name}` runs as plain Python"
     return Break(place, reason, advice)
 
 
@@ -209,8 +210,7 @@ def _break_lines(item: Break, times: int) -> str:
 
 def _place(where: str) -> str:
     """A short path, and the user's name of a function that goes on after a break."""
-    where = re.sub(r"torch_dynamo_resume_in_(\w+)_at_(\d+)", r"\1 after line \2", where)
-    return short_path(where)
+    return short_path(resumed(where))
 
 
 def _pairs(reasons: dict[str, str]) -> list[str]:
