@@ -15,7 +15,7 @@ from plait.graph.schedule import Program, Ref, Schedule
 from plait.graph.verify import verify, verify_pass
 from plait.graph.verify_schedule import verify_schedule
 
-from .programs import WIDTH, Tower, captured_step, copied
+from .programs import WIDTH, Block, Tower, captured_step, copied
 
 ATEN = torch.ops.aten
 
@@ -184,6 +184,15 @@ def a_result_that_the_backward_makes(graph):
     template.joint.graph.output_node().args = ((outputs[1], *outputs[1:]),)
 
 
+def a_tangent_of_another_shape(graph):
+    *_, tangent = block(graph).backward.graph.find_nodes(op="placeholder")
+    tangent.meta["val"] = tangent.meta["val"][:2]
+
+
+def a_tangent_too_many(graph):
+    block(graph).differentiable = ()
+
+
 def an_operator_in_place(graph):
     find(block(graph).forward, ATEN.relu.default).target = ATEN.relu_.default
 
@@ -237,6 +246,8 @@ BREAKAGES = {
     a_tangent_of_nothing: ["tangent 7", "nothing of that name"],
     a_forward_call_that_takes_a_gradient: ["it takes getitem", "does not rest on tangents"],
     a_result_that_the_backward_makes: ["joint, output 0", "the backward makes it"],
+    a_tangent_of_another_shape: ["float32[2, 6] for float32[5, 6]", "shape and dtype of what"],
+    a_tangent_too_many: ["1 tangents arrive, and 0 are described"],
     an_operator_in_place: ["relu", "aten.relu_.default writes into", "works in place"],
     a_node_without_a_value: ["relu", "no metadata value", "says what it makes"],
     outputs_in_another_order: ["output", "the edge of a graph is as described"],
@@ -267,10 +278,35 @@ def test_a_graph_without_gradients_keeps_every_rule():
     verify(graph)
 
 
+class Turned(nn.Module):
+    """Its result has other strides than the gradient that arrives for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        x = x.t().contiguous().t() * 2
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_gradient_may_have_other_strides_than_its_result():
+    torch.manual_seed(0)
+    graph = capture(Turned(), torch.randn(5, WIDTH, requires_grad=True), loss=squared)
+    verify(graph)
+    verify_schedule(compile_graph(graph))
+
+
+def squared(model, x):
+    return model(x).square().mean()
+
+
 def test_a_graph_captured_as_a_whole_keeps_every_rule():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    graph = capture(model, torch.randn(5, 3), loss=lambda model, x: model(x).square().mean())
+    graph = capture(model, torch.randn(5, 3), loss=squared)
     assert graph.templates == {}
     assert graph.values(Role.UPDATE)
     verify(graph)

@@ -226,6 +226,7 @@ _GUARDS = [
     (r"tensor '(?P<name>.+?)' (?P<what>[\w ]+) mismatch", "the {what} of {name} changed"),
     (r"GLOBAL_STATE changed: (?P<what>\w+)", "the mode {what} changed"),
     (rf"^len\({_NAME}\) == (?P<a>\S+)$", "the length of {name} is not {a} any more"),
+    (rf"^len\({_NAME}\) != (?P<a>\d+)$", "the length of {name} is {a} now"),
     (rf"^not len\({_NAME}\)$", "{name} is not empty any more"),
     (rf"^not {_NAME}$", "{name} is not false or zero any more"),
     (r"___check_type_id\((?P<name>.+?), \d+", "{name} is of another type"),
@@ -256,6 +257,7 @@ def _plain_name(name: str) -> str:
         return _DTYPES[name]
     name = re.sub(r"[LG]\['(\w+)'\]", r"\1", name)
     name = re.sub(r"___stack\d+", "a value computed before", name)
+    name = name.removesuffix("._modules")
     return name.replace("_modules['", "").replace("_parameters['", "").replace("']", "")
 
 

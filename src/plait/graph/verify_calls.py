@@ -8,13 +8,15 @@
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Template, Value, call_of
-from plait.graph.verify_nodes import expect, fail
+from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Template, Value, call_of, describe
+from plait.graph.verify_nodes import expect, fail, text_of
 
 _ROOT = "the root"
+_TANGENTS = "a tangent has the shape and dtype of what it belongs to"
 _OPERANDS = "the operands of a call are what its template takes"
 _TAKEN = "what is taken from a call is what its template yields"
 _SAVED = "a backward takes what one forward of its template saved, in order"
@@ -28,9 +30,26 @@ def verify_calls(graph: Graph) -> None:
 
 
 def tangents_of(template: Template) -> list[Value]:
-    """What arrives at the backward of a template, after what it saved."""
-    found = [template.results[i] for i in template.differentiable]
-    return found + [template.arguments[i] for i in template.threaded]
+    """What arrives at the backward of a template, after what it saved.
+
+    The strides of a gradient are those that its maker gives it, not those of the result.
+    """
+    owners = [template.results[i] for i in template.differentiable]
+    owners += [template.arguments[i] for i in template.threaded]
+    assert template.backward is not None
+    places = template.backward.graph.find_nodes(op="placeholder")[len(template.saved) :]
+    where = f"template {template.name}, {BACKWARD}"
+    if len(places) != len(owners):
+        found = f"{len(places)} tangents arrive, and {len(owners)} are described"
+        fail(where, "tangents", _TANGENTS, found)
+    tangents = []
+    for place, owner in zip(places, owners, strict=True):
+        tangent = describe(Role.TANGENT, owner.name, place.meta["val"])
+        if tangent.shape != owner.shape or tangent.dtype != owner.dtype:
+            found = f"{text_of(tangent)} for {text_of(owner)}"
+            fail(where, place.name, _TANGENTS, found)
+        tangents.append(replace(tangent, layout=owner.layout))
+    return tangents
 
 
 def _verify_call(graph: Graph, node: fx.Node, name: str, part: str) -> None:
@@ -40,8 +59,10 @@ def _verify_call(graph: Graph, node: fx.Node, name: str, part: str) -> None:
     has_part = part == FORWARD or (part == BACKWARD and template.backward is not None)
     if not has_part:
         fail(_ROOT, node.name, "a call names a part of its template", f"{name} has no {part}")
-    forward = list(template.arguments)
-    takes = forward if part == FORWARD else [*template.saved, *tangents_of(template)]
+    if part == FORWARD:
+        takes = list(template.arguments)
+    else:
+        takes = [*template.saved, *tangents_of(template)]
     operands = node.args[2:]
     if len(operands) != len(takes):
         found = f"{name} takes {len(takes)} operands for its {part}, and here are {len(operands)}"
