@@ -2,7 +2,7 @@
 
 from plait.backend.jit import jit as jit
 from plait.checkpoint.huggingface import load_model as load_model
-from plait.compiler.compile import compile_graph as compile
+from plait.compiler.compile import compile as compile
 from plait.errors import PlaitError as PlaitError
 from plait.executor.run import run as run
 from plait.graph.capture import capture as capture

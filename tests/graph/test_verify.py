@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 
-from plait.compiler.compile import compile_graph
+from plait.compiler.compile import compile as compile_graph
 from plait.errors import GraphError
 from plait.graph.capture import capture
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Shard, call_of

@@ -113,7 +113,7 @@ class _Walk:
         self.found.words.append(" ".join(str(word) for word in words))
 
     def visit(self, x: object, path: str, place: tuple | None = None) -> None:
-        if isinstance(x, _PLAIN) or isinstance(x, _TORCH_PLAIN):
+        if isinstance(x, (_PLAIN, _TORCH_PLAIN)):
             self.say(path, type(x).__name__, repr(x))
             return
         if id(x) in self.seen:
@@ -139,9 +139,9 @@ class _Walk:
         elif isinstance(x, logging.Logger):
             self.say(path, "logger", x.name)
         else:
-            self.object(x, path)
+            self.instance(x, path)
 
-    def object(self, x: object, path: str) -> None:
+    def instance(self, x: object, path: str) -> None:
         """An instance of a class written in Python, all of whose state is in its __dict__."""
         written = all(cls.__flags__ & _HEAP_TYPE for cls in type(x).__mro__[:-1])
         if not written or not hasattr(x, "__dict__") or type(x).__module__.startswith("torch"):

@@ -20,6 +20,8 @@ from plait.config import cache_folder
 from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
 
+_MAX_RECOMPILATIONS = 32
+
 
 def jit(
     function: Callable,
@@ -65,7 +67,11 @@ class Jitted:
         name = getattr(function, "__qualname__", type(function).__qualname__)
         self._backend.report.name = name.rpartition("<locals>.")[2]
         optimize = torch._dynamo.optimize(
-            backend=self._backend, nopython=fullgraph, dynamic=dynamic
+            backend=self._backend,
+            nopython=fullgraph,
+            dynamic=dynamic,
+            recompile_limit=_MAX_RECOMPILATIONS,
+            isolate_recompiles=True,
         )
         self._compiled = optimize(function)
 
@@ -98,7 +104,8 @@ class Jitted:
     def _capture_and_run(self, args: tuple, kwargs: dict):
         watch = Watch()
         try:
-            return self._compiled(*args, **kwargs)
+            with torch._dynamo.config.patch(inline_single_use_invoke_subgraph=False):
+                return self._compiled(*args, **kwargs)
         except exc.TorchRuntimeError:
             if watch.breaks():
                 raise
@@ -185,11 +192,11 @@ class Jitted:
         (frame,) = self._backend.frames
         found = {id(x): f"a{i}" for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         found = {number: f"t{i}" for number, i in self._found.places.items()} | found
-        sources = [found.get(number) for number in frame.input_ids]
-        if None in sources or not self._found.is_current():
+        sources = [found[number] for number in frame.input_ids if number in found]
+        if len(sources) < len(frame.input_ids) or not self._found.is_current():
             self._forget("the program reads or changes what is not among its own attributes")
             return
-        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results)}
+        outputs = {id(x): f"o{i}" for i, x in enumerate(frame.results or ())}
         flat, spec = pytree.tree_flatten(result)
         kept = []
         for leaf in flat:

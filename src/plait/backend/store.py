@@ -10,7 +10,6 @@ from still has the content it had. Whatever fails is rebuilt.
 
 import hashlib
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def save(folder: Path, key: str, entry: Entry, files: Iterable[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
         file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    os.replace(file.name, folder / f"{key}.json")
+    Path(file.name).replace(folder / f"{key}.json")
 
 
 def _hash_of(file: str) -> str:

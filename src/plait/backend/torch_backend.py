@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.backend.report import CapturedGraph, new_report
-from plait.compiler.compile import compile_graph
+from plait.compiler.compile import compile as compile_graph
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
 from plait.errors import ConfigError, nearest_name
@@ -60,7 +61,7 @@ class Backend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
         """Return a function of the frame's inputs, as torch.compile asks for."""
-        with torch._functorch.config.patch(AS_EAGER):
+        with functorch_config.patch(AS_EAGER):
             return self._compile(module, inputs)
 
     def _compile(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
@@ -69,14 +70,14 @@ class Backend:
         where = place_of(module)
         try:
             with self._timed("trace"):
-                graph = compose(module, TracingContext.get().fake_mode)
+                graph = compose(module, _fake_mode())
         except NotATemplate as error:
             return self._compile_whole(module, inputs, str(error))
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
         self.report.add(describe_graph(where, graph), graph)
         translator = InstructionTranslator.current_tx()
-        if not translator.output.side_effects.is_empty():
+        if _has_side_effects(translator.output.side_effects):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
@@ -148,7 +149,7 @@ class WholeFrame:
     def compile_forward(self, module: fx.GraphModule, inputs: Sequence) -> Runner:
         """Make the forward program run; of an inference graph there is nothing else."""
         if not self.is_known:
-            module = self.through_passes(module, len(module.graph.output_node().args[0]))
+            module = self.through_passes(module, 0)
         return self.load("forward", module)
 
     def compile_backward(self, module: fx.GraphModule, inputs: Sequence) -> Runner:
@@ -177,6 +178,18 @@ class WholeFrame:
             runner = load(schedule)[name]
         runner._boxed_call = True  # type: ignore[attr-defined]
         return runner
+
+
+def _fake_mode() -> FakeTensorMode:
+    mode = TracingContext.get().fake_mode
+    assert mode is not None
+    return mode
+
+
+def _has_side_effects(side_effects) -> bool:
+    """Whether the frame changes objects that were there before it."""
+    changed = side_effects._get_modified_vars()
+    return bool(side_effects.tensor_hooks) or any(each.source is not None for each in changed)
 
 
 def describe_graph(where: str, graph: Graph) -> CapturedGraph:

@@ -8,7 +8,7 @@ from plait.graph.schedule import Schedule
 from plait.plan.parallel_plan import ParallelPlan
 
 
-def compile_graph(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0") -> Schedule:
+def compile(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0") -> Schedule:
     """Run the level's passes, part forward from backward, and order the steps.
 
     The schedule's programs are `forward`, and `backward` if the graph has gradients. `forward`

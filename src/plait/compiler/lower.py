@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from plait.compiler.in_place import in_place_target
 from plait.graph.graph import BACKWARD, FORWARD, Template, call_of
 from plait.graph.schedule import (
     CALL,
@@ -66,7 +67,8 @@ class Lowering:
             target, args = CALL + program_name(*call), node.args[2:]
         else:
             args = node.args
-            target = name_of(node.target) or self._object(node.target)
+            chosen = in_place_target(node) or node.target
+            target = name_of(chosen) or self._object(chosen)
         return Step(
             name=node.name,
             target=target,

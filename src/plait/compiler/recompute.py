@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Template, call_of
+from plait.graph.graph import BACKWARD, FORWARD, Graph, Node, Role, Template, call_of
 from plait.graph.partition import part_joint
 from plait.plan.parallel_plan import Recompute
 
@@ -47,7 +47,7 @@ def _chosen(joint: fx.GraphModule, policy: Recompute) -> set[str]:
     return chosen
 
 
-def _must_keep(node: fx.Node) -> bool:
+def _must_keep(node: Node) -> bool:
     if node.target is operator.getitem:
         return _must_keep(node.args[0])
     tags = getattr(node.target, "tags", ())
@@ -55,7 +55,7 @@ def _must_keep(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags or is_collective
 
 
-def _is_cheap(node: fx.Node) -> bool:
+def _is_cheap(node: Node) -> bool:
     """Pointwise operators read and write each value once: the cheapest bytes to get back."""
     if node.target is operator.getitem:
         return _is_cheap(node.args[0])

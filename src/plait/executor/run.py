@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from plait.errors import GraphError, PlanError
 from plait.executor.codegen import Observer, load
@@ -117,7 +118,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         runnable = ctx.runnable
         own = list(ctx.own)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not keeps_graph():
             ctx.own.clear()
         kept = iter(ctx.saved_tensors)
         inputs = [next(kept) for v in runnable.schedule.saved if v.role is Role.INPUT]

@@ -38,7 +38,8 @@ def capture(
     """Capture the forward of `model(*inputs)`, or with a loss the forward and backward of a step.
 
     inputs: tensors (real, fake or meta; only their shapes matter) and plain values. A plan may also
-    be given as the last of them; with micro-batches, the graph is that of one of them. loss: a function `loss(model, *inputs)` that returns a scalar.
+    be given as the last of them; with micro-batches, the graph is that of one of them. loss: a
+    function `loss(model, *inputs)` that returns a scalar.
 
     The inputs of the graph are what the program reads: parameters and buffers by name, the tensors
     among `inputs` by number, and a tangent for each output. Its outputs are the model's tensors or
@@ -62,7 +63,9 @@ def capture(
     try:
         with (
             marking_blocks(Blocks()),
-            torch._dynamo.config.patch(automatic_dynamic_shapes=False),
+            torch._dynamo.config.patch(
+                automatic_dynamic_shapes=False, inline_single_use_invoke_subgraph=False
+            ),
             get_metrics_context(),
             dynamo_timed("fullgraph_capture"),
         ):

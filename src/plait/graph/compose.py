@@ -11,6 +11,7 @@ that is used again in the same way is not traced again. Then the root graph is w
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -38,7 +39,7 @@ def compose(module: fx.GraphModule, fake_mode: FakeTensorMode, names: Names | No
     place of what comes from outside, results that share memory with inputs.
     """
     pieces = cut(module)
-    (outputs,) = module.graph.output_node().args
+    outputs: Any = module.graph.output_node().args[0]
     inputs = module.graph.find_nodes(op="placeholder")
     composer = _Composer(pieces, inputs, outputs, module, fake_mode, names or {})
     return composer.run()
@@ -72,7 +73,7 @@ class _Composer:
 
     def describe(self, node: fx.Node) -> Value:
         if node.op == "get_attr":
-            value = operator.attrgetter(node.target)(self.module)
+            value = operator.attrgetter(str(node.target))(self.module)
         else:
             value = node.meta["example_value"]
         role, name = self.names.get(node, (Role.INPUT, node.name))
@@ -122,7 +123,7 @@ class _Composer:
         if all(x is None for x in arriving):
             threaded = ()  # nothing to add to what the later users send
         use = Use(
-            operands=tuple(_plain(self.values[x]) for x in piece.operands),
+            operands=tuple(describe(Role.INPUT, "", self.values[x]) for x in piece.operands),
             needs_gradient=needs,
             tangents=arriving,
             threaded=threaded,
@@ -232,7 +233,7 @@ class _Writer:
 
     def value(self, node: fx.Node) -> fx.Node:
         if node not in self.at:
-            self.at[node] = self.graph.get_attr(node.target)
+            self.at[node] = self.graph.get_attr(str(node.target))
             self.at[node].meta["val"] = self.composer.values[node]
         return self.at[node]
 
@@ -250,7 +251,7 @@ class _Writer:
 
 def _placeholder_name(value: Value) -> str:
     name = "".join(c if c.isalnum() else "_" for c in value.name)
-    return f"input_{name}" if name.isdigit() else name.strip("_")
+    return f"{value.role.value}_{name}" if name[:1].isdigit() else name.strip("_")
 
 
 def _needs_gradient(node: fx.Node) -> bool:
@@ -270,7 +271,7 @@ def _dropping_unused(piece: Piece) -> fx.GraphModule:
         return piece.module
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    outputs = graph.graph_copy(piece.module.graph, copies)
+    outputs: Any = graph.graph_copy(piece.module.graph, copies)
     kept = [x for x, used in zip(outputs, piece.results, strict=True) if used is not None]
     graph.output(tuple(kept))
     return fx.GraphModule(piece.module, graph)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from plait.graph.graph import Module, Node
 from plait.graph.modes import Modes, current_modes
 from plait.graph.trace import NotATemplate
 
@@ -34,13 +35,13 @@ class Piece:
 
     key: str
     block: str
-    module: fx.GraphModule
-    operands: list[fx.Node]
-    results: list[fx.Node | None]
+    module: Module
+    operands: list[Node]
+    results: list[Node | None]
     modes: Modes
 
 
-def cut(module: fx.GraphModule) -> list[Piece]:
+def cut(module: Module) -> list[Piece]:
     """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent."""
     for node in module.graph.nodes:
         _check(node)
@@ -48,12 +49,12 @@ def cut(module: fx.GraphModule) -> list[Piece]:
 
 
 class _Cutter:
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: Module) -> None:
         self.module = module
         self.pieces: list[Piece] = []
-        self.between: list[fx.Node] = []
-        self.inside: set[fx.Node] = set()  # nodes of finished pieces between blocks
-        self.exits: dict[fx.Node, torch.autocast] = {}
+        self.between: list[Node] = []
+        self.inside: set[Node] = set()  # nodes of finished pieces between blocks
+        self.exits: dict[Node, torch.autocast] = {}
 
     def run(self) -> list[Piece]:
         grad = torch.is_grad_enabled()
@@ -67,7 +68,7 @@ class _Cutter:
             torch._C._set_grad_enabled(grad)
         return self.pieces
 
-    def take(self, node: fx.Node) -> None:
+    def take(self, node: Node) -> None:
         if node.op in ("placeholder", "output"):
             return
         if node.op == "get_attr":
@@ -84,7 +85,7 @@ class _Cutter:
         else:
             self.between.append(node)
 
-    def change_mode(self, node: fx.Node) -> None:
+    def change_mode(self, node: Node) -> None:
         if node.target is _ENTER:
             self.exits[node] = _ENTER(*node.args)
         elif node.target is _EXIT:
@@ -92,9 +93,9 @@ class _Cutter:
         else:
             _SET_GRAD(*node.args)
 
-    def take_region(self, node: fx.Node) -> None:
+    def take_region(self, node: Node) -> None:
         region = getattr(self.module, node.args[0].target)
-        results: list[fx.Node | None] = [None] * len(node.meta["example_value"])
+        results: list[Node | None] = [None] * len(node.meta["example_value"])
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise NotATemplate("a region is used as a whole")
@@ -147,11 +148,11 @@ class _Cutter:
             Piece(_text(part), "Between", part, operands, list(results), current_modes())
         )
 
-    def is_module(self, node: fx.Node) -> bool:
+    def is_module(self, node: Node) -> bool:
         return node.op == "get_attr" and not isinstance(_attribute(self.module, node), Tensor)
 
 
-def _check(node: fx.Node) -> None:
+def _check(node: Node) -> None:
     value = node.meta.get("example_value")
     values = value if isinstance(value, tuple | list) else [value]
     for each in values:
@@ -165,11 +166,11 @@ def _check(node: fx.Node) -> None:
 
 
 def _extract(
-    module: fx.GraphModule,
-    nodes: Sequence[fx.Node],
-    operands: Sequence[fx.Node],
-    results: Sequence[fx.Node],
-) -> fx.GraphModule:
+    module: Module,
+    nodes: Sequence[Node],
+    operands: Sequence[Node],
+    results: Sequence[Node],
+) -> Module:
     graph = fx.Graph()
     copies = {}
     for i, node in enumerate(operands):
@@ -183,7 +184,7 @@ def _extract(
     return fx.GraphModule(module, graph)
 
 
-def _text(module: fx.GraphModule) -> str:
+def _text(module: Module) -> str:
     """The piece's code with its own numbering, so that equal pieces read the same."""
     numbers = {node: i for i, node in enumerate(module.graph.nodes)}
     lines = []
@@ -196,11 +197,11 @@ def _text(module: fx.GraphModule) -> str:
     return "\n".join(lines)
 
 
-def _attribute(module: fx.GraphModule, node: fx.Node) -> object:
+def _attribute(module: Module, node: Node) -> object:
     return operator.attrgetter(node.target)(module)
 
 
-def block_name(region: fx.GraphModule) -> str:
+def block_name(region: Module) -> str:
     """Class of the module that a region runs: the first on the stack that is in a list."""
     for node in region.graph.nodes:
         for path, kind in node.meta.get("nn_module_stack", {}).values():

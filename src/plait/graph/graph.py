@@ -5,11 +5,18 @@ holds a `call` node for each time it runs, so that capture and passes cost one l
 Forward and backward stand in one graph (a *joint* graph) until the compiler parts them.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+Node = Any
+"""An fx.Node. Its arguments may be of any type, and a checker would ask for each at every use."""
+Module = Any
+"""An fx.GraphModule, whose nodes are such."""
 
 
 class Role(Enum):
@@ -50,7 +57,7 @@ Layout = Full | Shard | Split
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A value at the edge of a graph or template; shape and stride hold ints, or names of symbols.
+    """A value at the edge of a graph or template.
 
     `name` is the dotted name of a parameter or buffer, else the position in its role. A gradient
     has the name of what it is the gradient of.
@@ -58,19 +65,16 @@ class Value:
 
     role: Role
     name: str
-    shape: tuple[int | str, ...]
-    stride: tuple[int | str, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype | None  # None: a size
     device: str = "cpu"
     layout: Layout = field(default_factory=Full)
 
     @property
     def num_bytes(self) -> int:
-        """Size of a contiguous copy; symbols count as 1."""
-        count = 1
-        for size in self.shape:
-            count *= size if isinstance(size, int) else 1
-        return count * (self.dtype.itemsize if self.dtype else 0)
+        """Size of a contiguous copy."""
+        return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
 
 
 @dataclass
@@ -168,12 +172,8 @@ def describe(role: Role, name: str, value: object) -> Value:
     return Value(
         role=role,
         name=name,
-        shape=tuple(_size(size) for size in value.shape),
-        stride=tuple(_size(size) for size in value.stride()),
+        shape=tuple(value.shape),
+        stride=tuple(value.stride()),
         dtype=value.dtype,
         device=str(value.device),
     )
-
-
-def _size(size: int | torch.SymInt) -> int | str:
-    return size if isinstance(size, int) else str(size)

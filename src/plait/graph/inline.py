@@ -8,8 +8,10 @@ import operator
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
+from plait.graph.graph import Module, Node
 
-def inline_regions(module: fx.GraphModule) -> None:
+
+def inline_regions(module: Module) -> None:
     """Replace each region by its nodes."""
     regions = [node for node in module.graph.nodes if node.target is invoke_subgraph]
     for node in regions:
@@ -19,7 +21,7 @@ def inline_regions(module: fx.GraphModule) -> None:
         module.recompile()
 
 
-def _inline(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule) -> None:
+def _inline(module: Module, node: Node, region: Module) -> None:
     graph = node.graph
     inner = dict(zip(region.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
     with graph.inserting_before(node):
@@ -38,7 +40,7 @@ def _inline(module: fx.GraphModule, node: fx.Node, region: fx.GraphModule) -> No
     graph.erase_node(node)
 
 
-def _adopt(module: fx.GraphModule, region: fx.GraphModule, target: str) -> str:
+def _adopt(module: Module, region: Module, target: str) -> str:
     value = operator.attrgetter(target)(region)
     name = f"{target}_of_block".replace(".", "_")
     while hasattr(module, name) and getattr(module, name) is not value:

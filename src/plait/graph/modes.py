@@ -1,6 +1,6 @@
 """The modes under which a piece of a program runs: gradients on or off, autocast."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Modes:
     autocast: tuple[tuple[str, torch.dtype], ...]
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Generator[None]:
         """Run under these modes, and restore what was there."""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.grad))

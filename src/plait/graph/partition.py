@@ -14,20 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from plait.graph.graph import Role, Value, describe
+from plait.graph.graph import Module, Node, Role, Value, describe
 
 
 @dataclass(frozen=True)
 class Parts:
     """Modules of the two halves; forward yields results, then the computed ones of `saved`."""
 
-    forward: fx.GraphModule
-    backward: fx.GraphModule
+    forward: Module
+    backward: Module
     saved: tuple[Value, ...]
 
 
 def part_joint(
-    joint: fx.GraphModule,
+    joint: Module,
     *,
     num_arguments: int,
     num_results: int,
@@ -79,7 +79,7 @@ def part_joint(
     )
 
 
-def is_view(node: fx.Node) -> bool:
+def is_view(node: Node) -> bool:
     """Say whether the node only looks at another node's memory in its own way."""
     if node.op != "call_function":
         return False
@@ -93,20 +93,20 @@ def is_view(node: fx.Node) -> bool:
     )
 
 
-def extract_forward(module: fx.GraphModule) -> fx.GraphModule:
+def extract_forward(module: Module) -> Module:
     """A graph without gradients, without what nobody needs."""
     inputs = module.graph.find_nodes(op="placeholder")
     (outputs,) = module.graph.output_node().args
     return _extract(module, list(module.graph.nodes), inputs, outputs)
 
 
-def _draws(node: fx.Node) -> bool:
+def _draws(node: Node) -> bool:
     """Whether it draws random numbers: then it must run, so that the next one draws as in eager."""
     tags = getattr(node.target, "tags", ())
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
 
 
-def _backward_nodes(nodes: list[fx.Node], tangents: list[fx.Node]) -> set[fx.Node]:
+def _backward_nodes(nodes: list[Node], tangents: list[Node]) -> set[Node]:
     """AOTAutograd marks them; what depends on a tangent is one in any case."""
     found = set(tangents)
     for node in nodes:
@@ -118,15 +118,15 @@ def _backward_nodes(nodes: list[fx.Node], tangents: list[fx.Node]) -> set[fx.Nod
     return found
 
 
-def _computed_again(nodes: list[fx.Node], recompute: Collection[str]) -> set[fx.Node]:
+def _computed_again(nodes: list[Node], recompute: Collection[str]) -> set[Node]:
     return {
         node for node in nodes if node.op == "get_attr" or node.name in recompute or is_view(node)
     }
 
 
-def _needed_by(wanted: list[fx.Node], allowed: set[fx.Node]) -> set[fx.Node]:
+def _needed_by(wanted: list[Node], allowed: set[Node]) -> set[Node]:
     """The allowed nodes on which the wanted ones rest, without going through others."""
-    found: set[fx.Node] = set()
+    found: set[Node] = set()
     stack = list(wanted)
     while stack:
         node = stack.pop()
@@ -136,11 +136,9 @@ def _needed_by(wanted: list[fx.Node], allowed: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _extract(
-    joint: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
+def _extract(joint: Module, nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> Module:
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[Node, Node] = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import count
+from typing import Any
 
 from torch import nn
 from torch._dynamo import exc
@@ -145,7 +146,7 @@ def _blocks_of(compiler: Callable | None) -> Blocks | None:
 
 
 def _is_block(variable: UnspecializedNNModuleVariable, tx, blocks: Blocks) -> bool:
-    module = variable.value
+    module: Any = variable.value
     if type(module) in blocks.refused or variable.source is None:
         return False
     if not any(True for _ in module.children()) or tx.output.current_tracer.parent is not None:
@@ -191,7 +192,7 @@ def _flatten(variable, tx, leaves: list) -> tuple:
         if variable.python_type() in (tuple, list):
             return (kind, tuple(_flatten(item, tx, leaves) for item in variable.items))
     if isinstance(variable, UserDefinedObjectVariable) and is_dataclass(variable.value):
-        kind = type(variable.value)
+        kind: Any = type(variable.value)
         is_global = getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
         if is_global and kind.__dataclass_params__.frozen and not hasattr(kind, "__post_init__"):
             names = tuple(f.name for f in fields(kind))

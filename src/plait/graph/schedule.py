@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from plait.errors import GraphError
 from plait.graph.graph import Value
@@ -35,7 +36,9 @@ PYTHON = "python:"
 OBJECT = "object:"
 
 _PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
-_SIZE_FUNCTION = re.compile(r"operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge)|torch\.sym_\w+|math\.\w+")
+_SIZE_FUNCTION = re.compile(
+    r"operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge)|torch\.sym_\w+|math\.\w+"
+)
 """What Python itself may do in a schedule: arithmetic of sizes."""
 
 
@@ -110,8 +113,8 @@ class Schedule:
 
 def name_of(target: object) -> str | None:
     """The name under which a step stores a target; None if it has none."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
+    if isinstance(target, OpOverload):
+        return str(cast("object", target))
     if target is operator.getitem:
         return GETITEM
     module = getattr(target, "__module__", None)
@@ -136,7 +139,9 @@ def resolve(target: str) -> Callable[..., object]:
         namespace, name, overload = target.split(".")
         found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     except (ValueError, AttributeError) as error:
-        raise GraphError(f"there is no operator {target!r} in torch {torch.__version__}.") from error
+        raise GraphError(
+            f"there is no operator {target!r} in torch {torch.__version__}."
+        ) from error
     return cast("Callable[..., object]", found)
 
 
@@ -145,11 +150,12 @@ def refs_in(argument: Argument) -> list[str]:
     if isinstance(argument, Ref):
         return [argument.name]
     if isinstance(argument, (list, tuple)):
-        items = cast("list[Argument]", list(cast("tuple[Argument, ...]", argument)))
+        items = cast("list[Argument]", argument)
         return [name for item in items for name in refs_in(item)]
     if isinstance(argument, Mapping):
         parts = cast("Mapping[str, Argument]", argument).values()
         return [name for item in parts for name in refs_in(item)]
     if isinstance(argument, slice):
-        return refs_in((argument.start, argument.stop, argument.step))
+        bounds = cast("slice[Argument, Argument, Argument]", argument)
+        return refs_in((bounds.start, bounds.stop, bounds.step))
     return []

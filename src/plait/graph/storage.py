@@ -49,7 +49,9 @@ def from_json(text: str) -> Schedule:
     try:
         data = json.loads(text)
         if data["format"] != FORMAT:
-            raise GraphError(f"the schedule has format {data['format']}, this Plait reads {FORMAT}.")
+            raise GraphError(
+                f"the schedule has format {data['format']}, this Plait reads {FORMAT}."
+            )
         return Schedule(
             level=str(data["level"]),
             is_step=bool(data["is_step"]),
@@ -196,5 +198,5 @@ def _tensor(x: Tensor) -> Json:
 def _read_tensor(data: list[Json]) -> Tensor:
     dtype, shape, device, content = data
     content = np.frombuffer(base64.b64decode(str(content), validate=True), dtype=np.uint8).copy()
-    flat = torch.from_numpy(content).view(cast("torch.dtype", _torch_name("dtype", str(dtype))))
+    flat = torch.as_tensor(content).view(cast("torch.dtype", _torch_name("dtype", str(dtype))))
     return flat.reshape(cast("list[int]", shape)).to(str(device))

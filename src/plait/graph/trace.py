@@ -9,6 +9,7 @@ which kernels the backward uses and in which order gradients are summed, so the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +27,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from plait.graph.graph import Role, Template, Value, describe
+from plait.graph.graph import Module, Node, Role, Template, Value, describe
 from plait.graph.modes import Modes
 from plait.graph.partition import extract_forward, part_joint
 
@@ -56,9 +57,7 @@ class Use:
         return arrives and any(self.needs_gradient)
 
 
-def trace(
-    piece: fx.GraphModule, use: Use, *, name: str, block: str, fake_mode: FakeTensorMode
-) -> Template:
+def trace(piece: Module, use: Use, *, name: str, block: str, fake_mode: FakeTensorMode) -> Template:
     """Trace a piece. Raises NotATemplate if it changes an operand in place."""
     operands = [
         _fake(x, fake_mode).requires_grad_(needs)
@@ -102,7 +101,7 @@ def trace(
 class _Traced:
     """What is traced: the piece, then autograd's backward of it."""
 
-    def __init__(self, piece: fx.GraphModule, use: Use) -> None:
+    def __init__(self, piece: Module, use: Use) -> None:
         self.piece = piece
         self.use = use
 
@@ -126,9 +125,7 @@ class _Traced:
         return [*results, *(next(found) if needs else None for needs in use.needs_gradient)]
 
 
-def _trace_functional(
-    traced: Callable, operands: list[Tensor], tangents: list[Tensor]
-) -> fx.GraphModule:
+def _trace_functional(traced: Callable, operands: list[Tensor], tangents: list[Tensor]) -> Module:
     """Trace without mutations: in-place operators become new values."""
     num_operands = len(operands)
 
@@ -140,7 +137,7 @@ def _trace_functional(
                 after, before, check_only_storage_mutation=False
             ):
                 raise NotATemplate("it changes a tensor in place that comes from outside")
-        return [from_fun(x) for x in outputs]
+        return [cast("Tensor | None", from_fun(x)) for x in outputs]
 
     with (
         torch._C._ExcludeDispatchKeyGuard(
@@ -166,13 +163,13 @@ def _fake(value: Value, mode: FakeTensorMode) -> Tensor:
         )
 
 
-def _described(role: Role, nodes: Sequence[fx.Node]) -> tuple[Value, ...]:
+def _described(role: Role, nodes: Sequence[Node]) -> tuple[Value, ...]:
     if any(not isinstance(node, fx.Node) for node in nodes):
         raise NotATemplate("it returns something that is not a tensor")
     return tuple(describe(role, str(i), node.meta["val"]) for i, node in enumerate(nodes))
 
 
-def _drop_detaches(module: fx.GraphModule) -> None:
+def _drop_detaches(module: Module) -> None:
     """Autograd leaves `detach` where it saved a result; in a graph it is that result."""
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])

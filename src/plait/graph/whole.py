@@ -8,9 +8,9 @@ price of tracing each layer.
 # (AOTAutograd is not typed.)
 
 from contextlib import ExitStack
+from typing import Any
 
-import torch
-from torch import fx
+from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     InputMutationAOTOutput,
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.errors import GraphError
 from plait.graph.compose import Names
-from plait.graph.graph import Graph, Role, describe
+from plait.graph.graph import Graph, Module, Role, describe
 from plait.graph.inline import inline_regions
 
 AS_EAGER = {
@@ -32,14 +32,14 @@ AS_EAGER = {
 }
 
 
-def compose_whole(module: fx.GraphModule, fake_mode: FakeTensorMode, names: Names) -> Graph:
+def compose_whole(module: Module, fake_mode: FakeTensorMode, names: Names) -> Graph:
     """Make the joint graph of a module from TorchDynamo, without templates."""
     inline_regions(module)
     inputs = module.graph.find_nodes(op="placeholder")
     examples = tuple(node.meta["example_value"] for node in inputs)
-    with ExitStack() as stack, torch._functorch.config.patch(AS_EAGER):
+    with ExitStack() as stack, functorch_config.patch(AS_EAGER):
         exported = aot_export_joint_with_descriptors(stack, module, examples)
-    root = exported.graph_module
+    root: Any = exported.graph_module
     described = [names[node] for node in inputs]
     placeholders = root.graph.find_nodes(op="placeholder")
     tangents = placeholders[len(inputs) :]
@@ -60,11 +60,15 @@ def compose_whole(module: fx.GraphModule, fake_mode: FakeTensorMode, names: Name
     return Graph(root, {}, tuple(values), tuple(outputs), num_forward)
 
 
-def _output(description: object, inputs: list[tuple[Role, str]]) -> tuple[Role, str]:
+def _output(description: Any, inputs: list[tuple[Role, str]]) -> tuple[Role, str]:
     if isinstance(description, PlainAOTOutput):
         return Role.OUTPUT, str(description.idx)
     if isinstance(description, InputMutationAOTOutput):
-        return Role.UPDATE, inputs[description.mutated_input.idx][1]
+        return Role.UPDATE, inputs[_index(description.mutated_input)][1]
     if isinstance(description, GradAOTOutput):
-        return Role.GRADIENT, inputs[description.grad_of.idx][1]
+        return Role.GRADIENT, inputs[_index(description.grad_of)][1]
     raise GraphError(f"the program has a result that Plait does not know: {description}")
+
+
+def _index(description: Any) -> int:
+    return int(description.idx)

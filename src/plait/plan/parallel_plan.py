@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -52,7 +52,8 @@ class ParallelPlan:
             object.__setattr__(self, "recompute", Recompute(self.recompute))
         except ValueError:
             message = f"there is no recompute policy {str(self.recompute)!r}. "
-            raise PlanError(message + nearest_name(str(self.recompute), Recompute)) from None
+            known = [policy.value for policy in Recompute]
+            raise PlanError(message + nearest_name(str(self.recompute), known)) from None
 
     @property
     def num_ranks(self) -> int:
@@ -86,7 +87,7 @@ class ParallelPlan:
         for name in settings:
             if name not in known:
                 raise PlanError(f"a plan has no field {name!r}. {nearest_name(name, known)}")
-        return cls(**cast("dict[str, int]", dict(settings)))
+        return cls(**cast("dict[str, Any]", dict(settings)))
 
 
 def _is_count(x: object) -> bool:

@@ -1,0 +1,142 @@
+"""The compile cache: a second process starts from disk, and never from a stale or broken entry."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import json, sys
+import torch
+import plait
+from model import Model
+
+torch.manual_seed(0)
+model = Model()
+if "--wide" in sys.argv:
+    model.layers[1].gain = 2.0
+x = torch.randn(5, 8)
+compiled = plait.jit(lambda x: {"loss": model(x).square().mean(), "rows": x.shape[0]})
+out = compiled(x)
+out["loss"].backward()
+if "--change" in sys.argv:
+    model.layers[0].gain = 3.0
+    model.zero_grad()
+    out = compiled(x)
+    out["loss"].backward()
+if "--half" in sys.argv:
+    model.double()
+    model.zero_grad()
+    x = x.double()
+    out = compiled(x)
+    out["loss"].backward()
+found = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+expected = model(x).square().mean()
+expected.backward()
+same = torch.equal(out["loss"], expected) and all(
+    torch.equal(p.grad, g) for p, g in zip(model.parameters(), found)
+)
+report = compiled.report()
+print(json.dumps({
+    "same": same, "rows": out["rows"], "from_cache": report.from_cache, "notes": report.notes,
+    "captured": "torch" in report.phases_s or report.phases_s["read"] > 0,
+}))
+"""
+
+MODEL = """
+import torch
+from torch import nn
+
+SLOPE = 0.5
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.inner = nn.Sequential(nn.Tanh())
+        self.gain = 1.0
+
+    def forward(self, x):
+        return x + self.inner(self.up(x)) * self.gain * SLOPE
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "model.py").write_text(MODEL)
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"PLAIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same"]
+    assert result["rows"] == 5
+    return result
+
+
+def test_a_second_process_captures_nothing(folder):
+    first = run(folder)
+    assert (first["from_cache"], first["notes"]) == (False, [])
+    second = run(folder)
+    assert second["from_cache"]
+    assert not second["captured"]
+
+
+def test_a_changed_attribute_asks_for_another_entry(folder):
+    run(folder)
+    assert not run(folder, "--wide")["from_cache"]
+    assert run(folder, "--wide")["from_cache"]
+
+
+def test_a_change_after_a_hit_is_noticed(folder):
+    run(folder)
+    changed = run(folder, "--change")
+    assert changed["from_cache"]
+    assert changed["captured"]
+
+
+def test_another_dtype_after_a_hit_is_noticed(folder):
+    run(folder)
+    assert run(folder, "--half")["captured"]
+
+
+def test_a_changed_source_makes_an_entry_stale(folder):
+    run(folder)
+    (folder / "model.py").write_text(MODEL.replace("SLOPE = 0.5", "SLOPE = 0.25"))
+    assert not run(folder)["from_cache"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_broken_entry_is_rebuilt(folder, damage):
+    run(folder)
+    (entry,) = (folder / "cache").glob("*.json")
+    content = entry.read_text()
+    half = len(content) // 2
+    flipped = content[:half] + chr(ord(content[half]) ^ 1) + content[half + 1 :]
+    entry.write_text({"cut": content[:half], "flip": flipped, "empty": ""}[damage])
+    assert not run(folder)["from_cache"]
+    assert run(folder)["from_cache"]
