@@ -76,7 +76,7 @@ def resumed(name: str) -> str:
 
 def short_path(path: str) -> str:
     """A path as a user would type it: relative to here, or within the installed packages."""
-    for folder in (str(Path.cwd()), *_LIBRARIES):
+    for folder in (*_LIBRARIES, str(Path.cwd())):
         if path.startswith(f"{folder}/"):
             return path.removeprefix(f"{folder}/")
     return path
@@ -178,6 +178,11 @@ _BREAKS = [
         _OUTSIDE,
     ),
     (
+        r"the function `(?P<name>[\w.]+)`( in file `[^`]+`)? should not be traced",
+        "`{name}` is called, which TorchDynamo is told not to read",
+        _OUTSIDE,
+    ),
+    (
         r"module: (?P<module>[\w.]+), qualname: (?P<name>[\w.]+)",
         "`{module}.{name}` is called, which cannot be read as tensor operations",
         f"{_OUTSIDE}, or wrap it with torch.library.custom_op",
@@ -232,6 +237,8 @@ _GUARDS = [
     (r"___check_type_id\((?P<name>.+?), \d+", "{name} is of another type"),
     (r"___check_obj_id\((?P<name>.+?), \d+", "{name} is another object"),
     (r"___dict_contains\('?(?P<a>[^',]+)'?, (?P<name>.+)\)", "whether {name} holds {a} changed"),
+    (rf"^{_NAME} is None$", "{name} is not None any more"),
+    (rf"^{_NAME} is not None$", "{name} is None now"),
     (rf"^{_NAME} == (?P<a>.+)$", "{name} is not {a} any more"),
     (rf"^{_NAME} (?P<sign>[<>]=?|!=) (?P<a>\S+)$", "{name} {sign} {a} does not hold any more"),
 ]
@@ -258,7 +265,7 @@ def _plain_name(name: str) -> str:
     name = re.sub(r"[LG]\['(\w+)'\]", r"\1", name)
     name = re.sub(r"___stack\d+", "a value computed before", name)
     name = name.removesuffix("._modules")
-    return name.replace("_modules['", "").replace("_parameters['", "").replace("']", "")
+    return re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", name)
 
 
 def _without_comment(code: str) -> str:
