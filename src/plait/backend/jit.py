@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._dynamo import eval_frame, exc
-from torch._dynamo.utils import compilation_time_metrics, graph_break_reasons
 from torch.utils import _pytree as pytree
 
 from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
-from plait.backend.report import CapturedGraph, Report, make_break
+from plait.backend.report import CapturedGraph, Report, is_collecting
 from plait.backend.store import Entry, call_form, key_of, load, save
 from plait.backend.torch_backend import Backend
+from plait.backend.watch import Watch
 from plait.config import cache_folder
 from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
@@ -26,7 +26,6 @@ _FAITHFUL = {
     "inline_single_use_invoke_subgraph": False,  # a block is a block, however often it runs
     "skip_nnmodule_hook_guards": False,  # a hook put on a module later is noticed
 }
-_COMPILE = "_compile.compile_inner"
 
 
 def jit(
@@ -72,19 +71,18 @@ class Jitted:
         }
         self._dynamic = dynamic
         self._backend = Backend(level)
-        self._folder = cache_folder() if cache else None
+        self._folder = cache_folder() if cache and not is_collecting() else None
         self._found: Fingerprint | None = None
         self._stored: dict[str, tuple[Entry, Runnable]] = {}
         self._captured: set[str] = set()  # forms of calls that Dynamo knows in this process
-        self._read_s = 0.0
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        self._backend.report.name = name.rpartition("<locals>.")[2]
         optimize = torch._dynamo.optimize(
             backend=self._backend,
             nopython=fullgraph,
             dynamic=dynamic,
             recompile_limit=_MAX_RECOMPILATIONS,
             isolate_recompiles=True,
-            guard_export_fn=self._count_guards,
-            guard_fail_fn=self._note_failed_guard,
         )
         self._compiled = optimize(function)
 
@@ -119,21 +117,19 @@ class Jitted:
         return Jitted(copy.deepcopy(self.original, memo), **self._options)
 
     def _capture_and_run(self, args: tuple, kwargs: dict):
-        report = self._backend.report
-        num_breaks, num_graphs = len(graph_break_reasons), report.num_graphs
-        num_times = len(compilation_time_metrics.get(_COMPILE, ()))
+        watch = Watch()
         try:
             with torch._dynamo.config.patch(_FAITHFUL):
                 return self._compiled(*args, **kwargs)
         except exc.TorchRuntimeError:
-            if len(graph_break_reasons) > num_breaks:
+            if watch.breaks():
                 raise
             # The program itself is wrong, say in its shapes, and nothing of it ran yet: let it
             # raise its own error, from its own line.
             return self.original(*args, **kwargs)
         finally:
-            if len(graph_break_reasons) > num_breaks or report.num_graphs > num_graphs:
-                self._note_compilation(num_breaks, num_times)
+            if watch.saw_anything():
+                self._backend.report.note(watch)
 
     def _is_known(self) -> bool:
         """Whether the program has a fingerprint that still holds."""
@@ -189,24 +185,23 @@ class Jitted:
 
     def _capture_and_store(self, args: tuple, kwargs: dict, leaves: list, text: str):
         report = self._backend.report
-        num_graphs, num_breaks = report.num_graphs, len(report.breaks)
+        num_graphs, watch = report.num_graphs, Watch()
         self._backend.frames.clear()
         self._captured.add(text)
         key = self._key(text)
-        result = self._capture_and_run(args, kwargs)
+        self._backend.is_storing = True
+        try:
+            result = self._capture_and_run(args, kwargs)
+        finally:
+            self._backend.is_storing = False
         if report.num_graphs == num_graphs and not self._backend.frames:
             return result  # compiled before: Dynamo's guards chose among what is there
         frames = self._backend.frames
-        if (
-            len(frames) == 1
-            and report.num_graphs == num_graphs + 1
-            and (len(report.breaks) == num_breaks)
-        ):
+        if len(frames) == 1 and report.num_graphs == num_graphs + 1 and not watch.breaks():
             self._store(key, result, leaves)
         else:
             self._forget("the program is not one graph without side effects")
-        for frame in frames:
-            frame.results = ()
+        self._backend.frames.clear()
         return result
 
     def _store(self, key: str, result: object, leaves: list) -> None:
@@ -236,17 +231,3 @@ class Jitted:
             save(Path(self._folder), key, entry, self._found.files | frame.files)
         except (NotImplementedError, ValueError, GraphError, OSError) as error:
             self._forget(str(error))
-
-    def _note_compilation(self, num_breaks: int, num_times: int) -> None:
-        report = self._backend.report
-        for cause in graph_break_reasons[num_breaks:]:
-            report.breaks.append(make_break(cause.reason, cause.user_stack))
-        self._read_s += sum(compilation_time_metrics.get(_COMPILE, ())[num_times:])
-        ours_s = sum(report.phases_s.values()) - report.phases_s["read"]
-        report.phases_s["read"] = max(0.0, self._read_s - ours_s)
-
-    def _count_guards(self, guards) -> None:
-        self._backend.report.num_guards += len(guards)
-
-    def _note_failed_guard(self, failure) -> None:
-        self._backend.report.recompilations.append(str(failure.reason).strip())

@@ -1,9 +1,21 @@
 """What a compiled function tells about itself: graphs, breaks, recompilations, time by phase."""
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+
+from plait.backend.breaks import STEP, Break, explain_guard, make_break, resumed, short_path
+from plait.backend.watch import Watch, remembering_frames
+from plait.graph.graph import Graph
+
+_PHASES = {
+    "read": "reading the program",
+    "trace": "tracing its operators",
+    "generate": "generating code",
+}
+ONE_LINE = 'torch.compile(backend="plait")'
 
 
 @dataclass(frozen=True)
@@ -16,22 +28,19 @@ class CapturedGraph:
     num_templates: int
 
 
-@dataclass(frozen=True)
-class Break:
-    """A place where the graph ends: the line, why, and how to avoid it."""
-
-    where: str
-    reason: str
-    advice: str
-
-
 @dataclass
 class Report:
-    """Result of `compiled.report()`; its text is meant to be read."""
+    """Result of `compiled.report()`; its text is meant to be read.
+
+    name: the function that was compiled. breaks: each place once; `times` counts how often it was
+    met. recompilations: what differed from the call before, once for each recompilation.
+    """
 
     level: str
+    name: str = ONE_LINE
     graphs: list[CapturedGraph] = field(default_factory=list)
     breaks: list[Break] = field(default_factory=list)
+    times: Counter[Break] = field(default_factory=Counter)
     num_guards: int = 0
     recompilations: list[str] = field(default_factory=list)
     flat_blocks: dict[str, str] = field(default_factory=dict)
@@ -40,136 +49,177 @@ class Report:
     phases_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)
+    frames: set[str] = field(default_factory=set)  # compile ids of what Dynamo compiled
+    read_s: float = 0.0  # spent in Dynamo, what it called included
+    kept: list[tuple[str, Graph]] | None = None  # place and graph, where reports are collected
 
     @property
     def num_graphs(self) -> int:
         """Graphs compiled so far."""
         return len(self.graphs)
 
+    def add(self, captured: CapturedGraph, graph: Graph) -> None:
+        """Add a graph; the graph itself is kept only for who collects reports."""
+        self.graphs.append(captured)
+        if self.kept is not None:
+            self.kept.append((captured.where, graph))
+
+    def note_break(self, item: Break, *, is_vague: bool = False) -> None:
+        """Add a break. What is vague is left out where another reason is known for the line."""
+        same_line = [each for each in self.breaks if each.where == item.where]
+        if is_vague and any(each != item for each in same_line):
+            return
+        self.breaks = [
+            each for each in self.breaks if each.where != item.where or not _is_step(each)
+        ]
+        if item not in self.breaks:
+            self.breaks.append(item)
+        self.times[item] += 1
+
+    def note_frames(self, frames: Sequence) -> None:
+        """Add guards, recompilations, time, and what was given up, from the records of frames."""
+        for frame in frames:
+            self.frames.add(str(frame.compile_id))
+            self.num_guards += frame.guard_count or 0
+            self.read_s += frame.entire_frame_compile_time_s or 0.0
+            if frame.recompile_reason:
+                self.recompilations.append(explain_guard(frame.recompile_reason))
+            if frame.fail_type == "Unsupported":
+                self.note_break(_given_up(frame), is_vague=True)
+        ours_s = sum(self.phases_s.values()) - self.phases_s["read"]
+        self.phases_s["read"] = max(0.0, self.read_s - ours_s)
+
+    def note(self, watch: Watch) -> None:
+        """Add all that was seen by a watch."""
+        for cause in watch.breaks():
+            self.note_break(
+                make_break(cause.reason, cause.user_stack), is_vague=cause.reason == STEP
+            )
+        self.note_frames(watch.frames())
+
+    def to_json(self) -> dict[str, object]:
+        """Everything, for programs to read."""
+        breaks = [{**asdict(each), "times": self.times[each]} for each in self.breaks]
+        names = ("name", "level", "num_guards", "recompilations", "flat_blocks", "whole_graphs")
+        names += ("eager_graphs", "from_cache", "notes")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "graphs": [asdict(graph) for graph in self.graphs],
+            "breaks": breaks,
+            "phases_s": dict(self.phases_s),
+        }
+
     def __str__(self) -> str:
-        """Lay the report out in lines of at most 100 characters."""
-        return "\n".join(
-            [
-                _headline(self),
-                *_section("graphs", [_graph_line(graph) for graph in self.graphs]),
-                *_section("graph breaks", [_break_lines(b) for b in _counted(self.breaks)]),
-                *_section("recompilations (the guard that failed)", self.recompilations),
-                *_section(
-                    "repeated blocks captured one by one",
-                    [f"{block}: {reason}" for block, reason in self.flat_blocks.items()],
-                ),
-                *_section(
-                    "graphs captured as a whole, without templates",
-                    [f"{where}: {reason}" for where, reason in self.whole_graphs.items()],
-                ),
-                *_section(
-                    "graphs that fell back to eager operators",
-                    [f"{where}: {reason}" for where, reason in self.eager_graphs.items()],
-                ),
-                *_section(
-                    "compile time", [f"{name}: {s:.2f} s" for name, s in self.phases_s.items()]
-                ),
-                *_section("notes", self.notes),
-            ]
-        )
+        sections = [
+            ("graphs", [_graph_line(graph) for graph in self.graphs if graph.num_operators]),
+            ("graph breaks", [_break_lines(each, self.times[each]) for each in self.breaks]),
+            ("recompilations, by what differed from the call before", _merged(self.recompilations)),
+            ("repeated blocks captured one by one", _pairs(self.flat_blocks)),
+            ("graphs captured as a whole, without templates", _pairs(self.whole_graphs)),
+            ("graphs that fell back to eager operators", _pairs(self.eager_graphs)),
+            ("compile time", [f"{_PHASES[name]}: {self.phases_s[name]:.2f} s" for name in _PHASES]),
+            ("notes", self.notes),
+        ]
+        lines = [line for title, lines in sections for line in _section(title, lines)]
+        return "\n".join([_headline(self), *lines])
 
 
-def make_break(reason: str, frames: Sequence) -> Break:
-    """Say in plain words why TorchDynamo ended a graph. frames: the user's stack, innermost last."""
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"
-    code = (frames[-1].line or "").strip() if frames else ""
-    for pattern, plain, advice in _PLAIN_WORDS:
-        if re.search(pattern, reason, re.IGNORECASE):
-            break
-    else:
-        plain, advice = _first_sentence(reason), _hint(reason)
-    return Break(where, f"{plain} (`{code}`)" if code else plain, advice)
+_collected: ContextVar[list[Report] | None] = ContextVar("collected", default=None)
 
 
-_PLAIN_WORDS = [
-    (
-        r"Tensor\.item|aten\._local_scalar_dense|\.tolist\(\)",
-        "a tensor's value is read into Python",
-        "keep the value a tensor, or read it after the compiled function has returned",
-    ),
-    (
-        r"data-dependent (branching|jump|control flow)|Data-dependent branching",
-        "Python decides by the value of a tensor",
-        "use torch.where or torch.cond, or decide outside of the compiled function",
-    ),
-    (
-        r"builtin.*print|`print`|built-?in.*<built-in function print>",
-        "text is printed",
-        "print after the compiled function has returned",
-    ),
-    (
-        r"torch\.compiler\.disable|torch\._dynamo\.disable|skip function",
-        "the function called here is marked not to be compiled",
-        "call it outside of the compiled function, if it need not stand between two graphs",
-    ),
-    (
-        r"graph_break\(\)",
-        "the program asks for a break here",
-        "remove the call of torch._dynamo.graph_break()",
-    ),
-    (
-        r"dynamic (shape|output)|nonzero|data-dependent",
-        "the shape of the result depends on the values",
-        "use a form with a fixed shape, such as a mask with torch.where",
-    ),
-    (
-        r"fake (impl|tensor)|meta (impl|kernel)|no fake",
-        "a custom operator does not say what its result looks like",
-        "register a fake implementation with torch.library.register_fake",
-    ),
-    (
-        r"(builtin|C/C\+\+|third-party|C function|unsupported function|cannot trace)",
-        "a function is called that cannot be read as tensor operations",
-        "call it outside of the compiled function, or wrap it with torch.library.custom_op",
-    ),
-]
+def new_report(level: str) -> Report:
+    """The report of a backend; it is known to whoever collects reports."""
+    report = Report(level)
+    collected = _collected.get()
+    if collected is not None:
+        report.kept = []
+        collected.append(report)
+    return report
 
 
-def _first_sentence(reason: str) -> str:
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("Explanation:"):
-            return line.removeprefix("Explanation:").strip().rstrip(".")
-    return (lines or ["no reason was given"])[0].rstrip(".")
+def is_collecting() -> bool:
+    """Whether reports are collected here: then everything is captured, whatever is stored."""
+    return _collected.get() is not None
 
 
-def _hint(reason: str) -> str:
-    for line in reason.splitlines():
-        if line.strip().startswith("Hint:"):
-            return line.strip().removeprefix("Hint:").strip().rstrip(".")
-    return "move this line out of the compiled function"
+@contextmanager
+def collecting_reports() -> Iterator[list[Report]]:
+    """Collect the report of everything that is compiled here for the first time.
+
+    The list is complete at the end. A function compiled by torch.compile does not note its breaks
+    itself: what no `plait.jit` noted is added to the report of torch.compile's backend.
+    """
+    reports: list[Report] = []
+    token = _collected.set(reports)
+    with remembering_frames() as watch:
+        try:
+            yield reports
+        finally:
+            _collected.reset(token)
+            _note_unclaimed(reports, watch)
+
+
+def _note_unclaimed(reports: Sequence[Report], watch: Watch) -> None:
+    unclaimed = next((report for report in reports if report.name == ONE_LINE), None)
+    if unclaimed is None:
+        return
+    known = {each.where for report in reports for each in report.breaks}
+    claimed = {compile_id for report in reports for compile_id in report.frames}
+    for cause in watch.breaks():
+        item = make_break(cause.reason, cause.user_stack)
+        if item.where not in known:
+            unclaimed.note_break(item, is_vague=cause.reason == STEP)
+    unclaimed.note_frames([x for x in watch.frames() if str(x.compile_id) not in claimed])
+
+
+def _is_step(item: Break) -> bool:
+    return item.reason.startswith(make_break(STEP, ()).reason)
+
+
+def _given_up(frame) -> Break:
+    """The break of a frame that cannot go on after it: in a try or with, in a loop."""
+    place = f"{frame.fail_user_frame_filename}:{frame.fail_user_frame_lineno}"
+    name = resumed(frame.co_name)
+    found = make_break(frame.fail_reason or "", ())
+    reason = f"{found.reason}, and `{name}` cannot go on in a graph behind it"
+    advice = f"{found.advice}; until then this call of `{name}` runs as plain Python"
+    return Break(place, reason, advice)
 
 
 def _headline(report: Report) -> str:
-    nodes = sum(graph.num_operators for graph in report.graphs)
+    operators = sum(graph.num_operators for graph in report.graphs)
     stored = ", read from the cache" if report.from_cache else ""
     return (
-        f"level {report.level}: {_plural(report.num_graphs, 'graph')}{stored}, "
-        f"{_plural(nodes, 'operator')}, {_plural(len(_counted(report.breaks)), 'graph break')}, "
+        f"{report.name}: {_plural(report.num_graphs, 'graph')}{stored}, "
+        f"{_plural(operators, 'operator')}, {_plural(len(report.breaks), 'graph break')}, "
         f"{_plural(report.num_guards, 'guard')}, "
-        f"{_plural(len(report.recompilations), 'recompilation')}"
+        f"{_plural(len(report.recompilations), 'recompilation')} (level {report.level})"
     )
 
 
 def _graph_line(graph: CapturedGraph) -> str:
     calls = ", ".join(f"{count} x {name}" for name, count in graph.blocks.items())
     blocks = f" ({calls}, from {_plural(graph.num_templates, 'trace')})" if calls else ""
-    return f"{graph.where}: {_plural(graph.num_operators, 'operator')}{blocks}"
+    return f"{_place(graph.where)}: {_plural(graph.num_operators, 'operator')}{blocks}"
 
 
-def _break_lines(counted: tuple[Break, int]) -> str:
-    item, count = counted
-    times = f", {count} times" if count > 1 else ""
-    return f"{item.where}{times}\n    why: {item.reason}\n    to avoid it: {item.advice}"
+def _break_lines(item: Break, times: int) -> str:
+    count = f", {times} times" if times > 1 else ""
+    return f"{_place(item.where)}{count}\n    why: {item.reason}\n    to avoid it: {item.advice}"
 
 
-def _counted(breaks: Sequence[Break]) -> list[tuple[Break, int]]:
-    return list(Counter(breaks).items())
+def _place(where: str) -> str:
+    """A short path, and the user's name of a function that goes on after a break."""
+    return short_path(resumed(where))
+
+
+def _pairs(reasons: dict[str, str]) -> list[str]:
+    return [f"{_place(what)}: {reason}" for what, reason in reasons.items()]
+
+
+def _merged(lines: Sequence[str]) -> list[str]:
+    counts = Counter(lines)
+    return [f"{line}, {n} times" if n > 1 else line for line, n in counts.items()]
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

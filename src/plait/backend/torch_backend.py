@@ -18,7 +18,7 @@ from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plait.backend.report import CapturedGraph, Report
+from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
@@ -57,7 +57,8 @@ class Backend:
         passes_of(level)  # raises if there is none
         self.blocks = Blocks()
         self.frames: list[Frame] = []
-        self.report = Report(level)
+        self.is_storing = False  # whether `frames` are wanted
+        self.report = new_report(level)
         watch_blocks()
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
@@ -76,9 +77,9 @@ class Backend:
             return self._compile_whole(module, inputs, str(error))
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
-        self.report.graphs.append(describe_graph(where, graph))
+        self.report.add(describe_graph(where, graph), graph)
         translator = InstructionTranslator.current_tx()
-        if _has_side_effects(translator.output.side_effects):
+        if not self.is_storing or _has_side_effects(translator.output.side_effects):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
@@ -89,7 +90,7 @@ class Backend:
 
         def first_and_later(*values):
             results = runnable(*values)
-            if frame.results is None:
+            if frame.results is None and self.is_storing:
                 frame.results = results
             return results
 
@@ -163,7 +164,7 @@ class WholeFrame:
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
             graph = each.run(graph, ParallelPlan())
-        self.backend.report.graphs.append(describe_graph(self.where, graph))
+        self.backend.report.add(describe_graph(self.where, graph), graph)
         self.is_known = True
         return graph.root
 

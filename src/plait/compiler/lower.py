@@ -1,6 +1,5 @@
 """An fx graph becomes a `Program`: operators by name, and what each step frees."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,10 +19,7 @@ from plait.graph.schedule import (
     name_of,
     refs_in,
 )
-
-_FRAME = re.compile(
-    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)\n\s*(?P<code>.+)'
-)
+from plait.graph.source import source_of
 
 
 @dataclass
@@ -110,15 +106,6 @@ class Lowering:
 def program_name(template: str, part: str) -> str:
     """Name of a template's program."""
     return f"{template}.{part}"
-
-
-def source_of(node: fx.Node) -> str:
-    """The user's line behind a node: "file:line, in function: code", or ""."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    if not frames:
-        return ""
-    frame = frames[-1]
-    return f"{frame['file']}:{frame['line']}, in {frame['where'].strip()}: {frame['code'].strip()}"
 
 
 def _argument(x: object) -> Argument:

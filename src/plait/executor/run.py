@@ -68,7 +68,6 @@ class Runnable:
             names.index(value.name) for value in schedule.outputs if value.role is Role.GRADIENT
         ]
 
-    @torch._dynamo.disable  # where a graph breaks, Dynamo would read our own code
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs; buffers and inputs that the program changes are changed."""
         if self.backward is not None and torch.is_grad_enabled():
@@ -94,6 +93,10 @@ class Runnable:
             inputs[int(value.name)] if value.role is Role.INPUT else next(rest)
             for value in self.schedule.saved
         ]
+
+
+# Where a graph breaks, Dynamo would read our own code.
+Runnable.__call__ = torch._dynamo.disable(Runnable.__call__)  # type: ignore[method-assign]
 
 
 class _Differentiable(torch.autograd.Function):
