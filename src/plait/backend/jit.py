@@ -3,6 +3,7 @@
 # pyright: basic
 # (TorchDynamo is not typed.)
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,10 @@ from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
 
 _MAX_RECOMPILATIONS = 32
+_FAITHFUL = {
+    "inline_single_use_invoke_subgraph": False,  # a block is a block, however often it runs
+    "skip_nnmodule_hook_guards": False,  # a hook put on a module later is noticed
+}
 _COMPILE = "_compile.compile_inner"
 
 
@@ -59,6 +64,12 @@ class Jitted:
         if not callable(function):
             raise ConfigError(f"plait.jit takes a function or module, got {function!r}.")
         self.original = function
+        self._options = {
+            "level": level,
+            "dynamic": dynamic,
+            "fullgraph": fullgraph,
+            "cache": cache,
+        }
         self._dynamic = dynamic
         self._backend = Backend(level)
         self._folder = cache_folder() if cache else None
@@ -103,12 +114,16 @@ class Jitted:
             raise AttributeError(name)
         return getattr(self.original, name)
 
+    def __deepcopy__(self, memo: dict) -> "Jitted":
+        """A copy of the original, not compiled yet."""
+        return Jitted(copy.deepcopy(self.original, memo), **self._options)
+
     def _capture_and_run(self, args: tuple, kwargs: dict):
         report = self._backend.report
         num_breaks, num_graphs = len(graph_break_reasons), report.num_graphs
         num_times = len(compilation_time_metrics.get(_COMPILE, ()))
         try:
-            with torch._dynamo.config.patch(inline_single_use_invoke_subgraph=False):
+            with torch._dynamo.config.patch(_FAITHFUL):
                 return self._compiled(*args, **kwargs)
         except exc.TorchRuntimeError:
             if len(graph_break_reasons) > num_breaks:

@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
@@ -67,6 +68,7 @@ class Runnable:
             names.index(value.name) for value in schedule.outputs if value.role is Role.GRADIENT
         ]
 
+    @torch._dynamo.disable  # where a graph breaks, Dynamo would read our own code
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs; buffers and inputs that the program changes are changed."""
         if self.backward is not None and torch.is_grad_enabled():
@@ -96,6 +98,7 @@ class Runnable:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
+    @torch._dynamo.disable
     def forward(ctx, runnable: Runnable, *inputs: Tensor) -> tuple[Tensor, ...]:
         yielded = runnable.forward(list(inputs))
         results, computed = yielded[: runnable.num_results], yielded[runnable.num_results :]
@@ -115,6 +118,7 @@ class _Differentiable(torch.autograd.Function):
         return results
 
     @staticmethod
+    @torch._dynamo.disable
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         runnable = ctx.runnable

@@ -28,6 +28,9 @@ def _inline(module: Module, node: Node, region: Module) -> None:
         for source in region.graph.nodes:
             if source.op in ("placeholder", "output"):
                 continue
+            if source.target == "item" and isinstance(inner[source.args[0]], int | float):
+                inner[source] = inner[source.args[0]]  # a number that Dynamo had boxed
+                continue
             copy = graph.node_copy(source, lambda x: inner[x])
             if source.op in ("get_attr", "call_module"):
                 copy.target = _adopt(module, region, source.target)

@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 from torch._dynamo import exc
 from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import is_from_source
 from torch._dynamo.variables import invoke_subgraph as dynamo_regions
 from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
@@ -93,7 +94,8 @@ def _reuse(tx, fingerprint, entry):
     """
     result = _stamp_out(tx, fingerprint, entry)
     moved = dynamo_regions.build_source_replacement(entry.arg_sources, fingerprint.arg_sources)
-    for source, _, _, guard in entry.met_condition.guards:
+    for guard in _guards_of(tx, entry):
+        source = guard.originating_source
         new_source = source.clone(lambda s: moved.get(s, s))
         kind = guard.create_fn_name()
         there = {g.create_fn_name() for g in tx.output.guards.get_guards_for_source(new_source)}
@@ -103,6 +105,20 @@ def _reuse(tx, fingerprint, entry):
             # Shared with a block before it, or read for its shape only: not an input of its own.
             install_guard(new_source.make_guard(GuardBuilder.ID_MATCH))
     return result
+
+
+def _guards_of(tx, entry) -> list:
+    """The guards on which a trace rests, those on hooks included, which Dynamo does not list."""
+    if not hasattr(entry, "all_guards"):
+        listed = [guard for _, _, _, guard in entry.met_condition.guards]
+        module = entry.arg_sources[0]
+        entry.all_guards = listed + [
+            guard
+            for guard in tx.output.guards.inner
+            if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT"
+            and is_from_source(guard.originating_source, module)
+        ]
+    return entry.all_guards
 
 
 def _call_function(self, tx, args, kwargs):
