@@ -64,7 +64,8 @@ def test_a_dumped_step_can_be_run_again_by_itself(blocks, tmp_path):
     assert len(dump.files) == 6
     assert sorted((tmp_path / "steps").iterdir()) == dump.files
     norm, relu, *_ = dump.files
-    assert relu.name == "00001-forward.between_2_forward.relu.safetensors"
+    assert relu.name.startswith("00001-forward.")
+    assert relu.name.endswith(".relu.safetensors")
     tensors = load_file(relu)
     assert torch.equal(tensors["result"], torch.relu(tensors["operand.addmm"]))
     assert {"result.0", "result.1", "result.2"} < load_file(norm).keys()

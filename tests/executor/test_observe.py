@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import plait
-from plait.executor.observe import Lookout, observing
+from plait.executor.observe import Lookout, observing, writes_in_place
 from plait.executor.outcome import outcome_of
 from plait.executor.run import Runnable
 from plait.graph.place import walk
@@ -52,6 +52,19 @@ def test_operands_are_what_the_operator_took(blocks):
 
     run(watched(blocks, repeat), blocks)
     assert checked == [True] * 6
+
+
+def test_operands_that_a_step_overwrites_are_shown_as_they_were(blocks):
+    checked = []
+
+    def repeat(sighting):
+        if writes_in_place(sighting.place.step.target):
+            made = resolve(sighting.place.step.target)(*sighting.operands.values())
+            checked.append(torch.equal(made, sighting.value))
+
+    run(watched(blocks, repeat), blocks)
+    steps = [place.step.target for place in walk(blocks.schedule)]
+    assert checked == [True] * sum(map(writes_in_place, steps))
 
 
 def test_runs_of_a_program_are_numbered(blocks):

@@ -71,8 +71,7 @@ class NotFiniteSearch:
         kind = _kind(sighting.value)
         if not kind:
             return
-        # An operator that works in place returns the operand itself, already overwritten.
-        given = [_kind(x) for x in sighting.operands.values() if x is not sighting.value]
+        given = [_kind(x) for x in sighting.operands.values()]
         step = sighting.place.step
         is_older = kind in given
         is_meant = kind == "Inf" and (any(given) or _has_inf((step.args, dict(step.kwargs))))

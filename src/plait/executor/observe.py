@@ -8,12 +8,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 from torch import Tensor
 
 from plait.graph.place import Call, Place, call_made_by, input_names
-from plait.graph.schedule import CALL, Program, Schedule, Step, refs_in
+from plait.graph.schedule import (
+    CALL,
+    CONSTANT,
+    GETITEM,
+    OBJECT,
+    PYTHON,
+    Program,
+    Schedule,
+    Step,
+    refs_in,
+    resolve,
+)
 
 
 class Observer(Protocol):
@@ -67,11 +79,21 @@ def tensors_in(value: object) -> list[Tensor]:
     )
 
 
+@cache
+def writes_in_place(target: str) -> bool:
+    """Whether an operator of this name overwrites an operand."""
+    if target.startswith((CALL, OBJECT, PYTHON)) or target in (GETITEM, CONSTANT):
+        return False
+    schema = getattr(resolve(target), "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sighting:
     """A step that has run. run: which run of its program this is, from 1.
 
-    operands: by name; of a call none are kept, so that the call can free them. input_names: what
+    operands: by name, as they were before the step; of a call none are kept, so that the call can
+    free them. input_names: what
     the user calls the inputs of the outermost program.
     """
 
@@ -106,13 +128,15 @@ def makes_values(sighting: Sighting) -> bool:
 class Lookout:
     """An observer that knows where it is: each watch is called after every step.
 
-    graph: how the schedule is called in what is printed.
+    graph: how the schedule is called in what is printed. copies: whether operands are copied that
+    the step overwrites.
     """
 
     schedule: Schedule
     watches: Sequence[Watch] = ()
     arrivals: Sequence[Watch] = ()
     graph: str = ""
+    copies: bool = True
     calls: list[Call] = field(default_factory=list)
     outermost: str = ""
     runs: dict[str, int] = field(default_factory=dict)
@@ -137,7 +161,8 @@ class Lookout:
         if step.target.startswith(CALL):
             self.calls.append(self._call(program, step))
         else:
-            self.operands = named
+            copied = self.copies and writes_in_place(step.target)
+            self.operands = {name: _copy(x) for name, x in named.items()} if copied else named
 
     def after(self, program: Program, step: Step, value: object) -> None:
         """Show the step to every watch."""
@@ -176,3 +201,7 @@ class Lookout:
         """Leave the calls that have ended, or were ended by an exception."""
         while self.calls and self.calls[-1].template != program.name:
             self.calls.pop()
+
+
+def _copy(x: object) -> object:
+    return x.detach().clone() if isinstance(x, Tensor) else x

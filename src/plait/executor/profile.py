@@ -126,7 +126,7 @@ class _Profiler:
     overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.lookout = Lookout(self.schedule, [self.note])
+        self.lookout = Lookout(self.schedule, [self.note], copies=False)
         self.began: object = None
         self.ended: object = None
 
