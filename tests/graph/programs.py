@@ -69,6 +69,9 @@ def copied(graph: Graph) -> Graph:
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph, copies = fx.Graph(), {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    for node in graph.nodes:
+        if "forward" in node.meta:  # a backward call knows its forward
+            node.meta["forward"] = copies[node.meta["forward"]]
     return fx.GraphModule(module, graph)

@@ -8,12 +8,14 @@ from torch import nn
 from torch.distributed import _functional_collectives as collectives
 
 from plait.compiler.compile import compile as compile_graph
+from plait.compiler.recompute import recompute
 from plait.errors import GraphError
 from plait.graph.capture import capture
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Shard, call_of
 from plait.graph.schedule import Program, Ref, Schedule
 from plait.graph.verify import verify, verify_pass
 from plait.graph.verify_schedule import verify_schedule
+from plait.plan.parallel_plan import Recompute
 
 from .programs import WIDTH, Block, Tower, captured_step, copied
 
@@ -310,6 +312,11 @@ def test_a_graph_captured_as_a_whole_keeps_every_rule():
     assert graph.templates == {}
     assert graph.values(Role.UPDATE)
     verify(graph)
+
+
+@pytest.mark.parametrize("policy", list(Recompute), ids=lambda policy: policy.value)
+def test_recomputation_draws_and_computes_by_the_rules(graph, policy):
+    verify_pass(copied(graph), recompute(graph, policy))
 
 
 def test_a_pass_that_drops_a_random_operator_is_named(graph):
