@@ -31,6 +31,18 @@ AS_A_BACKEND = {
 }
 
 
+NOT_YET = {
+    "intermediate_that_is_an_output_and_used_again": "AOTAutograd, which captures results that "
+    "share memory, adds their tangents before those of other users: the last bit differs",
+}
+
+
+def _marks(program):
+    if program.name in NOT_YET:
+        return pytest.mark.xfail(strict=True, reason=NOT_YET[program.name])
+    return pytest.mark.slow if program in BLOCK_DIFFERENCES else ()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_compiled_yet():
     torch._dynamo.reset()
@@ -40,10 +52,7 @@ def nothing_is_compiled_yet():
 
 @pytest.mark.parametrize(
     "program",
-    [
-        pytest.param(p, marks=pytest.mark.slow if p in BLOCK_DIFFERENCES else (), id=p.name)
-        for p in PROGRAMS
-    ],
+    [pytest.param(p, marks=_marks(p), id=p.name) for p in PROGRAMS],
 )
 def test_a_compiled_program_does_what_it_does_without(program):
     expected, _ = _run(program, lambda target: target)

@@ -1,9 +1,7 @@
 """A small model with repeated blocks, dropout and a buffer, and its captured training step."""
 
-from dataclasses import replace
-
 import torch
-from torch import fx, nn
+from torch import nn
 
 from plait.graph.capture import capture
 from plait.graph.graph import Graph
@@ -52,26 +50,3 @@ def captured_step(num_layers: int = 4) -> Graph:
     torch.manual_seed(0)
     model = Tower(num_layers)
     return capture(model, torch.randn(5, WIDTH), torch.randn(5, 4), loss=mean_square)
-
-
-def copied(graph: Graph) -> Graph:
-    """A copy whose nodes can be changed."""
-    templates = {
-        name: replace(
-            template,
-            forward=_copied(template.forward),
-            joint=template.joint and _copied(template.joint),
-            backward=template.backward and _copied(template.backward),
-        )
-        for name, template in graph.templates.items()
-    }
-    return replace(graph, root=_copied(graph.root), templates=templates)
-
-
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
-    graph, copies = fx.Graph(), {}
-    graph.output(graph.graph_copy(module.graph, copies))
-    for node in graph.nodes:
-        if "forward" in node.meta:  # a backward call knows its forward
-            node.meta["forward"] = copies[node.meta["forward"]]
-    return fx.GraphModule(module, graph)

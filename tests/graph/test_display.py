@@ -9,7 +9,7 @@ import torch
 from plait.graph.display import diff, to_html, to_text
 from plait.graph.graph import Role
 
-from .programs import captured_step, copied
+from .programs import captured_step
 
 ATEN = torch.ops.aten
 
@@ -44,11 +44,11 @@ def test_the_text_is_the_same_for_the_same_program(step):
 
 
 def test_two_equal_graphs_have_no_difference(step):
-    assert diff(step, copied(step)) == ""
+    assert diff(step, step.copy()) == ""
 
 
 def test_a_difference_shows_the_changed_lines_of_the_changed_template_only(step):
-    after = copied(step)
+    after = step.copy()
     (relu,) = block(after).forward.graph.find_nodes(op="call_function", target=ATEN.relu.default)
     relu.target = ATEN.sigmoid.default
     text = diff(step, after)
@@ -62,7 +62,7 @@ def test_a_difference_shows_the_changed_lines_of_the_changed_template_only(step)
 
 
 def test_a_difference_counts_what_is_new_and_gone(step):
-    after = copied(step)
+    after = step.copy()
     graph = block(after).forward.graph
     (relu,) = graph.find_nodes(op="call_function", target=ATEN.relu.default)
     with graph.inserting_before(relu):
@@ -74,7 +74,7 @@ def test_a_difference_counts_what_is_new_and_gone(step):
 
 
 def test_a_difference_names_templates_that_come_and_go(step):
-    after = copied(step)
+    after = step.copy()
     del after.templates[block(after).name]
     text = diff(step, after)
     assert f"template {block(step).name}, backward: " in text
@@ -120,7 +120,7 @@ def test_the_page_shows_every_role_and_every_operator(step):
 
 
 def test_the_page_escapes_whatever_a_name_holds(step):
-    after = copied(step)
+    after = step.copy()
     evil = "<script>alert('x')</script>{{ 7 * 7 }}\" onclick=\"y"
     template = block(after)
     template.block = evil

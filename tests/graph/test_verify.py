@@ -17,7 +17,7 @@ from plait.graph.verify import verify, verify_pass
 from plait.graph.verify_schedule import verify_schedule
 from plait.plan.parallel_plan import Recompute
 
-from .programs import WIDTH, Block, Tower, captured_step, copied
+from .programs import WIDTH, Block, Tower, captured_step
 
 ATEN = torch.ops.aten
 
@@ -29,7 +29,7 @@ def step():
 
 @pytest.fixture
 def graph(step):
-    return copied(step)
+    return step.copy()
 
 
 def block(graph: Graph):
@@ -316,11 +316,11 @@ def test_a_graph_captured_as_a_whole_keeps_every_rule():
 
 @pytest.mark.parametrize("policy", list(Recompute), ids=lambda policy: policy.value)
 def test_recomputation_draws_and_computes_by_the_rules(graph, policy):
-    verify_pass(copied(graph), recompute(graph, policy))
+    verify_pass(graph.copy(), recompute(graph, policy))
 
 
 def test_a_pass_that_drops_a_random_operator_is_named(graph):
-    after = copied(graph)
+    after = graph.copy()
     for part in (block(after).joint, block(after).forward):
         drawn = find(part, ATEN.native_dropout.default)
         drawn.target, drawn.args = ATEN.max.dim, (drawn.args[0], 0)

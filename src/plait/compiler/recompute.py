@@ -8,7 +8,6 @@ run again: what they drew is kept.
 # (fx nodes are not typed.)
 
 import operator
-from dataclasses import replace
 
 import torch
 from torch import fx
@@ -22,6 +21,7 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
     """Part the blocks anew by a policy. What stands between blocks is left as it is."""
     if policy is Recompute.NONE:
         return graph
+    graph = graph.copy()
     for template in graph.templates.values():
         if template.joint is not None and template.block != "Between":
             _part_again(template, _chosen(template.joint, policy))
@@ -34,7 +34,7 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
         if node.target is operator.getitem and not node.users:
             root.graph.erase_node(node)
     root.recompile()
-    return replace(graph)
+    return graph
 
 
 def _chosen(joint: fx.GraphModule, policy: Recompute) -> set[str]:

@@ -132,6 +132,19 @@ class Graph:
         """Inputs or outputs in this role, in order."""
         return [value for value in (*self.inputs, *self.outputs) if value.role is role]
 
+    def copy(self) -> "Graph":
+        """A graph whose root and templates can be changed without changing this one."""
+        templates = {
+            name: replace(
+                template,
+                forward=_copied(template.forward),
+                joint=None if template.joint is None else _copied(template.joint),
+                backward=None if template.backward is None else _copied(template.backward),
+            )
+            for name, template in self.templates.items()
+        }
+        return replace(self, root=_copied(self.root), templates=templates)
+
     def num_operators(self) -> int:
         """Count operators as if every call were inlined."""
         count = 0
@@ -161,6 +174,16 @@ def call_of(node: fx.Node) -> tuple[str, str] | None:
     if node.op == "call_function" and node.target is call:
         return str(node.args[0]), str(node.args[1])
     return None
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    for node in graph.nodes:
+        if "forward" in node.meta:  # a backward call knows its forward
+            node.meta["forward"] = copies[node.meta["forward"]]
+    return fx.GraphModule(module, graph)
 
 
 def describe(role: Role, name: str, value: object) -> Value:
