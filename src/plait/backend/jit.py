@@ -24,7 +24,6 @@ from plait.executor.run import Runnable
 _MAX_RECOMPILATIONS = 32
 _FAITHFUL = {
     "inline_single_use_invoke_subgraph": False,  # a block is a block, however often it runs
-    "skip_nnmodule_hook_guards": False,  # a hook put on a module later is noticed
 }
 
 

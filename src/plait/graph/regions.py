@@ -22,8 +22,12 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo import exc
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import is_from_source
+from torch._dynamo.guards import (
+    GUARD_VALUE_DISPATCH,
+    SKIP_GUARD,
+    GuardBuilder,
+    install_guard,
+)
 from torch._dynamo.variables import invoke_subgraph as dynamo_regions
 from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
@@ -31,6 +35,7 @@ from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
+from torch._guards import ChainedSource
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from plait.graph.modes import Modes, current_modes
@@ -71,19 +76,34 @@ def watch_blocks() -> None:
     UnspecializedNNModuleVariable.call_function = _call_function
     dynamo_regions.is_reusable = _is_reusable
     dynamo_regions.stamp_out_subgraph = _reuse
+    GUARD_VALUE_DISPATCH[_no_hooks.__name__] = SKIP_GUARD  # not compared when a trace is reused
 
 
 _call_flat = UnspecializedNNModuleVariable.call_function
 _is_reusable_now = dynamo_regions.is_reusable
 _stamp_out = dynamo_regions.stamp_out_subgraph
+_clone = ChainedSource.clone
 
 
 def _is_reusable(tx, condition, fingerprint, entry) -> bool:
     """Note the condition under which a trace is reused, for `_reuse`."""
-    if not _is_reusable_now(tx, condition, fingerprint, entry):
-        return False
-    entry.met_condition = condition
-    return True
+    ChainedSource.clone = _clone_once
+    try:
+        is_reusable = _is_reusable_now(tx, condition, fingerprint, entry)
+    finally:
+        ChainedSource.clone = _clone
+    if is_reusable:
+        entry.met_condition = condition
+    return is_reusable
+
+
+def _clone_once(self, transform_fn=None):
+    """Clone each part of a source once for a transformation: sources share most of their length."""
+    known = vars(transform_fn).setdefault("known", {})
+    found = known.get(self)
+    if found is None:
+        found = known[self] = _clone(self, transform_fn)
+    return found
 
 
 def _reuse(tx, fingerprint, entry):
@@ -94,31 +114,35 @@ def _reuse(tx, fingerprint, entry):
     """
     result = _stamp_out(tx, fingerprint, entry)
     moved = dynamo_regions.build_source_replacement(entry.arg_sources, fingerprint.arg_sources)
-    for guard in _guards_of(tx, entry):
-        source = guard.originating_source
-        new_source = source.clone(lambda s: moved.get(s, s))
+
+    def move(source):
+        return moved.get(source, source)
+
+    for source, _, _, guard in entry.met_condition.guards:
+        new_source = _clone_once(source, move) if isinstance(source, ChainedSource) else source
         kind = guard.create_fn_name()
-        there = {g.create_fn_name() for g in tx.output.guards.get_guards_for_source(new_source)}
+        if kind == "EMPTY_NN_MODULE_HOOKS_DICT":
+            continue  # `_no_hooks` is for all of the block
         if kind != "TENSOR_MATCH":
             install_guard(new_source.make_guard(guard.create_fn))
-        elif kind not in there:
+            continue
+        there = {g.create_fn_name() for g in tx.output.guards.get_guards_for_source(new_source)}
+        if kind not in there:
             # Shared with a block before it, or read for its shape only: not an input of its own.
             install_guard(new_source.make_guard(GuardBuilder.ID_MATCH))
     return result
 
 
-def _guards_of(tx, entry) -> list:
-    """The guards on which a trace rests, those on hooks included, which Dynamo does not list."""
-    if not hasattr(entry, "all_guards"):
-        listed = [guard for _, _, _, guard in entry.met_condition.guards]
-        module = entry.arg_sources[0]
-        entry.all_guards = listed + [
-            guard
-            for guard in tx.output.guards.inner
-            if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT"
-            and is_from_source(guard.originating_source, module)
-        ]
-    return entry.all_guards
+def _no_hooks(builder, guard) -> None:
+    """Guard: no module of the block has got a hook."""
+    block = builder.get(guard)
+    hooks = [getattr(module, name) for module in block.modules() for name in _HOOKS]
+    builder.get_guard_manager(guard).add_lambda_guard(
+        lambda _: not any(hooks), [f"{guard.name} has no hooks"], guard.user_stack
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _call_function(self, tx, args, kwargs):
@@ -136,6 +160,7 @@ def _call_function(self, tx, args, kwargs):
     try:
         region = TorchHigherOrderOperatorVariable.make(invoke_subgraph)
         function = UserFunctionVariable(_region_function(block, form, named, current_modes()))
+        install_guard(self.source.make_guard(_no_hooks))
         return region.call_function(tx, [function, self, *leaves], {})
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
@@ -176,15 +201,7 @@ def _is_block(variable: UnspecializedNNModuleVariable, tx, blocks: Blocks) -> bo
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        getattr(module, name)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
+    return any(getattr(module, name) for name in _HOOKS)
 
 
 def _parent(variable: UnspecializedNNModuleVariable, tx) -> object:
