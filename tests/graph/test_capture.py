@@ -7,6 +7,8 @@ from torch import nn
 import plait
 from plait.errors import GraphError, PlanError
 from plait.graph.graph import Role
+from plait.graph.storage import from_json, to_json
+from plait.graph.verify_schedule import verify_schedule
 
 
 class Layer(nn.Module):
@@ -113,6 +115,38 @@ def test_recompute_and_micro_batches_keep_the_bits(step, policy, num_micro_batch
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_split_backward_keeps_the_bits(step, policy):
+    model, x, target = step
+    expected, gradients = eager_gradients(model, x, target)
+    plan = plait.ParallelPlan(split_backward=True, recompute=policy)
+    schedule = plait.compile(plait.capture(model, x, target, plan, loss=loss), plan)
+    assert list(schedule.programs) == ["forward", "backward_input", "backward_weight"]
+    verify_schedule(schedule)
+    stored = from_json(to_json(schedule))
+    assert torch.equal(plait.run(stored, model, x, target), expected)
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+
+
+def test_the_first_program_of_a_split_backward_multiplies_for_activations_only(step):
+    model, x, target = step
+    plan = plait.ParallelPlan(split_backward=True)
+    schedule = plait.compile(plait.capture(model, x, target, loss=loss), plan)
+
+    def num_products(name):
+        steps = [
+            inner
+            for step in schedule.programs[name].steps
+            if step.target.startswith("call:")
+            for inner in schedule.program(step.target.removeprefix("call:")).steps
+        ]
+        return sum(step.target == "aten.mm.default" for step in steps)
+
+    # Two products a layer and one at the end; the input of the model needs no gradient.
+    assert num_products("backward_input") == 2 * len(model.layers) + 1
+    assert num_products("backward_weight") == 2 * len(model.layers) + 2
+
+
 def test_more_recomputation_saves_less(step):
     model, x, target = step
 
@@ -207,6 +241,29 @@ def test_a_tied_weight_gets_the_sum_that_eager_computes():
     expected, gradients = eager_gradients(model, tokens, target)
     schedule = plait.compile(plait.capture(model, tokens, target, loss=loss))
     assert torch.equal(plait.run(schedule, model, tokens, target), expected)
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
+
+
+def test_a_tied_weight_is_summed_in_order_when_the_backward_is_split():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(8) for _ in range(3))
+            self.shift = nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x, self.shift * x)
+            return x * self.shift
+
+    torch.manual_seed(0)
+    model, x, target = Shared(), torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    expected, gradients = eager_gradients(model, x, target)
+    inner, x.grad = x.grad, None
+    plan = plait.ParallelPlan(split_backward=True)
+    schedule = plait.compile(plait.capture(model, x, target, loss=loss), plan)
+    assert torch.equal(plait.run(schedule, model, x, target), expected)
+    assert torch.equal(x.grad, inner)
     assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
 
 

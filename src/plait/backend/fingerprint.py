@@ -39,6 +39,7 @@ _NOT_IN_FORWARD = (
     "_load_state_dict_post_hooks",
     "_non_persistent_buffers_set",
 )
+_OWN_HASH = "_original_object_hash"  # of transformers' configs: another one in each process
 _MAX_OBJECTS = 200_000
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by a class statement
 
@@ -226,6 +227,8 @@ class _Walk:
     def mapping(self, x: Mapping, path: str) -> None:
         self.watch(x)
         for key, value in x.items():
+            if key == _OWN_HASH:
+                continue
             if not isinstance(key, _PLAIN):
                 raise Uncacheable(f"{path} has a key of type {type(key).__name__}")
             self.visit(value, f"{path}.{key}", (x, key))

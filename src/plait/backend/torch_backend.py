@@ -13,6 +13,7 @@ from functools import cache
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
@@ -191,8 +192,22 @@ def _fake_mode() -> FakeTensorMode:
 
 def _has_side_effects(side_effects) -> bool:
     """Whether the frame changes objects that were there before it."""
-    changed = side_effects._get_modified_vars()
-    return bool(side_effects.tensor_hooks) or any(each.source is not None for each in changed)
+    changed = [each for each in side_effects._get_modified_vars() if each.source is not None]
+    return bool(side_effects.tensor_hooks) or not all(
+        _is_put_back(each, side_effects) for each in changed
+    )
+
+
+def _is_put_back(variable, side_effects) -> bool:
+    """Whether all attributes that the frame sets end with the value that they had."""
+    given = side_effects.store_attr_mutations.get(variable)
+    if not given or not isinstance(variable, UserDefinedObjectVariable):
+        return False
+    return all(
+        value.is_python_constant()
+        and value.as_python_constant() is getattr(variable.value, name, value)
+        for name, value in given.items()
+    )
 
 
 def describe_graph(where: str, graph: Graph) -> CapturedGraph:

@@ -2,7 +2,8 @@
 
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
-from plait.graph.graph import Graph, Role
+from plait.compiler.split_backward import split_backward
+from plait.graph.graph import Graph, Role, Value
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
 from plait.plan.parallel_plan import ParallelPlan
@@ -11,9 +12,10 @@ from plait.plan.parallel_plan import ParallelPlan
 def compile(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0") -> Schedule:
     """Run the level's passes, part forward from backward, and order the steps.
 
-    The schedule's programs are `forward`, and `backward` if the graph has gradients. `forward`
-    returns the graph's forward outputs, then the computed ones of `saved`; `backward` takes `saved`
-    and the tangents, and returns the gradients.
+    The schedule's programs are `forward`, and `backward` if the graph has gradients; the plan may
+    ask for `backward_input` and `backward_weight` instead. `forward` returns the graph's forward
+    outputs, then the computed ones of `saved`; the backward takes `saved` and the tangents, and
+    returns the gradients.
 
     Raises GraphError if there is no such level.
     """
@@ -40,6 +42,19 @@ def compile(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0"
         )
         schedule.saved = parts.saved
         modules = {"forward": parts.forward, "backward": parts.backward}
+        if plan.split_backward:
+            is_weight = [graph_input.role is Role.PARAMETER for graph_input in _of_gradients(graph)]
+            split = split_backward(parts.backward, graph.templates, is_weight)
+            for name, module in split.parts.items():
+                schedule.templates[name] = lowering.program(name, module)
+            schedule.weight_inputs = tuple(split.weight_inputs)
+            modules = {"forward": parts.forward, **split.programs}
     for name, module in modules.items():
         schedule.programs[name] = lowering.program(name, module)
     return schedule
+
+
+def _of_gradients(graph: Graph) -> list[Value]:
+    """For each gradient, the input that it is the gradient of."""
+    inputs = {value.name: value for value in graph.inputs if value.role is not Role.TANGENT}
+    return [inputs[value.name] for value in graph.values(Role.GRADIENT)]

@@ -2,7 +2,7 @@
 
 | level | passes | numbers |
 |---|---|---|
-| O0 | the plan's recompute policy; then kernel by kernel in captured order | eager's bits |
+| O0 | lift constants, recompute by the plan; kernel by kernel in captured order | eager's bits |
 
 A pass maps a graph and a plan to a graph. `compile.py` runs the passes of a level, parts forward
 from backward, and lowers both to the steps of a schedule.
@@ -11,6 +11,7 @@ from backward, and lowers both to the steps of a schedule.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plait.compiler.lift_constants import lift_constants
 from plait.compiler.recompute import recompute
 from plait.errors import GraphError, nearest_name
 from plait.graph.graph import Graph
@@ -27,10 +28,11 @@ class Pass:
     tolerance: float = 0.0
 
 
+LIFT_CONSTANTS = Pass("lift constants", lambda graph, plan: lift_constants(graph))
 RECOMPUTE = Pass("recompute", lambda graph, plan: recompute(graph, plan.recompute))
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
-    "O0": (RECOMPUTE,),
+    "O0": (LIFT_CONSTANTS, RECOMPUTE),
 }
 
 

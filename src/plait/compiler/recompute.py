@@ -29,12 +29,17 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
     for node in list(root.graph.nodes):
         call = call_of(node)
         if call is not None and call[1] == BACKWARD:
-            _pass_saved(node, graph.templates[call[0]])
+            pass_saved(node, graph.templates[call[0]])
+    drop_unused_parts(root)
+    return graph
+
+
+def drop_unused_parts(root: fx.GraphModule) -> None:
+    """Forget parts of calls that nobody takes any more."""
     for node in reversed(list(root.graph.nodes)):
         if node.target is operator.getitem and not node.users:
             root.graph.erase_node(node)
     root.recompile()
-    return graph
 
 
 def _chosen(joint: fx.GraphModule, policy: Recompute) -> set[str]:
@@ -75,7 +80,7 @@ def _part_again(template: Template, names: set[str]) -> None:
     template.saved = parts.saved
 
 
-def _pass_saved(backward: fx.Node, template: Template) -> None:
+def pass_saved(backward: fx.Node, template: Template) -> None:
     """Let a backward call take what its template saves now."""
     forward = backward.meta["forward"]
     num_tangents = len(template.differentiable) + len(template.threaded)

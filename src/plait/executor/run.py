@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 
 from plait.errors import GraphError, PlanError
-from plait.executor.codegen import load
+from plait.executor.codegen import Runner, load
 from plait.executor.observe import Observer
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
@@ -50,6 +50,8 @@ class Runnable:
         runners = load(schedule, observer)
         self.schedule = schedule
         self.forward, self.backward = runners["forward"], runners.get("backward")
+        if "backward_weight" in runners:
+            self.backward = _both(schedule, runners)
         inputs = [value for value in schedule.inputs if value.role is not Role.TANGENT]
         results = [value for value in schedule.outputs if value.role is not Role.GRADIENT]
         self.num_results = len(results)
@@ -97,6 +99,31 @@ class Runnable:
 
 # Where a graph breaks, Dynamo would read our own code.
 Runnable.__call__ = torch._dynamo.disable(Runnable.__call__)  # type: ignore[method-assign]
+
+
+def _both(schedule: Schedule, runners: dict[str, Runner]) -> Runner:
+    """The two programs of a split backward as one: the weights' part right after the inputs'."""
+    names = schedule.programs["backward_input"].inputs
+    roles = {value.name: value.role for value in schedule.inputs if value.role is not Role.TANGENT}
+    is_weight = [
+        roles[value.name] is Role.PARAMETER
+        for value in schedule.outputs
+        if value.role is Role.GRADIENT
+    ]
+    num_inputs = is_weight.count(False)
+
+    def backward(box: list[Tensor]) -> tuple[Tensor, ...]:
+        given = dict(zip(names, box, strict=True))
+        yielded = runners["backward_input"](box)
+        kept = yielded[num_inputs:]
+        second = [
+            kept[int(name.removeprefix("kept:"))] if name.startswith("kept:") else given[name]
+            for name in schedule.weight_inputs
+        ]
+        first, weights = iter(yielded[:num_inputs]), iter(runners["backward_weight"](second))
+        return tuple(next(weights) if weight else next(first) for weight in is_weight)
+
+    return backward
 
 
 class _Differentiable(torch.autograd.Function):

@@ -74,8 +74,11 @@ class Schedule:
     """Programs that run in turn, and the programs of templates that they call.
 
     inputs and outputs describe the edge of the whole; saved is what the program `backward` takes
-    from `forward`: an INPUT among them is the input of that number. constants are small tensors of
-    the code itself; objects are callables without a name, with which a schedule cannot be stored.
+    from `forward`: an INPUT among them is the input of that number. With a split backward the
+    programs are `backward_input` and `backward_weight`; weight_inputs is what the second takes: an
+    input of the first by name, or "kept:<i>", its i-th result after the gradients. constants are
+    small tensors of the code itself; objects are callables without a name, with which a schedule
+    cannot be stored.
     """
 
     level: str
@@ -84,6 +87,7 @@ class Schedule:
     inputs: tuple[Value, ...] = ()
     outputs: tuple[Value, ...] = ()
     saved: tuple[Value, ...] = ()
+    weight_inputs: tuple[str, ...] = ()
     constants: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     objects: dict[str, Callable[..., object]] = field(
         default_factory=dict[str, Callable[..., object]]

@@ -72,6 +72,19 @@ def _verify_target(schedule: Schedule, step: Step, where: str) -> None:
             fail(where, step.name, rule, f"there is no operator {step.target}")
 
 
+def _edge(schedule: Schedule, name: str) -> tuple[int, int]:
+    """How many inputs and results a program has; the two of a split backward count as one."""
+    names, num_kept = [name], 0
+    if name == "backward" and "backward_weight" in schedule.programs:
+        names = ["backward_input", "backward_weight"]
+        num_kept = sum(given.startswith("kept:") for given in schedule.weight_inputs)
+    programs = [schedule.programs.get(each) for each in names]
+    if None in programs:
+        raise GraphError(f"the schedule has no program {name!r}, and its edge needs one.")
+    known = [program for program in programs if program is not None]
+    return len(known[0].inputs), sum(len(each.results) for each in known) - num_kept
+
+
 def _verify_edges(schedule: Schedule) -> None:
     """Check that forward and backward take and give what the schedule describes."""
     if not schedule.inputs and not schedule.outputs:
@@ -87,10 +100,7 @@ def _verify_edges(schedule: Schedule) -> None:
     for name, (num_inputs, num_results) in {"forward": forward, "backward": backward}.items():
         if name == "backward" and not tangents:
             continue
-        program = schedule.programs.get(name)
-        if program is None:
-            raise GraphError(f"the schedule has no program {name!r}, and its edge needs one.")
-        found = (len(program.inputs), len(program.results))
+        found = _edge(schedule, name)
         if found != (num_inputs, num_results):
             rule = "programs take and give what the schedule describes"
             text = f"{found[0]} inputs and {found[1]} results, not {num_inputs} and {num_results}"

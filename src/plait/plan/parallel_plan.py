@@ -27,6 +27,7 @@ class ParallelPlan:
     product; sp: between products they share the tokens. pp: stages. replicas: parts of the tokens
     whose communication hides behind each other's work, or "auto". recompute: see `Recompute`.
     num_micro_batches: parts of the batch that run one after the other and add their gradients.
+    split_backward: the gradients of parameters in a program of their own, after the others.
     """
 
     dp: int = 1
@@ -37,6 +38,7 @@ class ParallelPlan:
     replicas: int | str = 1
     recompute: Recompute = Recompute.NONE
     num_micro_batches: int = 1
+    split_backward: bool = False
 
     def __post_init__(self) -> None:
         """Check each size, and that they go together."""

@@ -1,0 +1,125 @@
+"""Layers that differ in a number only become calls of one template, with the number as an argument.
+
+GPT-2 may scale the attention of layer i by 1/(i+1), for example. Each such layer was traced by
+itself, so a number that changes the operators (a probability of zero, say) keeps its own template.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+from torch.fx.node import map_aggregate, map_arg
+
+from plait.compiler.recompute import drop_unused_parts, pass_saved
+from plait.graph.graph import BACKWARD, Graph, Module, Role, Template, call_of, describe
+from plait.graph.partition import part_joint
+
+
+def lift_constants(graph: Graph) -> Graph:
+    """Merge templates that are equal but for numbers."""
+    groups: dict[tuple, list[tuple[Template, list[float]]]] = {}
+    for template in graph.templates.values():
+        text, numbers = _text(template.joint or template.forward)
+        key = (template.block, template.arguments, template.threaded, template.differentiable, text)
+        groups.setdefault(key, []).append((template, numbers))
+    merged: dict[str, tuple[Template, list[float]]] = {}
+    for group in groups.values():
+        varying = [
+            i
+            for i, given in enumerate(zip(*(n for _, n in group), strict=True))
+            if len(set(map(repr, given))) > 1
+        ]
+        if len(group) > 1:
+            common = _with_arguments(group[0][0], varying)
+            for template, numbers in group:
+                merged[template.name] = (common, [numbers[i] for i in varying])
+    return _call_merged(graph, merged) if merged else graph
+
+
+def _call_merged(graph: Graph, merged: dict[str, tuple[Template, list[float]]]) -> Graph:
+    graph = graph.copy()
+    backward = []
+    for node in graph.root.graph.nodes:
+        found = call_of(node)
+        if found is None or found[0] not in merged:
+            continue
+        template, numbers = merged[found[0]]
+        if found[1] == BACKWARD:
+            backward.append((node, template))
+        else:
+            node.args = (template.name, found[1], *node.args[2:], *numbers)
+    for node, template in backward:
+        pass_saved(node, template)
+    for name, (template, _) in merged.items():
+        del graph.templates[name]
+        graph.templates[template.name] = template
+    drop_unused_parts(graph.root)
+    return graph
+
+
+def _with_arguments(template: Template, varying: Sequence[int]) -> Template:
+    """The template with the numbers at these positions as further arguments."""
+    joint = template.joint or template.forward
+    num_arguments = len(template.arguments)
+    graph = fx.Graph()
+    copies: dict = {}
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    for node in placeholders[:num_arguments]:
+        copies[node] = graph.node_copy(node)
+    lifted = {}
+    for i in varying:
+        lifted[i] = graph.placeholder(f"number_{i}")
+        lifted[i].meta["val"] = 0.0
+    position = -1
+
+    def number(x: object) -> object:
+        nonlocal position
+        if type(x) is not float:
+            return x
+        position += 1
+        return lifted.get(position, x)
+
+    for node in joint.graph.nodes:
+        if node in copies or node.op == "output":
+            continue
+        copy = copies[node] = graph.node_copy(node, lambda x: copies[x])
+        copy.args, copy.kwargs = map_aggregate((copy.args, copy.kwargs), number)
+    results = map_arg(joint.graph.output_node().args[0], lambda x: copies[x])
+    graph.output((*results, *(None for _ in varying)) if template.joint else results)
+    module = fx.GraphModule(joint, graph)
+    numbers = tuple(describe(Role.INPUT, str(num_arguments + i), 0.0) for i in range(len(varying)))
+    common = replace(template, name=f"{template.name}_lifted", forward=module)
+    common.arguments = template.arguments + numbers
+    if template.joint is not None:
+        _part(common, module)
+        common.gradients = template.gradients + (None,) * len(varying)
+    return common
+
+
+def _part(template: Template, joint: Module) -> None:
+    parts = part_joint(
+        joint, num_arguments=len(template.arguments), num_results=len(template.results)
+    )
+    template.joint, template.forward, template.backward = joint, parts.forward, parts.backward
+    template.saved = parts.saved
+
+
+def _text(module: Module) -> tuple[str, list[float]]:
+    """The graph with its own numbering and without its floats, and those floats in order."""
+    names = {node: f"%{i}" for i, node in enumerate(module.graph.nodes)}
+    numbers: list[float] = []
+
+    def blank(x: object) -> object:
+        if type(x) is float:
+            numbers.append(x)
+            return "number"
+        return x
+
+    lines = []
+    for node in module.graph.nodes:
+        args = map_aggregate((node.args, node.kwargs), blank)
+        lines.append(f"{node.op} {node.target} {map_arg(args, names.__getitem__)}")
+    return "\n".join(lines), numbers
