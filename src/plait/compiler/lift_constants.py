@@ -9,13 +9,18 @@ itself, so a number that changes the operators (a probability of zero, say) keep
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
 from plait.compiler.recompute import drop_unused_parts, pass_saved
-from plait.graph.graph import BACKWARD, Graph, Module, Role, Template, call_of, describe
+from plait.graph.graph import BACKWARD, Graph, Module, Node, Role, Template, call_of, describe
 from plait.graph.partition import part_joint
+
+# fx types them for what an argument may be, not for what is mapped here.
+_map_all: Any = map_aggregate
+_map_nodes: Any = map_arg
 
 
 def lift_constants(graph: Graph) -> Graph:
@@ -65,7 +70,7 @@ def _with_arguments(template: Template, varying: Sequence[int]) -> Template:
     joint = template.joint or template.forward
     num_arguments = len(template.arguments)
     graph = fx.Graph()
-    copies: dict = {}
+    copies: dict[Node, Node] = {}
     placeholders = joint.graph.find_nodes(op="placeholder")
     for node in placeholders[:num_arguments]:
         copies[node] = graph.node_copy(node)
@@ -86,8 +91,8 @@ def _with_arguments(template: Template, varying: Sequence[int]) -> Template:
         if node in copies or node.op == "output":
             continue
         copy = copies[node] = graph.node_copy(node, lambda x: copies[x])
-        copy.args, copy.kwargs = map_aggregate((copy.args, copy.kwargs), number)
-    results = map_arg(joint.graph.output_node().args[0], lambda x: copies[x])
+        copy.args, copy.kwargs = _map_all((copy.args, copy.kwargs), number)
+    results = _map_nodes(joint.graph.output_node().args[0], lambda x: copies[x])
     graph.output((*results, *(None for _ in varying)) if template.joint else results)
     module = fx.GraphModule(joint, graph)
     numbers = tuple(describe(Role.INPUT, str(num_arguments + i), 0.0) for i in range(len(varying)))
@@ -120,6 +125,6 @@ def _text(module: Module) -> tuple[str, list[float]]:
 
     lines = []
     for node in module.graph.nodes:
-        args = map_aggregate((node.args, node.kwargs), blank)
-        lines.append(f"{node.op} {node.target} {map_arg(args, names.__getitem__)}")
+        args = _map_all((node.args, node.kwargs), blank)
+        lines.append(f"{node.op} {node.target} {_map_nodes(args, names.__getitem__)}")
     return "\n".join(lines), numbers
