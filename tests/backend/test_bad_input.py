@@ -1,0 +1,88 @@
+"""What cannot be captured is said, with its line; what is misspelt is refused with what is known."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.errors import ConfigError, GraphError
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_yet():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.library.custom_op("plait_tests::no_fake", mutates_args=())
+def no_fake(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def test_an_operator_without_a_fake_ends_the_graph_and_is_named():
+    def program(x):
+        return no_fake(x.sin()).cos()
+
+    compiled = plait.jit(program)
+    x = torch.randn(3)
+    assert torch.equal(compiled(x), program(x))
+    (found,) = compiled.report().breaks
+    assert "test_bad_input.py" in found.where
+    assert "register_fake" in found.advice
+
+
+def test_capture_refuses_an_operator_without_a_fake():
+    class Model(nn.Module):
+        def forward(self, x):
+            return no_fake(x)
+
+    with pytest.raises(GraphError, match="not one graph"):
+        plait.capture(Model(), torch.randn(3))
+
+
+def test_capture_refuses_a_side_effect_with_its_line():
+    class Model(nn.Module):
+        def forward(self, x):
+            print("now")
+            return x.sin()
+
+    with pytest.raises(GraphError, match=r"test_bad_input\.py:\d+"):
+        plait.capture(Model(), torch.randn(3))
+
+
+def test_an_unknown_option_names_those_there_are():
+    compiled = torch.compile(lambda x: x.sin(), backend="plait", options={"levl": "O0"})
+    with pytest.raises(Exception, match="Did you mean 'level'") as caught:
+        compiled(torch.randn(3))
+    assert isinstance(caught.value, ConfigError) or "ConfigError" in str(caught.value)
+
+
+def test_jit_takes_functions_and_modules_only():
+    with pytest.raises(ConfigError, match="function or module"):
+        plait.jit(3)
+
+
+def test_level_0_needs_no_compiler(tmp_path):
+    program = (
+        "import torch, plait\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())\n"
+        "x = torch.randn(2, 4)\n"
+        "compiled = plait.jit(model, cache=False)\n"
+        "compiled(x).sum().backward()\n"
+        "print(torch.equal(compiled(x), model(x)))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"PATH": str(tmp_path), "CXX": "/nowhere/c++", "CC": "/nowhere/cc"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
