@@ -1,4 +1,4 @@
-"""What cannot be captured is said, with its line; what is misspelt is refused with what is known."""
+"""What cannot be captured is said with its line; what is misspelt, with what is known."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_capture_refuses_an_operator_without_a_fake():
 def test_capture_refuses_a_side_effect_with_its_line():
     class Model(nn.Module):
         def forward(self, x):
-            print("now")
+            print("now")  # noqa: T201 (the side effect under test)
             return x.sin()
 
     with pytest.raises(GraphError, match=r"test_bad_input\.py:\d+"):

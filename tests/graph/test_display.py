@@ -33,8 +33,8 @@ def test_the_text_shows_each_template_once_and_says_how_often_it_is_called(step)
 
 def test_a_line_names_operator_operands_form_and_source(step):
     lines = [line.strip() for line in to_text(step).splitlines()]
-    assert "relu = aten.relu.default(addmm)  -> float32[5, 12]  # programs.py:26" in lines
-    assert "t = aten.t.default(arg3_1)  -> float32[6, 12] strides (1, 6)  # programs.py:26" in lines
+    assert "relu = aten.relu.default(addmm)  -> float32[5, 12]  # programs.py:24" in lines
+    assert "t = aten.t.default(arg3_1)  -> float32[6, 12] strides (1, 6)  # programs.py:24" in lines
     assert "layers_0_up_weight = parameter layers.0.up.weight  -> float32[12, 6]" in lines
     assert any(re.fullmatch(r"gradient head.bias = \w+\.2  -> float32\[4\]", x) for x in lines)
 

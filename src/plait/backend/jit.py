@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo import eval_frame, exc
 from torch.utils import _pytree as pytree
 
+from plait.backend.breaks import make_break
 from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
 from plait.backend.report import CapturedGraph, Report, is_collecting
 from plait.backend.store import Entry, call_form, key_of, load, save
@@ -120,12 +121,14 @@ class Jitted:
         try:
             with torch._dynamo.config.patch(_FAITHFUL):
                 return self._compiled(*args, **kwargs)
-        except exc.TorchRuntimeError:
+        except exc.TorchRuntimeError as error:
             if watch.breaks():
                 raise
-            # The program itself is wrong, say in its shapes, and nothing of it ran yet: let it
-            # raise its own error, from its own line.
-            return self.original(*args, **kwargs)
+            # Nothing of it ran yet. If the program itself is wrong, say in its shapes, let it raise
+            # its own error, from its own line; if it is not, say what ran without being compiled.
+            result = self.original(*args, **kwargs)
+            self._backend.report.note_break(make_break(str(error), error.real_stack or ()))
+            return result
         finally:
             if watch.saw_anything():
                 self._backend.report.note(watch)

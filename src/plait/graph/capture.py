@@ -26,6 +26,12 @@ from plait.graph.trace import NotATemplate
 from plait.graph.whole import compose_whole
 from plait.plan.parallel_plan import ParallelPlan
 
+_NOT_ONE_GRAPH = (
+    exc.Unsupported,
+    exc.UncapturedHigherOrderOpError,
+    exc.UserError,
+    exc.TorchRuntimeError,
+)
 Loss = Callable[..., Tensor]
 
 
@@ -70,7 +76,7 @@ def capture(
             dynamo_timed("fullgraph_capture"),
         ):
             captured = fullgraph_capture(program, tuple(fake_inputs)).backend_input
-    except (exc.Unsupported, exc.UncapturedHigherOrderOpError, exc.UserError) as error:
+    except _NOT_ONE_GRAPH as error:
         raise GraphError(f"the model is not one graph: {_plain(error)}") from error
     if captured is None:
         raise GraphError("the model computes nothing: there is no operator to capture.")
