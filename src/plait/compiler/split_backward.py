@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from plait.graph.graph import Module, Node, Template, call, call_of
+from plait.graph.partition import extract
 
 INPUT_PART, WEIGHT_PART = "backward_input", "backward_weight"
 
@@ -186,13 +187,13 @@ def _split_template(
     kept = [n for n in nodes if n in early and n in wanted]
     early_inputs = [i for i, n in enumerate(placeholders) if n in early]
     late_inputs = [i for i, n in enumerate(placeholders) if n in wanted]
-    first = _extract(
+    first = extract(
         backward,
         [n for n in nodes if n in early],
         [placeholders[i] for i in early_inputs],
         [*(results[i] for i in now), *kept],
     )
-    second = _extract(
+    second = extract(
         backward,
         [n for n in nodes if n in late],
         [*(placeholders[i] for i in late_inputs), *kept],
@@ -211,17 +212,3 @@ def _ancestors(nodes: Sequence[Node]) -> set[Node]:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
-
-
-def _extract(
-    module: Module, nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]
-) -> Module:
-    graph = fx.Graph()
-    copies: dict[Node, Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in nodes:
-        copies[node] = graph.node_copy(node, lambda source: copies[source])
-    graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(module, graph)

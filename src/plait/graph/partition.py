@@ -63,8 +63,8 @@ def part_joint(
     arguments_at = {node: i for i, node in enumerate(arguments)}
     computed = [node for node in saved if node not in arguments_at]
     return Parts(
-        forward=_extract(joint, nodes, arguments, [*results, *computed]),
-        backward=_extract(
+        forward=extract(joint, nodes, arguments, [*results, *computed]),
+        backward=extract(
             joint,
             [node for node in nodes if node in backward_order],
             [*saved, *tangents],
@@ -97,7 +97,7 @@ def extract_forward(module: Module) -> Module:
     """A graph without gradients, without what nobody needs."""
     inputs = module.graph.find_nodes(op="placeholder")
     (outputs,) = module.graph.output_node().args
-    return _extract(module, list(module.graph.nodes), inputs, outputs)
+    return extract(module, list(module.graph.nodes), inputs, outputs)
 
 
 def _draws(node: Node) -> bool:
@@ -136,7 +136,8 @@ def _needed_by(wanted: list[Node], allowed: set[Node]) -> set[Node]:
     return found
 
 
-def _extract(joint: Module, nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> Module:
+def extract(joint: Module, nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> Module:
+    """The part of a graph that leads from inputs to outputs; what draws random numbers is kept."""
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
     for node in inputs:
