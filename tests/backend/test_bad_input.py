@@ -1,8 +1,10 @@
 """What cannot be captured is said with its line; what is misspelt, with what is known."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -22,6 +24,31 @@ def nothing_is_compiled_yet():
 @torch.library.custom_op("plait_tests::no_fake", mutates_args=())
 def no_fake(x: torch.Tensor) -> torch.Tensor:
     return x * 2
+
+
+def test_a_graph_is_named_by_the_users_line():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.inner(x).tanh()
+
+    compiled = plait.jit(nn.Sequential(Layer(), Layer()))
+    compiled(torch.randn(2, 4))
+    (graph,) = compiled.report().graphs
+    assert "test_bad_input.py" in graph.where
+
+
+def test_the_first_results_are_not_kept_alive(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
+    model = nn.Linear(4, 4)
+    compiled = plait.jit(model)
+    result = weakref.ref(compiled(torch.randn(2, 4)))
+    assert list(tmp_path.glob("*.json"))
+    gc.collect()
+    assert result() is None
 
 
 def test_an_operator_without_a_fake_ends_the_graph_and_is_named():

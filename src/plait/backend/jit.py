@@ -203,7 +203,9 @@ class Jitted:
             self._store(key, result, leaves)
         else:
             self._forget("the program is not one graph without side effects")
-        self._backend.frames.clear()
+        for frame in frames:
+            frame.results = None  # the compiled code holds the frame; it must not hold the results
+        frames.clear()
         return result
 
     def _store(self, key: str, result: object, leaves: list) -> None:

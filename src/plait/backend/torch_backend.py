@@ -3,6 +3,7 @@
 # pyright: basic
 # (TorchDynamo and AOTAutograd are not typed.)
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from plait.backend.breaks import is_library
 from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.levels import passes_of
@@ -26,6 +28,7 @@ from plait.compiler.lower import Lowering
 from plait.errors import ConfigError, nearest_name
 from plait.executor.codegen import Runner, load
 from plait.executor.run import Runnable
+from plait.graph import regions
 from plait.graph.compose import compose
 from plait.graph.graph import FORWARD, Graph, call_of
 from plait.graph.inline import inline_regions
@@ -37,6 +40,7 @@ from plait.graph.whole import AS_EAGER
 from plait.plan.parallel_plan import ParallelPlan
 
 _OPTIONS = ("level",)
+_FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 
 
 def plait_backend(
@@ -120,8 +124,10 @@ class Backend:
     @contextmanager
     def _timed(self, phase: str):
         start_s = time.perf_counter()
-        yield
-        self.report.phases_s[phase] += time.perf_counter() - start_s
+        try:
+            yield
+        finally:
+            self.report.phases_s[phase] += time.perf_counter() - start_s
 
 
 @dataclass
@@ -226,14 +232,13 @@ def describe_graph(where: str, graph: Graph) -> CapturedGraph:
 
 
 def place_of(module: fx.GraphModule) -> str:
-    """The user's first line in a graph: "file:line, in function"."""
+    """The first line in a graph that is not Plait's or torch's own: "file:line, in function"."""
     for node in module.graph.nodes:
-        trace = node.meta.get("stack_trace")
-        if trace:
-            lines = [line for line in trace.splitlines() if line.strip().startswith("File ")]
-            place = lines[0].strip().removeprefix("File ").replace('"', "")
-            return place.replace(", line ", ":")
-    return "a graph without operators"
+        for line in (node.meta.get("stack_trace") or "").splitlines():
+            found = _FRAME.match(line)
+            if found and found["file"] != regions.__file__ and not is_library(found["file"]):
+                return f"{found['file']}:{found['line']}, in {found['function']}"
+    return "a graph of library code"
 
 
 @cache
