@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plait.graph.collectives import is_collective
-from plait.graph.graph import Graph, Module, Node
+from plait.graph.graph import Graph, Group, Module, Node
 
 
 def localize(module: Module, examples: Sequence[object]) -> tuple[list[Any], list[DeviceMesh]]:
@@ -51,6 +51,7 @@ def name_groups(graph: Graph, meshes: Sequence[DeviceMesh]) -> None:
     for mesh in meshes:
         for axis in mesh.mesh_dim_names or ():
             axes[mesh.get_group(axis).group_name] = axis
+            graph.groups[axis] = Group(mesh[axis].size(), mesh.get_local_rank(axis))
     modules = [graph.root]
     for template in graph.templates.values():
         parts = (template.joint, template.forward, template.backward)

@@ -34,6 +34,7 @@ CONSTANT = "constant"
 CALL = "call:"
 PYTHON = "python:"
 OBJECT = "object:"
+COLLECTIVE = "_c10d_functional."
 
 _PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
 _SIZE_FUNCTION = re.compile(
