@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from plait.cost.clusters import Link, cpu, h100, h200
 from plait.cost.collectives import Collective, collective_of, collective_s, sent_bytes
@@ -50,17 +51,16 @@ def test_an_axis_inside_a_node_uses_the_fast_link():
 
 def test_few_rows_use_the_device_badly():
     device = h100(8).device
-    shares = [device.matrix_efficiency_at(rows) for rows in (64, 256, 2048, 8192)]
+
+    def share(*sizes):
+        return device.matrix_efficiency_at(*sizes, dtype=torch.bfloat16)
+
+    shares = [share(rows, 8192, 8192) for rows in (64, 256, 2048, 8192)]
     assert shares == sorted(shares)
-    half = device.half_efficiency_rows
-    assert device.matrix_efficiency_at(round(half)) == pytest.approx(
-        device.matrix_efficiency / 2, rel=0.01
-    )
-    # One weight of 8192 x 8192 in bfloat16: arithmetic and reading it, one after the other.
-    peak, bandwidth = 0.65 * 989e12, 3.35e12
-    whole_s = 2 * 2048 * 8192**2 / peak + 2 * 8192**2 / bandwidth
-    told_s = 2 * 2048 * 8192**2 / (989e12 * device.matrix_efficiency_at(2048))
-    assert told_s == pytest.approx(whole_s)
+    # Arithmetic, then each operand and the result moved once, in bfloat16.
+    m, k, n = 2048, 8192, 1280
+    whole_s = 2 * m * k * n / (0.65 * 989e12) + 2 * (m * k + k * n + m * n) / 3.35e12
+    assert 2 * m * k * n / (989e12 * share(m, k, n)) == pytest.approx(whole_s)
 
 
 def test_impossible_machines_are_refused():

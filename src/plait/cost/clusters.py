@@ -18,9 +18,8 @@ class Device:
     """One device of a cluster.
 
     peak_flops_per_s: of dense products, by dtype. matrix_efficiency: the share of it that a product
-    of many rows reaches. half_efficiency_rows: with so many rows it reaches half of that share.
-    attention_efficiency: the same share for fused attention. launch_s: the least that an operation
-    takes.
+    of large sizes reaches. attention_efficiency: the same share for fused attention. launch_s: the
+    least that an operation takes.
     """
 
     name: str
@@ -29,22 +28,27 @@ class Device:
     memory_bytes: int
     launch_s: float
     matrix_efficiency: float
-    half_efficiency_rows: float
     attention_efficiency: float
 
     def peak(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s for products of this dtype; that of float32 for one that is not listed."""
         return self.peak_flops_per_s.get(dtype, self.peak_flops_per_s[torch.float32])
 
-    def matrix_efficiency_at(self, rows: int) -> float:
-        """Share of the peak that a product with so many rows reaches: e * rows / (rows + half).
+    def matrix_efficiency_at(
+        self, rows: int, inner: int, columns: int, *, dtype: torch.dtype
+    ) -> float:
+        """Share of the peak that a product (rows, inner) by (inner, columns) reaches.
 
-        A product of m rows by a weight (k, n) takes 2mkn / (e peak) for arithmetic. Reading the
-        weight, which does not shrink with m, takes kn * size / bandwidth. Added, not overlapped
-        [an upper bound of the roofline of Williams et al. 2009, doi:10.1145/1498765.1498785], that
-        is the time of m + half rows, with half = size / 2 * e * peak / bandwidth.
+        Arithmetic at e = matrix_efficiency, and operands and result moved once, one after the other
+        [a bound from above by the roofline of Williams et al. 2009, doi:10.1145/1498765.1498785]:
+
+            e / (1 + h / rows + h / inner + h / columns),  h = size / 2 * e * peak / bandwidth
+
+        With few rows that is e * rows / (rows + h): reading the weight does not shrink with them.
         """
-        return self.matrix_efficiency * rows / (rows + self.half_efficiency_rows)
+        bytes_per_flop = dtype.itemsize / 2 / self.memory_bandwidth_bytes_per_s
+        h = bytes_per_flop * self.matrix_efficiency * self.peak(dtype)
+        return self.matrix_efficiency / (1 + h / rows + h / inner + h / columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,6 @@ def cpu(num_ranks: int = 1) -> Cluster:
         memory_bytes=16 * 2**30,
         launch_s=5e-6,
         matrix_efficiency=0.7,
-        half_efficiency_rows=14,
         attention_efficiency=0.4,
     )
     link = Link(latency_s=50e-6, bandwidth_bytes_per_s=2e9)
@@ -146,7 +149,7 @@ def _hopper(
     of 0.65 is a usual one for large bfloat16 products under the chip's power limit (assumed);
     attention 0.5 [FlashAttention-3, arXiv 2407.08608, fig. 5: 450 to 650 of 989 TFLOP/s].
     """
-    peak_bfloat16, efficiency = 989e12, 0.65
+    peak_bfloat16 = 989e12
     device = Device(
         name=name,
         peak_flops_per_s={
@@ -160,8 +163,7 @@ def _hopper(
         memory_bandwidth_bytes_per_s=bandwidth_bytes_per_s,
         memory_bytes=memory_bytes,
         launch_s=3e-6,  # (assumed) between kernels of one stream, without a CUDA graph
-        matrix_efficiency=efficiency,
-        half_efficiency_rows=efficiency * peak_bfloat16 / bandwidth_bytes_per_s,
+        matrix_efficiency=0.65,
         attention_efficiency=0.5,
     )
     return Cluster(
