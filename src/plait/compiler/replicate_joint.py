@@ -24,6 +24,9 @@ from plait.compiler.tokens import Certificate
 from plait.graph.graph import Module, Node
 from plait.graph.partition import backward_nodes, is_view
 
+PLACE, REPLICA = "place", "replica"
+"""What a node's metadata say: where its original stood, and for which replica it works."""
+
 _aten = torch.ops.aten
 _map_nodes: Any = map_arg
 _SIZED = {
@@ -80,6 +83,7 @@ class _Writer:
         first_tangent = len(placeholders) - num_tangents
         self.backward = backward_nodes(self.nodes, placeholders[first_tangent:])
         self.graph = fx.Graph()
+        self.at = {node: i for i, node in enumerate(self.nodes)}
         self.whole: dict[Node, Node] = {}
         self.split: dict[Node, list[Node]] = {}
         self.slices: dict[tuple[Node, int, int], Node] = {}
@@ -223,7 +227,9 @@ class _Writer:
         args, kwargs = _map_nodes((node.args, node.kwargs), operand)
         if part is not None:
             args = self.sized(node, args, part)
-        return self.call(node.target, args, kwargs, node)
+        copy = self.call(node.target, args, kwargs, node)
+        copy.meta[PLACE], copy.meta[REPLICA] = self.at[node], part
+        return copy
 
     def sized(self, node: Node, args: tuple, part: int) -> tuple:
         """The arguments with the sizes of a part in place of those of the whole."""
