@@ -25,6 +25,7 @@ from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
+from plait.cost import clusters
 from plait.errors import ConfigError, nearest_name
 from plait.executor.codegen import Runner, load
 from plait.executor.run import Runnable
@@ -171,7 +172,7 @@ class WholeFrame:
         name_sources(root)
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
-            graph = each.run(graph, ParallelPlan())
+            graph = each.run(graph, ParallelPlan(), clusters.cpu())
         self.backend.report.add(describe_graph(self.where, graph), graph)
         self.is_known = True
         return graph.root

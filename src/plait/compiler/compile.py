@@ -3,6 +3,8 @@
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
 from plait.compiler.split_backward import split_backward
+from plait.cost import clusters
+from plait.cost.clusters import Cluster
 from plait.graph.graph import Graph, Role, Value
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
@@ -16,6 +18,7 @@ def compile(
     *,
     level: str = "O0",
     numerics: Numerics = "fast",
+    cluster: Cluster | None = None,
 ) -> Schedule:
     """Run the level's passes, part forward from backward, and order the steps.
 
@@ -27,11 +30,16 @@ def compile(
     numerics: "strict" makes the result and the input gradient of a row (a token) independent of how
     many rows there are (see `compiler/strict.py`); `schedule.report()` says what could not be.
 
-    Raises GraphError if there is no such level, or no such numerics.
+    cluster: the machine for which replicas are chosen and ordered; by default one of the kind on
+    which the graph was captured.
+
+    Raises GraphError if there is no such level, or no such numerics, and PlanError if the plan
+    wants a number of replicas that cannot be had.
     """
     plan = plan or ParallelPlan()
-    for each in passes_of(level, numerics):
-        graph = each.run(graph, plan)
+    cluster = cluster or _default_cluster(graph, plan)
+    for each in passes_of(level, numerics, plan):
+        graph = each.run(graph, plan, cluster)
     lowering = Lowering()
     schedule = Schedule(
         level,
@@ -43,6 +51,7 @@ def compile(
         num_micro_batches=plan.num_micro_batches,
         numerics=numerics,
         notes=graph.notes,
+        certificates=graph.certificates,
     )
     for template in graph.templates.values():
         schedule.templates.update(lowering.template(template))
@@ -64,6 +73,11 @@ def compile(
     for name, module in modules.items():
         schedule.programs[name] = lowering.program(name, module)
     return schedule
+
+
+def _default_cluster(graph: Graph, plan: ParallelPlan) -> Cluster:
+    is_gpu = any(value.device.startswith("cuda") for value in graph.inputs)
+    return clusters.h200(plan.num_ranks) if is_gpu else clusters.cpu(plan.num_ranks)
 
 
 def _of_gradients(graph: Graph) -> list[Value]:

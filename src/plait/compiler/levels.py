@@ -4,6 +4,9 @@
 |---|---|---|
 | O0 | lift constants, recompute by the plan; kernel by kernel in captured order | eager's bits |
 
+Where the plan wants replicas, `separate`, `merge collectives` and `replicas` run before recompute,
+and `order` at the end (`replicate.py` says what they do together).
+
 With numerics="strict", at any level, `strict numerics` runs first, on the graph as captured: what
 comes after it sees operators whose rows do not depend on each other, and may split them.
 
@@ -14,9 +17,14 @@ from backward, and lowers both to the steps of a schedule.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plait.compiler.choose_replicas import choose_replicas
 from plait.compiler.lift_constants import lift_constants
+from plait.compiler.merge import merge
+from plait.compiler.order import order
 from plait.compiler.recompute import recompute
+from plait.compiler.separate import separate
 from plait.compiler.strict import strict_numerics
+from plait.cost.clusters import Cluster
 from plait.errors import GraphError, nearest_name
 from plait.graph.graph import Graph
 from plait.ops.numerics import Numerics
@@ -32,29 +40,44 @@ class Pass:
     """
 
     name: str
-    run: Callable[[Graph, ParallelPlan], Graph]
+    run: Callable[[Graph, ParallelPlan, Cluster], Graph]
     exact: bool = True
     tolerance: float = 0.0
 
 
 TOLERANCE = 64.0
 
-LIFT_CONSTANTS = Pass("lift constants", lambda graph, plan: lift_constants(graph))
-RECOMPUTE = Pass("recompute", lambda graph, plan: recompute(graph, plan.recompute))
+LIFT_CONSTANTS = Pass("lift constants", lambda graph, plan, cluster: lift_constants(graph))
+RECOMPUTE = Pass("recompute", lambda graph, plan, cluster: recompute(graph, plan.recompute))
 
-STRICT = Pass("strict numerics", lambda graph, plan: strict_numerics(graph), False, TOLERANCE)
+SEPARATE = Pass("separate", lambda graph, plan, cluster: separate(graph))
+MERGE = Pass("merge collectives", lambda graph, plan, cluster: merge(graph), False, TOLERANCE)
+REPLICAS = Pass("replicas", choose_replicas, False, TOLERANCE)
+ORDER = Pass("order", lambda graph, plan, cluster: order(graph, cluster))
+STRICT = Pass(
+    "strict numerics", lambda graph, plan, cluster: strict_numerics(graph), False, TOLERANCE
+)
 
 NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
-    "O0": (LIFT_CONSTANTS, RECOMPUTE),
+    "O0": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
 }
+HIDING = (SEPARATE, MERGE, REPLICAS, ORDER)
+"""Those that run only where the plan wants replicas."""
 
 
-def passes_of(level: str, numerics: Numerics = "fast") -> tuple[Pass, ...]:
-    """The passes of a level. Raises GraphError if there is no such level, or no such numerics."""
+def passes_of(
+    level: str, numerics: Numerics = "fast", plan: ParallelPlan | None = None
+) -> tuple[Pass, ...]:
+    """The passes of a level, for a plan.
+
+    Raises GraphError if there is no such level, or no such numerics.
+    """
     if level not in LEVELS:
         raise GraphError(f"there is no level {level!r}. {nearest_name(str(level), LEVELS)}")
     if numerics not in NUMERICS:
         raise GraphError(f"there are no numerics {numerics!r}. {nearest_name(numerics, NUMERICS)}")
-    return NUMERICS[numerics] + LEVELS[level]
+    hides = plan is not None and plan.replicas != 1
+    passes = NUMERICS[numerics] + LEVELS[level]
+    return tuple(each for each in passes if hides or each not in HIDING)

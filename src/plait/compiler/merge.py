@@ -12,40 +12,49 @@ pass is compared with the merged graph.
 # (fx nodes are not typed.)
 
 import operator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+import plait.graph.exchange as _registers_own_part  # noqa: F401
+from plait.compiler.recompute import drop_unused_parts, pass_saved
 from plait.graph.collectives import group_of, is_wait
-from plait.graph.graph import Graph, Group, Module, Node, Template
+from plait.graph.graph import BACKWARD, Graph, Group, Module, Node, Template, call_of
+from plait.graph.note import Note
 from plait.graph.partition import part_joint
 
+NAME = "merge collectives"
 _aten = torch.ops.aten
 _c10d = torch.ops._c10d_functional
 
 
-@dataclass
-class Merged:
-    """A graph with fewer collectives, and how many were merged or became cheaper, by kind."""
-
-    graph: Graph
-    num_merged: int = 0
-    num_scattered: int = 0
-
-
-def merge(graph: Graph) -> Merged:
-    """Merge the all-reduces of each kind of piece."""
-    merged = Merged(graph.copy())
-    for template in merged.graph.templates.values():
+def merge(graph: Graph) -> Graph:
+    """Merge the all-reduces of each kind of piece; the graph's notes say how many."""
+    graph = graph.copy()
+    num_merged = num_scattered = 0
+    for template in graph.templates.values():
         joint = template.joint or template.forward
         counts = merge_joint(joint, graph.groups)
-        merged.num_merged += counts[0]
-        merged.num_scattered += counts[1]
-        if template.joint is not None and any(counts):
+        num_merged += counts[0]
+        num_scattered += counts[1]
+        if template.joint is not None:
             _part(template)
-    return merged
+    for node in graph.root.graph.nodes:
+        called = call_of(node)
+        if called is not None and called[1] == BACKWARD:
+            pass_saved(node, graph.templates[called[0]])
+    drop_unused_parts(graph.root)
+    notes = [
+        Note(by=NAME, operator="all_reduce", node=text, text=text, count=count)
+        for text, count in (
+            ("their sum is reduced instead of each", num_merged),
+            ("each rank's share is scattered", num_scattered),
+        )
+        if count
+    ]
+    return replace(graph, notes=(*graph.notes, *notes))
 
 
 def merge_joint(joint: Module, groups: dict[str, Group]) -> tuple[int, int]:
@@ -114,47 +123,47 @@ def _scatter(node: Node, groups: dict[str, Group]) -> bool:
     wait = next(iter(node.users))
     if group is None or node.args[1] != "sum" or len(node.users) != 1 or len(wait.users) != 1:
         return False
-    (split,) = wait.users
-    if split.target is not _aten.split.Tensor or len(split.meta["val"]) != group.size:
+    kept = _own_share(next(iter(wait.users)), group)
+    if kept is None:
         return False
-    parts = split.meta["val"]
-    kept = [user for user in split.users if user.users]
-    if len(kept) != 1 or kept[0].args[1] != group.rank:
-        return False
-    if len({part.shape for part in parts}) != 1:
-        return False
-    dim = (split.args[2] if len(split.args) > 2 else 0) % wait.meta["val"].dim()
+    dim, taken = kept
     graph = node.graph
     with graph.inserting_before(node):
         source = node.args[0]
         if dim:
-            pieces = _like(graph, _aten.split.Tensor, (source, *split.args[1:]), node)
-            pieces.meta["val"] = _values(split)
-            taken = []
-            for i, value in enumerate(pieces.meta["val"]):
-                taken.append(_like(graph, operator.getitem, (pieces, i), node))
-                taken[-1].meta["val"] = value
-            source = _like(graph, _aten.cat.default, (taken,), node)
+            size = source.meta["val"].shape[dim] // group.size
+            pieces = _like(graph, _aten.split.Tensor, (source, size, dim), node)
+            parts = [_like(graph, operator.getitem, (pieces, i), node) for i in range(group.size)]
+            source = _like(graph, _aten.cat.default, (parts,), node)
         args = (source, "sum", group.size, group_of(node))
         scattered = _like(graph, _c10d.reduce_scatter_tensor.default, args, node)
         waited = _like(graph, _c10d.wait_tensor.default, (scattered,), node)
-    kept[0].replace_all_uses_with(waited)
+    taken.replace_all_uses_with(waited)
     return True
 
 
-def _values(split: Node) -> tuple[Tensor, ...]:
-    return tuple(split.meta["val"])
+def _own_share(node: Node, group: Group) -> tuple[int, Node] | None:
+    """The dim along which a rank keeps its own share, and the node that is that share."""
+    if node.target is torch.ops.plait.own_part.default:
+        dim, size, rank = node.args[1:]
+        found = (dim % node.args[0].meta["val"].dim(), node)
+        return found if Group(size, rank) == group else None
+    if node.target is not _aten.split.Tensor or len(node.meta["val"]) != group.size:
+        return None
+    kept = [user for user in node.users if user.users]
+    is_even = len({part.shape for part in node.meta["val"]}) == 1
+    if len(kept) != 1 or kept[0].args[1] != group.rank or not is_even:
+        return None
+    dim = node.args[2] if len(node.args) > 2 else 0
+    return dim % node.args[0].meta["val"].dim(), kept[0]
 
 
 def _like(graph: fx.Graph, target: Any, args: tuple, like: Node) -> Node:
     """A node with the origin of another; its value is found by running it on fake tensors."""
     node = graph.call_function(target, args)
     node.meta = {key: value for key, value in like.meta.items() if key != "val"}
-    if target is operator.getitem:
-        return node
     values: Any = fx.map_arg(args, lambda x: x.meta["val"])
-    mode = like.meta["val"].fake_mode
-    with mode:
+    with like.meta["val"].fake_mode:
         node.meta["val"] = target(*values)
     return node
 

@@ -52,6 +52,17 @@ class Machine:
     filler_limit_bytes: int | None = None
 
 
+def machine_of(graph: Graph, cluster: Cluster) -> Machine:
+    """The machine as the graph's groups see it."""
+    is_gpu = any(value.device.startswith("cuda") for value in graph.inputs)
+    return Machine(
+        cluster=cluster,
+        links={name: cluster.link(name, size=group.size) for name, group in graph.groups.items()},
+        sizes={name: group.size for name, group in graph.groups.items()},
+        host=Host.AHEAD if is_gpu else Host.BLOCKING,
+    )
+
+
 @dataclass(frozen=True)
 class Ordered:
     """A module in its new order, and what the cost model says of it."""
@@ -61,8 +72,13 @@ class Ordered:
     skew: float | None
 
 
-def order(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Ordered]]:
+def order(graph: Graph, cluster: Cluster) -> Graph:
     """Order every program of every kind of piece; the root stays as it is."""
+    return order_pieces(graph, machine_of(graph, cluster))[0]
+
+
+def order_pieces(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Ordered]]:
+    """The graph in its new order, and what the cost model says of each program."""
     graph = graph.copy()
     weights = _weight_arguments(graph)
     found: dict[str, Ordered] = {}
@@ -262,3 +278,9 @@ def _fillers(template: Template, weights: set[int]) -> set[Node]:
             needed.add(node)
             stack += node.all_input_nodes
     return {n for n in graph.nodes if n.op == "call_function" and n not in needed}
+
+
+def estimated_s(graph: Graph, pieces: dict[str, Ordered]) -> float:
+    """Time of the whole graph: that of each piece as often as it is called."""
+    calls = filter(None, map(call_of, graph.root.graph.nodes))
+    return sum(pieces[f"{name}.{part}"].simulation.total_s for name, part in calls)

@@ -1,14 +1,15 @@
 """Replicas: the tokens in R parts, each with its own communication, where that is proven sound.
 
 The pass walks the root in order. Of each kind of piece it asks which of its values have tokens
-(`tokens.py`), which of them its users want in parts, and writes the piece once for each way in which
-it is used (`replicate_joint.py`). Values that pass between two pieces in parts stay in parts.
+(`tokens.py`), which of them its users want in parts, and writes the piece once for each way in
+which it is used (`replicate_joint.py`). Values that pass between two pieces in parts stay in parts.
 """
 
 # pyright: basic
 # (fx nodes are not typed.)
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,17 @@ class Replicated:
     parts: Parts
     axis: str
     certificates: dict[str, Certificate]
+
+    @property
+    def collectives(self) -> list[tuple[str, str, int]]:
+        """Of each piece the collectives that are split: piece, operator, how many."""
+        return [
+            (name, operator, count)
+            for name, found in self.certificates.items()
+            for operator, count in sorted(
+                Counter(str(x.target) for x in found.region if is_collective(x)).items()
+            )
+        ]
 
     @property
     def refusals(self) -> list[Refusal]:
@@ -112,8 +124,8 @@ def _axis_of(graph: Graph, num_replicas: int, axis: str | None) -> tuple[str, in
         return axis, batch
     if batch != 1:
         raise PlanError(
-            f"replicas={num_replicas} of a batch of {batch}: tokens are split where the local batch "
-            f"is 1, and the batch where it is {num_replicas} or more. Use fewer replicas."
+            f"replicas={num_replicas} of a batch of {batch}: tokens are split where the local "
+            f"batch is 1, and the batch where it is {num_replicas} or more. Use fewer replicas."
         )
     return axis, tokens
 
@@ -217,7 +229,9 @@ class _Replicator:
             placeholders = _joint(template).graph.find_nodes(op="placeholder")
             found = {x: t for x, t in zip(placeholders, given, strict=False) if t is not None}
             parts = {x for x, t in found.items() if not t.is_natural}
-            self.proofs[key] = prove(_joint(template), found, parts)
+            self.proofs[key] = prove(
+                _joint(template), found, parts, tangents=_tangents_of(template)
+            )
         return self.proofs[key]
 
     def use_of(self, node: Node) -> Use:
@@ -240,25 +254,20 @@ class _Replicator:
         outputs = joint.graph.output_node().args[0]
         given = {x: t for x, t in zip(placeholders, use.tokens, strict=False) if t is not None}
         parts = {x for x, p in zip(placeholders, use.arguments_in_parts, strict=False) if p}
-        labels = self.proof(template, use.tokens).tokens
-        tangents = placeholders[len(template.arguments) :]
-        sources = [outputs[i] for i in template.differentiable]
-        sources += [placeholders[i] for i in template.threaded]
+        tangents = _tangents_of(template)
         in_parts = [use.results_in_parts[i] for i in template.differentiable]
         in_parts += [use.arguments_in_parts[i] for i in template.threaded]
-        for tangent, source, is_parted in zip(tangents, sources, in_parts, strict=True):
-            found = labels.get(source)
-            if isinstance(found, Tokens):
-                given[tangent] = found
-            if is_parted:
-                parts.add(tangent)
+        parts |= {x for x, is_parted in zip(tangents, in_parts, strict=True) if is_parted}
         flags = [*use.results_in_parts]
         if template.joint is not None:
             flags += [*use.arguments_in_parts]
-        certificate = prove(joint, given, parts, whole_outputs=_whole(outputs, flags))
-        for node, is_parted in zip(outputs, flags, strict=True):
+        certificate = prove(
+            joint, given, parts, tangents=tangents, whole_outputs=_whole(outputs, flags)
+        )
+        labels = [*(None for _ in template.results), *use.tokens][: len(flags)]
+        for node, is_parted, label in zip(outputs, flags, labels, strict=True):
             if is_parted and isinstance(node, fx.Node):
-                self.check_parted(node, certificate)
+                self.check_parted(node, label, certificate)
         name = f"{template.name}_x{len(self.parts.sizes)}"
         if sum(each.template == use.template for each in self.templates):
             name += f"_{len(self.templates)}"
@@ -272,12 +281,12 @@ class _Replicator:
         )
         return self.described(template, use, module, name)
 
-    def check_parted(self, node: Node, certificate: Certificate) -> None:
-        tokens = certificate.tokens.get(node)
-        if node not in certificate.region and (
-            not isinstance(tokens, Tokens) or not tokens.is_natural
-        ):
-            raise NotSplit(f"{node.name} ({node.target}) must pass in parts, and cannot be split.")
+    def check_parted(self, node: Node, label: Tokens | None, certificate: Certificate) -> None:
+        """Let a whole value that leaves in parts be cut, if a cut is part of the tokens."""
+        tokens = certificate.tokens.setdefault(node, label)
+        if node in certificate.region or (isinstance(tokens, Tokens) and tokens.is_natural):
+            return
+        raise NotSplit(f"{node.name} ({node.target}) must pass in parts, and cannot be split.")
 
     def described(
         self, template: Template, use: Use, module: fx.GraphModule, name: str
@@ -321,6 +330,16 @@ class _Replicator:
 
 def _joint(template: Template) -> fx.GraphModule:
     return template.joint or template.forward
+
+
+def _tangents_of(template: Template) -> dict[Node, Node]:
+    """Inputs of the joint graph that are gradients, and what they are the gradients of."""
+    joint = _joint(template)
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    outputs = joint.graph.output_node().args[0]
+    sources = [outputs[i] for i in template.differentiable]
+    sources += [placeholders[i] for i in template.threaded]
+    return dict(zip(placeholders[len(template.arguments) :], sources, strict=True))
 
 
 def _whole(outputs: Sequence, in_parts: Sequence[bool]) -> set[Node]:

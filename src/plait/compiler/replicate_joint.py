@@ -1,9 +1,9 @@
 """A joint graph with its proven region split: each node of it stands there once for each replica.
 
-What is not in the region keeps all tokens: it takes the parts of a value put together (`cat`), and
-the region takes parts of what it makes (`slice`). So weight gradients stay one product. Where
-something whole is needed of a forward value, the backward takes slices of that instead of the parts:
-one of both is kept, not two.
+What is not in the region keeps all tokens: it takes the parts of a value put together (`cat`),
+and the region takes parts of what it makes (`slice`). So weight gradients stay one product. Where
+something whole is needed of a forward value, the backward takes slices of that instead of the
+parts: one of both is kept, not two.
 """
 
 # pyright: basic
@@ -147,8 +147,10 @@ class _Writer:
             copy = self.graph.placeholder(f"{node.name}_part{i}")
             copy.meta = dict(node.meta)
             with self.mode:
-                part = node.meta["val"].narrow(tokens.dim, start, stop - start)
-                copy.meta["val"] = torch.empty_like(part)
+                value = node.meta["val"]
+                shape = list(value.shape)
+                shape[tokens.dim] = stop - start
+                copy.meta["val"] = value.new_empty_strided(shape, _dense(shape, _order(value)))
             self.split[node].append(copy)
 
     def operator(self, node: Node) -> None:
@@ -184,20 +186,14 @@ class _Writer:
         return [self.laid_out(part, node) for part in parts]
 
     def laid_out(self, part: Node, node: Node) -> Node:
-        value = part.meta["val"]
-        whole = node.meta["val"]
-        order = sorted(range(value.dim()), key=lambda d: (-whole.stride(d), d))
-        stride, wanted = 1, {}
-        for dim in reversed(order):
-            wanted[dim] = stride
-            stride *= value.shape[dim]
+        value, order = part.meta["val"], _order(node.meta["val"])
+        wanted = _dense(value.shape, order)
         if all(n == 1 or wanted[d] == value.stride(d) for d, n in enumerate(value.shape)):
             return part
-        back = [order.index(dim) for dim in range(value.dim())]
         part = self.call(_aten.permute.default, (part, order), {}, node)
         kwargs = {"memory_format": torch.contiguous_format}
         part = self.call(_aten.clone.default, (part,), kwargs, node)
-        return self.call(_aten.permute.default, (part, back), {}, node)
+        return self.call(_aten.permute.default, (part, _inverse(order)), {}, node)
 
     def slice(self, source: Node, tokens: object, i: int) -> Node:
         assert isinstance(tokens, Tokens), source.format_node()
@@ -219,9 +215,18 @@ class _Writer:
             else:
                 tokens = self.certificate.tokens[node]
                 assert isinstance(tokens, Tokens)
-                parts = self.split[node]
-                self.whole[node] = self.call(_aten.cat.default, (parts, tokens.dim), {}, node)
+                self.whole[node] = self.put_together(node, tokens.dim)
         return self.whole[node]
+
+    def put_together(self, node: Node, dim: int) -> Node:
+        """The parts of a value side by side, laid out in memory as the whole was."""
+        parts, value = self.split[node], node.meta["val"]
+        order = _order(value)
+        if order == list(range(value.dim())):
+            return self.call(_aten.cat.default, (parts, dim), {}, node)
+        parts = [self.call(_aten.permute.default, (part, order), {}, node) for part in parts]
+        whole = self.call(_aten.cat.default, (parts, order.index(dim)), {}, node)
+        return self.call(_aten.permute.default, (whole, _inverse(order)), {}, node)
 
     def copy(self, node: Node, operand: Callable[[Node], Node], part: int | None = None) -> Node:
         args, kwargs = _map_nodes((node.args, node.kwargs), operand)
@@ -240,6 +245,12 @@ class _Writer:
             shape = list(node.meta["val"].shape)
             shape[tokens.dim] = stop - start
             return (args[0], shape)
+        if node.target is _aten.slice_backward.default:
+            assert isinstance(tokens, Tokens)
+            start, stop = self.parts.bounds(tokens.length)[part]
+            shape = list(args[1])
+            shape[tokens.dim] = stop - start
+            return (args[0], shape, *args[2:])
         if node.target is _aten.split.Tensor and isinstance(tokens, tuple):
             first, source = tokens[0], self.certificate.tokens[node.args[0]]
             assert isinstance(first, Tokens) and isinstance(source, Tokens)
@@ -270,3 +281,21 @@ class _Writer:
             if target in _VIEWS:
                 return None
             raise
+
+
+def _order(value: Tensor) -> list[int]:
+    """Dims from the outermost in memory to the innermost."""
+    return sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), dim))
+
+
+def _dense(shape: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Strides without gaps, of dims in this order from the outermost to the innermost."""
+    strides, stride = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = stride
+        stride *= shape[dim]
+    return strides
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [list(order).index(dim) for dim in range(len(order))]

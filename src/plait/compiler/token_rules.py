@@ -1,9 +1,9 @@
 """Rules of token independence, operator by operator.
 
-A rule is given the dims of tokens of a node's operands and returns those of its result, or a `Stop`
-that says why the node must see all tokens at once. A rule may be wrong about what a dim means, never
-about what a node computes: a value that is whole may be sliced along any dim, and what is
-independent along it may be computed slice by slice.
+A rule is given the dims of tokens of a node's operands and returns those of its result, or a
+`Stop` that says why the node must see all tokens at once. A rule may be wrong about what a dim
+means, never about what a node computes: a value that is whole may be sliced along any dim, and what
+is independent along it may be computed slice by slice.
 """
 
 # pyright: basic
@@ -17,6 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import plait.graph.exchange as _own_part_operator  # noqa: F401
+import plait.ops.attention as _attention_operators  # noqa: F401
+import plait.ops.strict_attention as _strict_attention_operators  # noqa: F401
+import plait.ops.strict_linear as _strict_linear_operators  # noqa: F401
+import plait.ops.strict_pointwise as _strict_pointwise_operators  # noqa: F401
+import plait.ops.strict_silu as _strict_silu_operators  # noqa: F401
 from plait.graph.graph import Node
 
 _aten = torch.ops.aten
@@ -28,20 +34,22 @@ class Tokens:
     """The dim of a value that counts tokens (or samples of the batch), and its size.
 
     total: how many there are in all; the dim may be folded with what follows, then length is a
-    multiple. is_shard: the rank's share of the tokens under sequence parallelism. num_copies: the
-    dim holds so many sets of tokens one after the other, one for each rank.
+    multiple. is_shard: the rank's share of the tokens under sequence parallelism. is_gathered: the
+    shards of all ranks stand side by side along an outer dim. num_copies: the dim holds so many
+    sets of tokens one after the other, one for each rank.
     """
 
     dim: int
     length: int
     total: int
     is_shard: bool = False
+    is_gathered: bool = False
     num_copies: int = 1
 
     @property
     def is_natural(self) -> bool:
         """Whether a slice of the dim is a part of the tokens."""
-        return not self.is_shard and self.num_copies == 1
+        return not self.is_shard and not self.is_gathered and self.num_copies == 1
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,43 @@ Rule = Callable[[Node, Known, set], Result]
 def rule_of(node: Node, tokens: Known, region: set[Node]) -> Result:
     """Apply the rule of the node's operator. At least one operand has tokens."""
     target = node.target
+    if target not in _TAKES_GATHERED and any(_is_gathered(tokens.get(x)) for x in _sources(node)):
+        return Stop("shards of several ranks stand side by side in its operand")
     if target in _RULES:
         return _RULES[target](node, tokens, region)
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return _pointwise(node, tokens, region)
-    return Stop(f"no rule knows {target}")
+    return Stop(f"no rule knows {target}", _kept_in_place(node, tokens))
+
+
+def _kept_in_place(node: Node, tokens: Known) -> object:
+    """Results that have the shape of an operand with tokens have them, one may suppose, there."""
+    known = [
+        (x.meta["val"].shape, tokens[x])
+        for x in _sources(node)
+        if isinstance(tokens.get(x), Tokens)
+    ]
+
+    def place(value: object) -> Tokens | None:
+        for shape, given in known:
+            is_same = isinstance(value, Tensor) and value.shape == shape
+            if is_same and isinstance(given, Tokens) and given.is_natural:
+                return given
+        return None
+
+    value = node.meta["val"]
+    if isinstance(value, tuple | list):
+        return tuple(place(each) for each in value)
+    return place(value)
+
+
+def _sources(node: Node) -> list[Node]:
+    return node.all_input_nodes
+
+
+def _is_gathered(given: object) -> bool:
+    each = given[0] if isinstance(given, tuple) and given else given
+    return isinstance(each, Tokens) and each.is_gathered
 
 
 def is_order_free(node: Node, tokens: Known) -> bool:
@@ -162,9 +202,9 @@ def refold(before: Sequence[int], after: Sequence[int], given: Tokens) -> Tokens
             if in_front == 1 and given.length % size == 0:
                 return _unfolded(dim, size, after, given)
             return None
-        if given.is_shard and passed == 1 and size == in_front * given.length:
+        if given.is_gathered and passed == 1 and size == in_front * given.length:
             # Shards of all ranks, one after the other, are all tokens.
-            return replace(given, dim=dim, length=size, is_shard=False)
+            return replace(given, dim=dim, length=size, is_gathered=False)
         passed *= size
         if passed > in_front:
             return None
@@ -177,7 +217,7 @@ def _unfolded(dim: int, size: int, after: Sequence[int], given: Tokens) -> Token
         return replace(given, dim=dim, length=size)
     inner = given.length // size
     if dim + 1 < len(after) and after[dim + 1] == inner:
-        return replace(given, dim=dim + 1, length=inner, is_shard=True)
+        return replace(given, dim=dim + 1, length=inner, is_gathered=True)
     return None
 
 
@@ -236,6 +276,17 @@ def _along(position: int, default: object = None) -> Rule:
     return rule
 
 
+def _sort(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """Values and indices along a dim; its place in the arguments is the last number but flags."""
+    given = _operand(node, tokens)
+    assert given is not None
+    at = 2 if node.target is _aten.topk.default else 1
+    dim = (node.args[at] if len(node.args) > at else -1) % node.args[0].meta["val"].dim()
+    if dim == given.dim:
+        return Stop("it sorts tokens")
+    return tuple(given for _ in node.meta["val"])
+
+
 def _reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
     given = _operand(node, tokens)
     assert given is not None
@@ -284,15 +335,33 @@ def _split(node: Node, tokens: Known, region: set[Node]) -> Result:
     assert given is not None
     dim = (node.args[2] if len(node.args) > 2 else 0) % node.args[0].meta["val"].dim()
     parts = node.meta["val"]
+    if given.is_gathered:
+        if dim or not _all_in_one_cat(node, given.dim):
+            return Stop("it takes shards of some ranks")
+        return tuple(given for _ in parts)
     if dim != given.dim:
         return tuple(given for _ in parts)
     sizes = {part.shape[dim] for part in parts}
     (size,) = sizes if len(sizes) == 1 else (0,)
     if given.num_copies == len(parts):
         return tuple(replace(given, length=size, num_copies=1) for _ in parts)
-    if size == 0 or not given.is_natural:
-        return Stop("it takes tokens apart")
-    return tuple(replace(given, length=size, is_shard=True) for _ in parts)
+    if size == 0 or not given.is_natural or not _all_in_one_cat(node, 0):
+        return Stop("it takes some of the tokens")
+    return tuple(replace(given, length=size, is_gathered=True) for _ in parts)
+
+
+def _all_in_one_cat(split: Node, dim: int) -> bool:
+    """Whether all parts are put side by side, in their order, along that dim, and go nowhere else."""
+    parts = {user.args[1]: user for user in split.users if user.target is operator.getitem}
+    if sorted(parts) != list(range(len(split.meta["val"]))) or len(parts) != len(split.users):
+        return False
+    users = {user for part in parts.values() for user in part.users}
+    if len(users) != 1:
+        return False
+    (cat,) = users
+    order = [parts[i] for i in range(len(parts))]
+    at = cat.args[1] if len(cat.args) > 1 else 0
+    return cat.target is _aten.cat.default and list(cat.args[0]) == order and at == dim
 
 
 def _getitem(node: Node, tokens: Known, region: set[Node]) -> Result:
@@ -310,12 +379,14 @@ def _cat(node: Node, tokens: Known, region: set[Node]) -> Result:
     (given,) = found if len(found) == 1 else (None,)
     if not isinstance(given, Tokens):
         return Stop("not all of its operands have their tokens in the same place")
+    if given.is_gathered:  # parts of one split: `_split` made sure of it
+        is_all = dim == given.dim
+        length = value.shape[dim] if is_all else given.length
+        return replace(given, length=length, is_gathered=not is_all)
     if dim != given.dim:
         return given
-    if given.num_copies > 1:
+    if not given.is_natural:
         return Stop("it puts tokens behind others")
-    if given.is_shard:
-        return replace(given, length=value.shape[dim], is_shard=False)
     return replace(given, length=value.shape[dim], num_copies=len(node.args[0]))
 
 
@@ -326,6 +397,31 @@ def _slice(node: Node, tokens: Known, region: set[Node]) -> Result:
     if value.shape[given.dim] != given.length or value.dim() != node.args[0].meta["val"].dim():
         return Stop("it takes some of the tokens")
     return given
+
+
+def _slice_backward(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    return given if node.args[2] != given.dim else Stop("it takes some of the tokens")
+
+
+def _own_part(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """A rank takes its share of tokens of an equal value."""
+    given = _operand(node, tokens)
+    assert given is not None
+    if node.args[1] % node.args[0].meta["val"].dim() != given.dim:
+        return given
+    if not given.is_natural:
+        return Stop("it takes a share of shards")
+    return replace(given, length=given.length // node.args[2], is_shard=True)
+
+
+def _rows(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """X @ w.T, row by row."""
+    left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
+    if left is None or left.dim != 0 or right is not None:
+        return Stop("it sums over tokens")
+    return left
 
 
 def _select(node: Node, tokens: Known, region: set[Node]) -> Result:
@@ -380,6 +476,8 @@ def _all_reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
 def _all_gather(node: Node, tokens: Known, region: set[Node]) -> Result:
     given = _operand(node, tokens)
     assert given is not None
+    if given.dim != 0 and given.is_shard:
+        return replace(given, is_shard=False, is_gathered=True)
     if given.dim != 0:
         return given
     length = node.meta["val"].shape[0]
@@ -391,6 +489,8 @@ def _all_gather(node: Node, tokens: Known, region: set[Node]) -> Result:
 def _reduce_scatter(node: Node, tokens: Known, region: set[Node]) -> Result:
     given = _operand(node, tokens)
     assert given is not None
+    if given.is_gathered:
+        return replace(given, is_gathered=False, is_shard=True)
     if given.dim != 0:
         return given
     length = node.meta["val"].shape[0]
@@ -432,6 +532,19 @@ def _passes(node: Node, tokens: Known, region: set[Node]) -> Result:
     return Stop(f"{node.target} takes each token with others", given if fits else None)
 
 
+_plait = torch.ops.plait
+_TAKES_GATHERED = {
+    operator.getitem,
+    _aten.cat.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.split.Tensor,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.reshape.default,
+    _c10d.reduce_scatter_tensor.default,
+    _c10d.wait_tensor.default,
+}
 _VIEWS = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias)
 _ALONG: dict[object, Rule] = {
     _aten._softmax.default: _along(1),
@@ -465,6 +578,7 @@ _RULES: dict[object, Rule] = {
     _aten.triu.default: _passes,
     _aten.slice.Tensor: _slice,
     _aten.select.int: _select,
+    _aten.slice_backward.default: _slice_backward,
     _aten.split.Tensor: _split,
     _aten.split_with_sizes.default: _split,
     _aten.cat.default: _cat,
@@ -473,6 +587,8 @@ _RULES: dict[object, Rule] = {
     _aten.bmm.default: _bmm,
     _aten.embedding.default: _embedding,
     _aten.index_put.default: _index_put,
+    _aten.topk.default: _sort,
+    _aten.sort.default: _sort,
     _aten.mean.dim: _reduce,
     _aten.sum.dim_IntList: _reduce,
     _aten.amax.default: _reduce,
@@ -486,8 +602,22 @@ _RULES: dict[object, Rule] = {
     _c10d.all_reduce.default: _all_reduce,
     _c10d.all_gather_into_tensor.default: _all_gather,
     _c10d.reduce_scatter_tensor.default: _reduce_scatter,
+    _plait.own_part.default: _own_part,
+    _plait.strict_linear.default: _rows,
+    _plait.strict_pointwise.default: _pointwise,
+    _plait.strict_silu.default: _pointwise,
+    _plait.strict_silu_backward.default: _pointwise,
     **{overload: _view for packet in _VIEWS for overload in [packet.default]},
 }
+_RULES |= dict.fromkeys(
+    (
+        _plait.blocked_causal_attention.default,
+        _plait.blocked_causal_attention_backward.default,
+        _plait.strict_causal_attention.default,
+        _plait.strict_causal_attention_backward.default,
+    ),
+    _attention,
+)
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -515,6 +645,8 @@ def part_dim(node: Node, operand: Node, tokens: Known) -> int | None:
         return dim if by_rows or operand is node.args[side] else None
     if target is _aten.addmm.default:
         return dim if operand is node.args[1] else None
+    if target is _plait.strict_linear.default:
+        return dim if operand is node.args[0] else None
     if target is _aten.embedding.default:
         return dim if operand is node.args[1] else None
     if target is _aten.index_put.default:

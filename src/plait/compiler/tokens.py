@@ -22,6 +22,8 @@ from plait.graph.graph import Module, Node
 from plait.graph.partition import is_view
 from plait.graph.source import source_of
 
+_DISORDER = "not in the order of replicas: "
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -64,22 +66,31 @@ def prove(
     given: Mapping[Node, Tokens],
     parts: set[Node],
     *,
+    tangents: Mapping[Node, Node] | None = None,
     whole_outputs: Collection[Node] = (),
 ) -> Certificate:
     """Prove what can be split in a joint graph.
 
     given: the dim of tokens of inputs. parts: inputs that arrive in parts; the others are whole.
-    whole_outputs: nodes whose values leave the graph whole.
+    tangents: of each input that is a gradient, the value it is the gradient of: it has the tokens
+    that this has, and shards arrive in parts. whole_outputs: nodes whose values leave whole.
     """
     found = Certificate(tokens=dict(given), region=set(parts))
     stops: dict[Node, str] = {}
+    waiting = dict(tangents or {})
     for node in joint.graph.nodes:
         if node.op == "call_function":
+            for tangent in [t for t, source in waiting.items() if source in found.tokens]:
+                tokens = found.tokens[tangent] = found.tokens[waiting.pop(tangent)]
+                if isinstance(tokens, Tokens) and not tokens.is_natural:
+                    found.region.add(tangent)
+                    parts = parts | {tangent}
             _take(node, found, stops)
     _drop_escaping(joint, found, stops, parts, whole_outputs)
     found.refusals = [
         Refusal(node.name, str(node.target), reason, source_of(node))
         for node, reason in stops.items()
+        if not reason.startswith(_DISORDER)  # a consequence of another, which is listed
     ]
     return found
 
@@ -104,10 +115,12 @@ def _take(node: Node, found: Certificate, stops: dict[Node, str]) -> None:
 
 
 def _has_sharded(node: Node, found: Certificate) -> bool:
-    return any(
-        isinstance(found.tokens.get(source), Tokens) and not found.tokens[source].is_natural
-        for source in node.all_input_nodes
-    )
+    return not all(_are_natural(found.tokens.get(source)) for source in node.all_input_nodes)
+
+
+def _are_natural(tokens: object) -> bool:
+    each = tokens if isinstance(tokens, tuple) else (tokens,)
+    return all(x.is_natural for x in each if isinstance(x, Tokens))
 
 
 def _drop_escaping(
@@ -133,9 +146,8 @@ def _escape(node: Node, found: Certificate, whole_outputs: Collection[Node]) -> 
     if node not in found.region or node.op != "call_function":
         return None
     for source in node.all_input_nodes:
-        tokens = found.tokens.get(source)
-        if isinstance(tokens, Tokens) and not tokens.is_natural and source not in found.region:
-            return f"the shard {source.name} is not in the order of replicas"
+        if source not in found.region and not _are_natural(found.tokens.get(source)):
+            return f"{_DISORDER}{source.name}"
     tokens = found.tokens[node]
     for each in tokens if isinstance(tokens, tuple) else (tokens,):
         if not isinstance(each, Tokens) or each.is_natural:

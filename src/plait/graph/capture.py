@@ -17,11 +17,14 @@ from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 
 from plait.errors import GraphError, PlanError
 from plait.graph.compose import Names, compose
 from plait.graph.distributed import localize, name_groups
 from plait.graph.graph import Graph, Role
+from plait.graph.parallelize import keep_local_parameters, parallelize
+from plait.graph.plan_mesh import plan_mesh
 from plait.graph.regions import Blocks, marking_blocks
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import compose_whole
@@ -60,12 +63,35 @@ def capture(
         if plan is not None:
             raise GraphError("two plans were given: one among the inputs and one by name.")
         inputs, plan = inputs[:-1], inputs[-1]
-    if plan is not None:
-        _check_plan(plan, inputs)
+    plan = plan or ParallelPlan()
+    plan.check_inputs(inputs)
+    if plan.num_ranks == plan.tp == 1:
+        return _capture(model, inputs, plan, loss, None)
+    if plan.num_ranks > plan.tp:
+        raise PlanError(
+            "plait.capture places models along tp so far; leave pp, dp and fsdp at 1 in the plan."
+        )
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with plan_mesh(plan, "cpu" if device == "meta" else device) as mesh:
+        return _capture(model, inputs, plan, loss, mesh)
+
+
+def _capture(
+    model: nn.Module,
+    inputs: tuple[object, ...],
+    plan: ParallelPlan,
+    loss: Loss | None,
+    mesh: DeviceMesh | None,
+) -> Graph:
     fake_mode = FakeTensorMode()
     fake_model = _fake_copy(model, fake_mode)
-    parts = 1 if plan is None else plan.num_micro_batches
-    fake_inputs = [_fake_part(x, fake_mode, parts) if isinstance(x, Tensor) else x for x in inputs]
+    if mesh is not None:
+        with fake_mode:
+            keep_local_parameters(parallelize(fake_model, plan, mesh))
+    fake_inputs = [
+        _fake_part(x, fake_mode, plan.num_micro_batches) if isinstance(x, Tensor) else x
+        for x in inputs
+    ]
     program = fake_model if loss is None else _Step(fake_model, loss)
     try:
         with (
@@ -90,11 +116,11 @@ def capture(
                 module,
                 captured.fake_mode,
                 names,
-                at_attention=plan is not None and plan.replicas != 1,
+                at_attention=plan.replicas != 1,
             )
         except NotATemplate:
             graph = compose_whole(module, captured.fake_mode, names)
-    name_groups(graph, meshes)
+    name_groups(graph, [*meshes, *([] if mesh is None else [mesh])])
     graph.is_step = loss is not None
     return graph
 
@@ -109,16 +135,6 @@ class _Step(nn.Module):
 
     def forward(self, *inputs: object) -> Tensor:
         return self.loss(self.model, *inputs)
-
-
-def _check_plan(plan: ParallelPlan, inputs: tuple[object, ...]) -> None:
-    plan.check_inputs(inputs)
-    if plan.num_ranks > 1:
-        raise PlanError(
-            f"the plan spreads the model over {plan.num_ranks} ranks, and Plait does not place "
-            "models itself yet. Place it with torch.distributed.tensor.parallel before capture, "
-            "and leave the axes of the plan at 1."
-        )
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

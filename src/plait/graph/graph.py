@@ -138,6 +138,9 @@ class Graph:
     num_forward_outputs: int
     is_step: bool = False  # captured with its loss: running it is a step of training
     groups: dict[str, Group] = field(default_factory=dict[str, Group])  # by the axis they name
+    certificates: dict[str, str] = field(
+        default_factory=dict[str, str]
+    )  # what was proven, by piece
     notes: tuple[Note, ...] = ()  # what passes did, and what they could not do
 
     def values(self, role: Role) -> list[Value]:

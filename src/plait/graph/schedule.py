@@ -81,6 +81,7 @@ class Schedule:
     input of the first by name, or "kept:<i>", its i-th result after the gradients. constants are
     small tensors of the code itself; objects are callables without a name, with which a schedule
     cannot be stored. notes: what the passes did, and what they could not do.
+    certificates: what was proven of the pieces that were split.
     """
 
     level: str
@@ -98,6 +99,7 @@ class Schedule:
     num_micro_batches: int = 1
     numerics: str = "fast"
     notes: tuple[Note, ...] = ()
+    certificates: dict[str, str] = field(default_factory=dict[str, str])
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 
     def report(self) -> str:
