@@ -67,13 +67,14 @@ def prove(
     parts: set[Node],
     *,
     tangents: Mapping[Node, Node] | None = None,
-    whole_outputs: Collection[Node] = (),
+    whole_outputs: Collection[Node] | None = None,
 ) -> Certificate:
     """Prove what can be split in a joint graph.
 
     given: the dim of tokens of inputs. parts: inputs that arrive in parts; the others are whole.
     tangents: of each input that is a gradient, the value it is the gradient of: it has the tokens
-    that this has, and shards arrive in parts. whole_outputs: nodes whose values leave whole.
+    that this has. whole_outputs: nodes whose values leave whole; if None, it is not known yet, and
+    shards are supposed to arrive and leave in parts.
     """
     found = Certificate(tokens=dict(given), region=set(parts))
     stops: dict[Node, str] = {}
@@ -82,11 +83,11 @@ def prove(
         if node.op == "call_function":
             for tangent in [t for t, source in waiting.items() if source in found.tokens]:
                 tokens = found.tokens[tangent] = found.tokens[waiting.pop(tangent)]
-                if isinstance(tokens, Tokens) and not tokens.is_natural:
+                if whole_outputs is None and not _are_natural(tokens):
                     found.region.add(tangent)
                     parts = parts | {tangent}
             _take(node, found, stops)
-    _drop_escaping(joint, found, stops, parts, whole_outputs)
+    _drop_escaping(joint, found, stops, parts, whole_outputs or ())
     found.refusals = [
         Refusal(node.name, str(node.target), reason, source_of(node))
         for node, reason in stops.items()
