@@ -151,6 +151,25 @@ def test_a_mesh_of_another_size_is_refused():
         parallelize(own(), ParallelPlan(tp=2), mesh)
 
 
+def test_a_model_is_spread_once():
+    plan = ParallelPlan(tp=2)
+    with plan_mesh(plan) as mesh:
+        model = parallelize(own(), plan, mesh)
+        with pytest.raises(PlanError, match="spread already"):
+            parallelize(model, plan, mesh)
+
+
+def test_a_model_on_the_meta_device_is_spread_without_memory():
+    with torch.device("meta"):
+        model = own()
+    plan = ParallelPlan(tp=4, sp=True)
+    with plan_mesh(plan) as mesh:
+        parallelize(model, plan, mesh)
+        local = model.layers[0].mlp.up_proj.weight
+    assert local.device.type == "meta"
+    assert local.shape == (24, 64)
+
+
 def test_nothing_is_left_of_a_mesh_without_devices():
     for _ in range(2):
         with plan_mesh(ParallelPlan(dp=2, tp=4)) as mesh:
