@@ -192,4 +192,5 @@ def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
 
 def _own(x: Tensor, dim: int, size: int, rank: int) -> Tensor:
     length = x.shape[dim] // size
-    return x.narrow(dim, rank * length, length).contiguous()
+    # A copy, as the slice of a batch of one would keep the strides of the whole.
+    return x.narrow(dim, rank * length, length).clone(memory_format=torch.contiguous_format)
