@@ -82,7 +82,8 @@ def parallelize(
     for name, module in modules.items():
         is_inside = any(name.startswith(f"{branch}.") for branch in branches)
         _specialize(module, found[name], axis, sp=plan.sp, is_inside=is_inside)
-        module.__dict__["is_first_layer"] = name.endswith(".0")
+        if found[name].style is Style.LAYER:
+            module.__dict__["is_first_layer"] = name.endswith(".0")
     return model
 
 
