@@ -30,6 +30,7 @@ from plait.executor.codegen import Runner, load
 from plait.executor.run import Runnable
 from plait.graph import regions
 from plait.graph.compose import compose
+from plait.graph.cut import BETWEEN
 from plait.graph.graph import FORWARD, Graph, call_of
 from plait.graph.inline import inline_regions
 from plait.graph.regions import Blocks, watch_blocks
@@ -222,12 +223,12 @@ def describe_graph(where: str, graph: Graph) -> CapturedGraph:
     counts = Counter(
         graph.templates[call[0]].block for call in calls if call and call[1] == FORWARD
     )
-    del counts["Between"]
+    del counts[BETWEEN]
     return CapturedGraph(
         where=where,
         num_operators=graph.num_operators(),
         blocks=dict(counts),
-        num_templates=sum(each.block != "Between" for each in graph.templates.values()),
+        num_templates=sum(each.block != BETWEEN for each in graph.templates.values()),
     )
 
 

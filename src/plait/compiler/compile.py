@@ -6,10 +6,17 @@ from plait.compiler.split_backward import split_backward
 from plait.graph.graph import Graph, Role, Value
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
+from plait.ops.numerics import Numerics
 from plait.plan.parallel_plan import ParallelPlan
 
 
-def compile(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0") -> Schedule:
+def compile(
+    graph: Graph,
+    plan: ParallelPlan | None = None,
+    *,
+    level: str = "O0",
+    numerics: Numerics = "fast",
+) -> Schedule:
     """Run the level's passes, part forward from backward, and order the steps.
 
     The schedule's programs are `forward`, and `backward` if the graph has gradients; the plan may
@@ -17,10 +24,13 @@ def compile(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0"
     outputs, then the computed ones of `saved`; the backward takes `saved` and the tangents, and
     returns the gradients.
 
-    Raises GraphError if there is no such level.
+    numerics: "strict" makes the result and the input gradient of a row (a token) independent of how
+    many rows there are (see `compiler/strict.py`); `schedule.report()` says what could not be.
+
+    Raises GraphError if there is no such level, or no such numerics.
     """
     plan = plan or ParallelPlan()
-    for each in passes_of(level):
+    for each in passes_of(level, numerics):
         graph = each.run(graph, plan)
     lowering = Lowering()
     schedule = Schedule(
@@ -31,6 +41,8 @@ def compile(graph: Graph, plan: ParallelPlan | None = None, *, level: str = "O0"
         objects=lowering.objects,
         is_step=graph.is_step,
         num_micro_batches=plan.num_micro_batches,
+        numerics=numerics,
+        notes=graph.notes,
     )
     for template in graph.templates.values():
         schedule.templates.update(lowering.template(template))

@@ -52,7 +52,7 @@ def _is_own(operand: Node) -> bool:
         return _is_own(operand.args[0])
     return (
         isinstance(target, torch._ops.OpOverload)
-        and target.namespace == "aten"
+        and target.namespace in ("aten", "plait")
         and not target.is_view
         and len(target._schema.returns) == 1
         and target not in _MAY_RETURN_OPERAND

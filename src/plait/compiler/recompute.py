@@ -12,6 +12,8 @@ import operator
 import torch
 from torch import fx
 
+from plait.graph.collectives import is_collective, is_wait
+from plait.graph.cut import BETWEEN
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Node, Role, Template, call_of
 from plait.graph.partition import part_joint
 from plait.plan.parallel_plan import Recompute
@@ -23,7 +25,7 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
         return graph
     graph = graph.copy()
     for template in graph.templates.values():
-        if template.joint is not None and template.block != "Between":
+        if template.joint is not None and template.block != BETWEEN:
             _part_again(template, _chosen(template.joint, policy))
     root = graph.root
     for node in list(root.graph.nodes):
@@ -56,8 +58,7 @@ def _must_keep(node: Node) -> bool:
     if node.target is operator.getitem:
         return _must_keep(node.args[0])
     tags = getattr(node.target, "tags", ())
-    is_collective = "c10d" in str(node.target)
-    return torch.Tag.nondeterministic_seeded in tags or is_collective
+    return torch.Tag.nondeterministic_seeded in tags or is_collective(node) or is_wait(node)
 
 
 def _is_cheap(node: Node) -> bool:

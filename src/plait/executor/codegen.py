@@ -8,7 +8,7 @@ import keyword
 import linecache
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from plait.errors import GraphError
 from plait.executor.observe import Observer, observer_of, operand_names
 from plait.graph.schedule import (
     CALL,
+    COLLECTIVE,
     CONSTANT,
     OBJECT,
     Argument,
@@ -43,30 +44,46 @@ class Generated:
     bindings: dict[str, Any]
 
 
-def load(schedule: Schedule, observer: Observer | None = None) -> dict[str, Runner]:
+def load(
+    schedule: Schedule,
+    observer: Observer | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> dict[str, Runner]:
     """Make every program of the schedule callable, by name.
 
     Each takes a list of its inputs, which it empties, and returns a tuple. If a step raises, a note
     on the exception names the step and the user's line. An observer, or that of the context, is
-    told of every step.
+    told of every step. groups: names of process groups by the axes that collectives name.
     """
     observer = observer or observer_of(schedule)
     runners: dict[str, Runner] = {}
     for program in (*schedule.templates.values(), *schedule.programs.values()):
-        generated = generate(program, schedule, observer)
+        generated = generate(program, schedule, observer, groups)
         runners[program.name] = _compile(program, generated, runners)
     return {name: _explaining(runner) for name, runner in runners.items()}
 
 
-def generate(program: Program, schedule: Schedule, observer: Observer | None = None) -> Generated:
+def generate(
+    program: Program,
+    schedule: Schedule,
+    observer: Observer | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> Generated:
     """Write the source of a program and what its names stand for."""
-    writer = _Writer(program, schedule, observer)
+    writer = _Writer(program, schedule, observer, groups or {})
     return writer.write()
 
 
 class _Writer:
-    def __init__(self, program: Program, schedule: Schedule, observer: Observer | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        schedule: Schedule,
+        observer: Observer | None,
+        groups: Mapping[str, str],
+    ) -> None:
         self.program = program
+        self.groups = groups
         self.schedule = schedule
         self.observer = observer
         self.lines: list[str] = []
@@ -128,7 +145,10 @@ class _Writer:
     def expression(self, step: Step) -> str:
         if step.target == CONSTANT:
             return self.bind(self.schedule.constants[str(step.args[0])])
-        given = [self.literal(x) for x in step.args]
+        args = step.args
+        if step.target.startswith(COLLECTIVE):
+            args = tuple(self.groups.get(x, x) if isinstance(x, str) else x for x in args)
+        given = [self.literal(x) for x in args]
         given += [f"{key}={self.literal(x)}" for key, x in step.kwargs]
         if step.target == "getitem":
             return f"{given[0]}[{given[1]}]"

@@ -3,12 +3,13 @@
 # pyright: basic
 # (autograd.Function is not typed.)
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
+from torch.distributed.tensor import DTensor
 
 from plait.errors import GraphError, PlanError
 from plait.executor.codegen import Runner, load
@@ -26,12 +27,13 @@ def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple
 
     Raises PlanError if inputs or parameters have another shape or dtype than captured.
     """
+    groups = groups_of(model)
     runnable = schedule.loaded
-    if not isinstance(runnable, Runnable):
-        runnable = schedule.loaded = Runnable(schedule)
+    if not isinstance(runnable, Runnable) or runnable.groups != groups:
+        runnable = schedule.loaded = Runnable(schedule, groups=groups)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not schedule.is_step:
-        results = runnable(*_bind(schedule, model, tensors))
+        results = runnable(*(local_part(x) for x in _bind(schedule, model, tensors)))
         return results[0] if len(results) == 1 else results
     losses = [
         _step(runnable, _bind(schedule, model, part))
@@ -40,15 +42,31 @@ def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
+def groups_of(model: nn.Module) -> dict[str, str]:
+    """The process groups of the meshes on which the model's parameters lie, by axis."""
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    return {
+        axis: mesh.get_group(axis).group_name
+        for mesh in meshes
+        for axis in mesh.mesh_dim_names or ()
+    }
+
+
 class Runnable:
     """A schedule as a function of its inputs: tensors, in the order of `schedule.inputs`.
 
     Differentiable once: the results carry gradients back through the program `backward`.
     """
 
-    def __init__(self, schedule: Schedule, observer: Observer | None = None) -> None:
-        runners = load(schedule, observer)
+    def __init__(
+        self,
+        schedule: Schedule,
+        observer: Observer | None = None,
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        runners = load(schedule, observer, groups)
         self.schedule = schedule
+        self.groups = dict(groups or {})
         self.forward, self.backward = runners["forward"], runners.get("backward")
         if "backward_weight" in runners:
             self.backward = _both(schedule, runners)
@@ -191,8 +209,9 @@ def _as_traced(gradient: Tensor | None, value: Value) -> Tensor:
 
 
 @torch.no_grad()
-def _step(runnable: Runnable, inputs: list[Tensor]) -> Tensor:
+def _step(runnable: Runnable, owners: list[Tensor]) -> Tensor:
     """Forward, backward, and gradients added to those that are there; returns the mean loss."""
+    inputs = [local_part(x) for x in owners]
     yielded = runnable.forward(list(inputs))
     results, computed = yielded[: runnable.num_results], list(yielded[runnable.num_results :])
     del yielded
@@ -205,10 +224,7 @@ def _step(runnable: Runnable, inputs: list[Tensor]) -> Tensor:
     computed.clear()
     box += [torch.full_like(loss, share) for _ in runnable.tangents]
     for i, gradient in zip(runnable.gradient_of, runnable.backward(box), strict=True):
-        if inputs[i].grad is None:
-            inputs[i].grad = gradient
-        else:
-            inputs[i].grad += gradient
+        _add_gradient(owners[i], gradient)
     return loss
 
 
@@ -219,6 +235,27 @@ def _micro_batches(tensors: Sequence[Tensor], count: int) -> Iterator[list[Tenso
     parts = [x.chunk(count) if x.dim() else (x,) * count for x in tensors]
     for i in range(count):
         yield [part[i] for part in parts]
+
+
+def local_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _add_gradient(owner: Tensor, gradient: Tensor) -> None:
+    if isinstance(owner, DTensor):
+        gradient = DTensor.from_local(
+            gradient,
+            owner.device_mesh,
+            owner.placements,
+            run_check=False,
+            shape=owner.shape,
+            stride=owner.stride(),
+        )
+    if owner.grad is None:
+        owner.grad = gradient
+    else:
+        owner.grad += gradient
 
 
 def _bind(schedule: Schedule, model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -233,9 +270,10 @@ def _bind(schedule: Schedule, model: nn.Module, tensors: Sequence[Tensor]) -> li
         found = named.get((value.role, value.name))
         if found is None:
             raise PlanError(f"the schedule needs the {value.role.value} {value.name}: none given.")
-        if tuple(found.shape) != value.shape or found.dtype != value.dtype:
+        local = local_part(found)
+        if tuple(local.shape) != value.shape or local.dtype != value.dtype:
             raise PlanError(
-                f"{value.role.value} {value.name} is {found.dtype} {tuple(found.shape)}, "
+                f"{value.role.value} {value.name} is {local.dtype} {tuple(local.shape)}, "
                 f"but the schedule was made for {value.dtype} {value.shape}. "
                 "Capture again with inputs of this form."
             )

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from plait.errors import GraphError, PlanError
 from plait.graph.compose import Names, compose
+from plait.graph.distributed import localize, name_groups
 from plait.graph.graph import Graph, Role
 from plait.graph.regions import Blocks, marking_blocks
 from plait.graph.trace import NotATemplate
@@ -68,7 +69,7 @@ def capture(
     program = fake_model if loss is None else _Step(fake_model, loss)
     try:
         with (
-            marking_blocks(Blocks()),
+            marking_blocks(Blocks(takes_hooks=True)),
             torch._dynamo.config.patch(
                 automatic_dynamic_shapes=False, inline_single_use_invoke_subgraph=False
             ),
@@ -81,12 +82,19 @@ def capture(
     if captured is None:
         raise GraphError("the model computes nothing: there is no operator to capture.")
     module = captured.graph_module
-    names = _names(module, captured.example_inputs, fake_model, fake_inputs)
+    examples, meshes = localize(module, captured.example_inputs)
+    names = _names(module, examples, fake_model, fake_inputs)
     with tracing(TracingContext(captured.fake_mode)):
         try:
-            graph = compose(module, captured.fake_mode, names)
+            graph = compose(
+                module,
+                captured.fake_mode,
+                names,
+                at_attention=plan is not None and plan.replicas != 1,
+            )
         except NotATemplate:
             graph = compose_whole(module, captured.fake_mode, names)
+    name_groups(graph, meshes)
     graph.is_step = loss is not None
     return graph
 

@@ -32,13 +32,21 @@ Names = dict[fx.Node, tuple[Role, str]]
 """What the module's inputs are, where that is known."""
 
 
-def compose(module: fx.GraphModule, fake_mode: FakeTensorMode, names: Names | None = None) -> Graph:
+def compose(
+    module: fx.GraphModule,
+    fake_mode: FakeTensorMode,
+    names: Names | None = None,
+    *,
+    at_attention: bool = False,
+) -> Graph:
     """Make the joint graph of a module from TorchDynamo; its results are those of the module.
+
+    at_attention: see `cut`.
 
     Raises NotATemplate where the module must be captured as a whole: dynamic shapes, changes in
     place of what comes from outside, results that share memory with inputs.
     """
-    pieces = cut(module)
+    pieces = cut(module, at_attention=at_attention)
     outputs: Any = module.graph.output_node().args[0]
     inputs = module.graph.find_nodes(op="placeholder")
     composer = _Composer(pieces, inputs, outputs, module, fake_mode, names or {})

@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from plait.graph.graph import Module, Node
+from plait.graph.inline import inline_regions
 from plait.graph.modes import Modes, current_modes
 from plait.graph.trace import NotATemplate
+
+BETWEEN = "Between"
+"""Name of the pieces that stand between blocks."""
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
@@ -41,16 +47,25 @@ class Piece:
     modes: Modes
 
 
-def cut(module: Module) -> list[Piece]:
-    """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent."""
+def cut(module: Module, *, at_attention: bool = False) -> list[Piece]:
+    """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent.
+
+    at_attention: cut from one attention to the next, not from block to block. Between two of them
+    each token is treated by itself, so there the work of one part of the tokens can hide the
+    communication of another (where a cut lies says only what can be ordered together). Pieces of
+    equal layers are equal, as blocks are.
+    """
+    if at_attention:
+        inline_regions(module)
     for node in module.graph.nodes:
         _check(node)
-    return _Cutter(module).run()
+    return _Cutter(module, at_attention).run()
 
 
 class _Cutter:
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, at_attention: bool) -> None:
         self.module = module
+        self.at_attention = at_attention
         self.pieces: list[Piece] = []
         self.between: list[Node] = []
         self.inside: set[Node] = set()  # nodes of finished pieces between blocks
@@ -72,7 +87,7 @@ class _Cutter:
         if node.op in ("placeholder", "output"):
             return
         if node.op == "get_attr":
-            if not isinstance(_attribute(self.module, node), Tensor | fx.GraphModule):
+            if not isinstance(_attribute(self.module, node), Tensor | fx.GraphModule | DeviceMesh):
                 raise NotATemplate(f"it uses the object {node.target}")
         elif node.target in (_ENTER, _EXIT, _SET_GRAD):
             self.finish()
@@ -83,6 +98,8 @@ class _Cutter:
         elif node.target is operator.getitem and node.args[0].target is invoke_subgraph:
             pass  # a result of a region: known there
         else:
+            if self.at_attention and _mixes_tokens(node):
+                self.finish()
             self.between.append(node)
 
     def change_mode(self, node: Node) -> None:
@@ -109,7 +126,7 @@ class _Cutter:
             raise NotATemplate("a block takes a number that is not the same each time")
         if len(set(operands)) < len(operands):
             raise NotATemplate("a block takes the same tensor twice")
-        name = block_name(region)
+        name = block_name(region) or "Block"
         self.pieces.append(
             Piece(node.args[0].target, name, region, operands, results, current_modes())
         )
@@ -141,11 +158,15 @@ class _Cutter:
             if any(u not in own and u.target is not _EXIT for u in node.users)
         ]
         for node in (*operands, *results):
-            if not isinstance(node.meta.get("example_value"), Tensor) and node.op != "get_attr":
+            value = node.meta.get("example_value")
+            if isinstance(value, DTensor):
+                raise NotATemplate("a DTensor passes between blocks")
+            if not isinstance(value, Tensor) and node.op != "get_attr":
                 raise NotATemplate("something that is not a tensor passes between blocks")
         part = _extract(self.module, nodes, operands, results)
+        name = block_name(part) if self.at_attention else None
         self.pieces.append(
-            Piece(_text(part), "Between", part, operands, list(results), current_modes())
+            Piece(_text(part), name or BETWEEN, part, operands, list(results), current_modes())
         )
 
     def is_module(self, node: Node) -> bool:
@@ -159,7 +180,7 @@ def _check(node: Node) -> None:
         if isinstance(each, torch.SymInt | torch.SymFloat | torch.SymBool):
             raise NotATemplate("its shapes are dynamic")
         if isinstance(each, Tensor):
-            if is_traceable_wrapper_subclass(each):
+            if is_traceable_wrapper_subclass(each) and not isinstance(each, DTensor):
                 raise NotATemplate(f"it computes with {type(each).__name__}")
             if not all(isinstance(size, int) for size in (*each.shape, *each.stride())):
                 raise NotATemplate("its shapes are dynamic")
@@ -201,10 +222,16 @@ def _attribute(module: Module, node: Node) -> object:
     return operator.attrgetter(node.target)(module)
 
 
-def block_name(region: Module) -> str:
+def block_name(region: Module) -> str | None:
     """Class of the module that a region runs: the first on the stack that is in a list."""
     for node in region.graph.nodes:
         for path, kind in node.meta.get("nn_module_stack", {}).values():
             if path.rpartition(".")[2].isdigit():
                 return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
-    return "Block"
+    return None
+
+
+def _mixes_tokens(node: Node) -> bool:
+    """Whether it is an attention, by its name: the fused operators, or the softmax of a plain one."""
+    name = getattr(node.target, "__name__", None) or str(node.target)
+    return "attention" in name or "softmax" in name

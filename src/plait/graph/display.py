@@ -19,6 +19,7 @@ def to_text(graph: Graph) -> str:
         sections = template_sections(template, graph)
         sections.pop("joint", None)
         parts += [str(section) for section in sections.values()]
+    parts += [str(note) for note in graph.notes]
     return "\n".join(parts) + "\n"
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from plait.graph.note import Note
+
 Node = Any
 """An fx.Node. Its arguments may be of any type, and a checker would ask for each at every use."""
 Module = Any
@@ -117,6 +119,14 @@ class Template:
         return tuple(value for value in self.gradients if value is not None)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate along an axis of the mesh, and which of them this one is."""
+
+    size: int
+    rank: int
+
+
 @dataclass
 class Graph:
     """One rank's program. `root` is joint: forward nodes, then backward nodes, calls among them."""
@@ -127,6 +137,8 @@ class Graph:
     outputs: tuple[Value, ...]
     num_forward_outputs: int
     is_step: bool = False  # captured with its loss: running it is a step of training
+    groups: dict[str, Group] = field(default_factory=dict[str, Group])  # by the axis they name
+    notes: tuple[Note, ...] = ()  # what passes did, and what they could not do
 
     def values(self, role: Role) -> list[Value]:
         """Inputs or outputs in this role, in order."""

@@ -44,7 +44,7 @@ def part_joint(
     (outputs,) = joint.graph.output_node().args
     results, gradients = outputs[:num_results], outputs[num_results:]
     again = _computed_again(nodes, recompute)
-    is_backward = _backward_nodes(nodes, tangents)
+    is_backward = backward_nodes(nodes, tangents)
     backward_order = _needed_by(
         [node for node in gradients if node is not None], is_backward | again
     )
@@ -106,7 +106,7 @@ def _draws(node: Node) -> bool:
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
 
 
-def _backward_nodes(nodes: list[Node], tangents: list[Node]) -> set[Node]:
+def backward_nodes(nodes: list[Node], tangents: list[Node]) -> set[Node]:
     """AOTAutograd marks them; what depends on a tangent is one in any case."""
     found = set(tangents)
     for node in nodes:

@@ -51,6 +51,7 @@ class Blocks:
 
     refused: dict[type, str] = field(default_factory=dict)
     is_inside: bool = False
+    takes_hooks: bool = False  # hooks are traced; that none is added later is nobody's concern
 
     def refuse(self, block: type, reason: str) -> None:
         """Capture this class flat from now on."""
@@ -160,7 +161,8 @@ def _call_function(self, tx, args, kwargs):
     try:
         region = TorchHigherOrderOperatorVariable.make(invoke_subgraph)
         function = UserFunctionVariable(_region_function(block, form, named, current_modes()))
-        install_guard(self.source.make_guard(_no_hooks))
+        if not blocks.takes_hooks:
+            install_guard(self.source.make_guard(_no_hooks))
         return region.call_function(tx, [function, self, *leaves], {})
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
@@ -192,7 +194,7 @@ def _is_block(variable: UnspecializedNNModuleVariable, tx, blocks: Blocks) -> bo
         return False
     if not any(True for _ in module.children()) or tx.output.current_tracer.parent is not None:
         return False  # too small to matter, or inside of another region
-    if any(_has_hooks(each) for each in module.modules()):
+    if not blocks.takes_hooks and any(_has_hooks(each) for each in module.modules()):
         return False
     parent = _parent(variable, tx)
     if not isinstance(parent, nn.ModuleList | nn.Sequential):

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 
 from plait.errors import GraphError
 from plait.graph.graph import Value
+from plait.graph.note import Note
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ CONSTANT = "constant"
 CALL = "call:"
 PYTHON = "python:"
 OBJECT = "object:"
+COLLECTIVE = "_c10d_functional."
 
 _PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
 _SIZE_FUNCTION = re.compile(
@@ -78,7 +80,7 @@ class Schedule:
     programs are `backward_input` and `backward_weight`; weight_inputs is what the second takes: an
     input of the first by name, or "kept:<i>", its i-th result after the gradients. constants are
     small tensors of the code itself; objects are callables without a name, with which a schedule
-    cannot be stored.
+    cannot be stored. notes: what the passes did, and what they could not do.
     """
 
     level: str
@@ -94,7 +96,17 @@ class Schedule:
     )
     is_step: bool = False
     num_micro_batches: int = 1
+    numerics: str = "fast"
+    notes: tuple[Note, ...] = ()
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
+
+    def report(self) -> str:
+        """What it runs, and what the passes did and could not do, as text."""
+        programs = ", ".join(self.programs)
+        first = (
+            f"level {self.level}, {self.numerics} numerics, {self.num_steps} operators: {programs}"
+        )
+        return "\n".join([first, *(str(note) for note in self.notes)])
 
     def program(self, name: str) -> Program:
         """The program or template program of that name."""

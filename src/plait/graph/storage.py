@@ -4,6 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import cast
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from plait.errors import GraphError
 from plait.graph.graph import Full, Role, Value
+from plait.graph.note import Note
 from plait.graph.schedule import Argument, Program, Ref, Schedule, Step
 
-FORMAT = 1
+FORMAT = 2
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _NAMED: dict[str, type] = {
@@ -34,6 +36,8 @@ def to_json(schedule: Schedule) -> str:
         "level": schedule.level,
         "is_step": schedule.is_step,
         "num_micro_batches": schedule.num_micro_batches,
+        "numerics": schedule.numerics,
+        "notes": [asdict(note) for note in schedule.notes],
         "inputs": [_value(value) for value in schedule.inputs],
         "outputs": [_value(value) for value in schedule.outputs],
         "saved": [_value(value) for value in schedule.saved],
@@ -57,6 +61,8 @@ def from_json(text: str) -> Schedule:
             level=str(data["level"]),
             is_step=bool(data["is_step"]),
             num_micro_batches=int(data["num_micro_batches"]),
+            numerics=str(data["numerics"]),
+            notes=tuple(Note(**note) for note in data["notes"]),
             inputs=tuple(_read_value(x) for x in data["inputs"]),
             outputs=tuple(_read_value(x) for x in data["outputs"]),
             saved=tuple(_read_value(x) for x in data["saved"]),

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
+from plait.graph.collectives import is_collective
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Template, Value, call_of
 from plait.graph.verify_calls import tangents_of, verify_calls
 from plait.graph.verify_nodes import (
     expect,
     fail,
-    is_collective,
     is_random,
     text_of,
     verify_nodes,

@@ -3,7 +3,7 @@
 The weight gradient is one product over all rows, the same bits for the same rows.
 """
 
-# Shapes: M rows (tokens), K inputs, N outputs.
+# Shapes: M rows (tokens), K inputs, N outputs, X matrices side by side.
 
 import torch
 from torch import Tensor
@@ -66,3 +66,18 @@ def _backward(ctx, dy_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 _strict_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("plait::strict_batched_linear", mutates_args=())
+def strict_batched_linear(x_XMK: Tensor, weight_XNK: Tensor) -> Tensor:
+    """Multiply X matrices of rows, each by the transpose of its own weight: (X, M, N)."""
+    with torch.autocast(x_XMK.device.type, enabled=False):
+        y_XMN = x_XMK.new_empty(*x_XMK.shape[:2], weight_XNK.shape[1])
+        for x_MK, weight_NK, y_MN in zip(x_XMK, weight_XNK, y_XMN, strict=True):
+            y_MN.copy_(multiply_rows(x_MK, weight_NK.t()))
+        return y_XMN
+
+
+@strict_batched_linear.register_fake
+def _(x_XMK: Tensor, weight_XNK: Tensor) -> Tensor:
+    return x_XMK.new_empty(*x_XMK.shape[:2], weight_XNK.shape[1])

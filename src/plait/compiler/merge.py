@@ -1,0 +1,170 @@
+"""Fewer collectives for the same sums.
+
+Products that share an input (query, key and value; gate and up) each send back their part of its
+gradient, and DTensor sums each of them over the ranks: one sum of the parts is enough. And of a sum
+over ranks of which every rank keeps its own share, only the shares need to travel.
+
+Sums are taken in another order, so numbers change within the tolerance of the dtype; every later
+pass is compared with the merged graph.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from plait.graph.collectives import group_of, is_wait
+from plait.graph.graph import Graph, Group, Module, Node, Template
+from plait.graph.partition import part_joint
+
+_aten = torch.ops.aten
+_c10d = torch.ops._c10d_functional
+
+
+@dataclass
+class Merged:
+    """A graph with fewer collectives, and how many were merged or became cheaper, by kind."""
+
+    graph: Graph
+    num_merged: int = 0
+    num_scattered: int = 0
+
+
+def merge(graph: Graph) -> Merged:
+    """Merge the all-reduces of each kind of piece."""
+    merged = Merged(graph.copy())
+    for template in merged.graph.templates.values():
+        joint = template.joint or template.forward
+        counts = merge_joint(joint, graph.groups)
+        merged.num_merged += counts[0]
+        merged.num_scattered += counts[1]
+        if template.joint is not None and any(counts):
+            _part(template)
+    return merged
+
+
+def merge_joint(joint: Module, groups: dict[str, Group]) -> tuple[int, int]:
+    """Merge in place; returns the numbers of all-reduces merged, and made reduce-scatters."""
+    _drop_empty_views(joint)
+    num_merged = sum(
+        _merge_sum(node)
+        for node in list(joint.graph.nodes)
+        if node.target is _aten.add.Tensor and not node.kwargs
+    )
+    num_scattered = sum(
+        _scatter(node, groups)
+        for node in list(joint.graph.nodes)
+        if node.target is _c10d.all_reduce.default
+    )
+    if num_merged or num_scattered:
+        joint.graph.eliminate_dead_code()
+        joint.recompile()
+    return num_merged, num_scattered
+
+
+def _drop_empty_views(joint: Module) -> None:
+    for node in joint.graph.find_nodes(op="call_function", target=_aten.view.default):
+        before, after = node.args[0].meta["val"], node.meta["val"]
+        if before.shape == after.shape and before.stride() == after.stride():
+            node.replace_all_uses_with(node.args[0])
+            joint.graph.erase_node(node)
+
+
+def _reduced(node: Any) -> Node | None:
+    """The all-reduce whose result is the node, if nobody else sees it."""
+    if not isinstance(node, fx.Node) or not is_wait(node) or len(node.users) != 1:
+        return None
+    source = node.args[0]
+    is_sum = source.target is _c10d.all_reduce.default and source.args[1] == "sum"
+    return source if is_sum and len(source.users) == 1 else None
+
+
+def _merge_sum(node: Node) -> bool:
+    """all_reduce(a) + all_reduce(b) = all_reduce(a + b)."""
+    left, right = (_reduced(x) for x in node.args[:2])
+    if left is None or right is None or node.args[0] is node.args[1]:
+        return False
+    if (
+        group_of(left) != group_of(right)
+        or node.args[0].meta["val"].shape != node.meta["val"].shape
+    ):
+        return False
+    if node.args[1].meta["val"].shape != node.meta["val"].shape:
+        return False
+    graph = node.graph
+    with graph.inserting_before(node):
+        total = _like(graph, _aten.add.Tensor, (left.args[0], right.args[0]), node)
+        reduced = _like(graph, left.target, (total, *left.args[1:]), node)
+        waited = _like(graph, _c10d.wait_tensor.default, (reduced,), node)
+    node.replace_all_uses_with(waited)
+    for each in (node, node.args[0], left, node.args[1], right):
+        if not each.users:
+            graph.erase_node(each)
+    return True
+
+
+def _scatter(node: Node, groups: dict[str, Group]) -> bool:
+    """An all-reduce of which each rank keeps its share is a reduce-scatter."""
+    group = groups.get(group_of(node))
+    wait = next(iter(node.users))
+    if group is None or node.args[1] != "sum" or len(node.users) != 1 or len(wait.users) != 1:
+        return False
+    (split,) = wait.users
+    if split.target is not _aten.split.Tensor or len(split.meta["val"]) != group.size:
+        return False
+    parts = split.meta["val"]
+    kept = [user for user in split.users if user.users]
+    if len(kept) != 1 or kept[0].args[1] != group.rank:
+        return False
+    if len({part.shape for part in parts}) != 1:
+        return False
+    dim = (split.args[2] if len(split.args) > 2 else 0) % wait.meta["val"].dim()
+    graph = node.graph
+    with graph.inserting_before(node):
+        source = node.args[0]
+        if dim:
+            pieces = _like(graph, _aten.split.Tensor, (source, *split.args[1:]), node)
+            pieces.meta["val"] = _values(split)
+            taken = []
+            for i, value in enumerate(pieces.meta["val"]):
+                taken.append(_like(graph, operator.getitem, (pieces, i), node))
+                taken[-1].meta["val"] = value
+            source = _like(graph, _aten.cat.default, (taken,), node)
+        args = (source, "sum", group.size, group_of(node))
+        scattered = _like(graph, _c10d.reduce_scatter_tensor.default, args, node)
+        waited = _like(graph, _c10d.wait_tensor.default, (scattered,), node)
+    kept[0].replace_all_uses_with(waited)
+    return True
+
+
+def _values(split: Node) -> tuple[Tensor, ...]:
+    return tuple(split.meta["val"])
+
+
+def _like(graph: fx.Graph, target: Any, args: tuple, like: Node) -> Node:
+    """A node with the origin of another; its value is found by running it on fake tensors."""
+    node = graph.call_function(target, args)
+    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    if target is operator.getitem:
+        return node
+    values: Any = fx.map_arg(args, lambda x: x.meta["val"])
+    mode = like.meta["val"].fake_mode
+    with mode:
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _part(template: Template) -> None:
+    assert template.joint is not None
+    parts = part_joint(
+        template.joint,
+        num_arguments=len(template.arguments),
+        num_results=len(template.results),
+    )
+    template.forward, template.backward = parts.forward, parts.backward
+    template.saved = parts.saved

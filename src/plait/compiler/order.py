@@ -1,0 +1,264 @@
+"""The order of operators and collectives: what hides communication behind computation.
+
+List scheduling of each kind of piece, once: a collective is launched as soon as its operand is
+there, and is waited for just before its result is used; computation goes on with another replica,
+or with weight gradients, which nothing in the piece waits for. Replicas go through the piece one
+behind the other, by a skew that is tried out on the cost model. Costs come from a table, never from
+a clock, so that every rank finds the same order.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from plait.compiler.replicate_joint import PLACE, REPLICA
+from plait.cost.clusters import Cluster, Link
+from plait.cost.collectives import collective_of, collective_s
+from plait.cost.operations import cost_of, operation_s
+from plait.cost.simulate import (
+    COMPUTE,
+    FILLER,
+    Host,
+    Operation,
+    Priority,
+    Simulation,
+    communication,
+    list_schedule,
+    longest_paths_s,
+    simulate,
+)
+from plait.graph.collectives import group_of, is_collective, is_wait
+from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of
+from plait.graph.partition import is_view
+from plait.graph.schedule import name_of
+
+SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""How many stages a replica lags behind the one before it; a stage ends with a collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What an order is found for: the device, a link for each group, and how work is launched."""
+
+    cluster: Cluster
+    links: dict[str, Link]
+    sizes: dict[str, int]
+    host: Host = Host.AHEAD
+    filler_limit_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A module in its new order, and what the cost model says of it."""
+
+    module: Module
+    simulation: Simulation
+    skew: float | None
+
+
+def order(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Ordered]]:
+    """Order every program of every kind of piece; the root stays as it is."""
+    graph = graph.copy()
+    weights = _weight_arguments(graph)
+    found: dict[str, Ordered] = {}
+    for template in graph.templates.values():
+        ordered = order_module(template.forward, machine)
+        template.forward, found[f"{template.name}.forward"] = ordered.module, ordered
+        if template.backward is not None:
+            fillers = _fillers(template, weights.get(template.name, set()))
+            ordered = order_module(template.backward, machine, fillers)
+            template.backward, found[f"{template.name}.backward"] = ordered.module, ordered
+    return graph, found
+
+
+def order_module(module: Module, machine: Machine, fillers: Iterable[Node] = ()) -> Ordered:
+    """Order one module by the best of several priorities. fillers: what nothing here waits for."""
+    problem = _Problem(module, machine, set(fillers))
+    best: tuple[Simulation, float | None] | None = None
+    for skew, priority in problem.priorities():
+        tried = list_schedule(
+            problem.operations, priority, pinned_limit_bytes=machine.filler_limit_bytes
+        )
+        if machine.host is Host.BLOCKING:
+            tried = simulate(problem.operations, tried.order, host=machine.host)
+        if best is None or tried.total_s < best[0].total_s:
+            best = tried, skew
+    assert best is not None
+    return Ordered(problem.written(best[0].order), *best)
+
+
+class _Problem:
+    """A module as operations: views and waits take no time and go where they are needed."""
+
+    def __init__(self, module: Module, machine: Machine, fillers: set[Node]) -> None:
+        self.module, self.machine, self.fillers = module, machine, fillers
+        nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+        self.nodes = [node for node in nodes if not _is_free(node)]
+        self.at = {node: i for i, node in enumerate(self.nodes)}
+        self.operations = [self.operation(node) for node in self.nodes]
+        self._chain_random()
+        self.stages = self._stages()
+
+    def operation(self, node: Node) -> Operation:
+        depends_on = tuple(sorted({self.at[x] for x in self._sources(node)}))
+        if is_collective(node):
+            group = group_of(node)
+            return Operation(
+                node.name,
+                communication(group),
+                self._collective_s(node, group),
+                depends_on,
+            )
+        pinned = 0
+        if node in self.fillers:
+            pinned = sum(_num_bytes(x) for x in node.all_input_nodes)
+        return Operation(node.name, COMPUTE, self._compute_s(node), depends_on, pinned)
+
+    def _sources(self, node: Node) -> list[Node]:
+        """The operations whose results the node needs, seen through views and waits."""
+        found = []
+        for source in node.all_input_nodes:
+            if source in self.at:
+                found.append(source)
+            elif source.op == "call_function":
+                found += self._sources(source)
+        return found
+
+    def _collective_s(self, node: Node, group: str) -> float:
+        kind = collective_of(str(node.target))
+        assert kind is not None, node.format_node()
+        num_bytes = max(_num_bytes(node), *(_num_bytes(x) for x in node.all_input_nodes))
+        return collective_s(kind, num_bytes, self.machine.sizes[group], self.machine.links[group])
+
+    def _compute_s(self, node: Node) -> float:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])  # type: ignore[misc]
+        name = name_of(node.target)
+        if name is None:
+            return 0.0
+        return operation_s(
+            cost_of(name, args, kwargs, node.meta["val"]), self.machine.cluster.device
+        )
+
+    def _chain_random(self) -> None:
+        """Random operators draw in their order."""
+        before: int | None = None
+        for i, node in enumerate(self.nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                if before is not None:
+                    each = self.operations[i]
+                    self.operations[i] = replace(each, depends_on=(*each.depends_on, before))
+                before = i
+
+    def _stages(self) -> list[int]:
+        """How many collectives lie behind each operation, on the longest way."""
+        stages = [0] * len(self.nodes)
+        for i, each in enumerate(self.operations):
+            for k in each.depends_on:
+                stages[i] = max(stages[i], stages[k] + (self.operations[k].stream != COMPUTE))
+        return stages
+
+    def priorities(self) -> list[tuple[float | None, list[Priority]]]:
+        """What to try: each skew with replicas in either order, and the critical path first."""
+        replicas = {node.meta.get(REPLICA) for node in self.nodes} - {None}
+        last = max(replicas, default=0)
+        found: list[tuple[float | None, list[Priority]]] = []
+        for skew in SKEWS if last else SKEWS[:1]:
+            found.append((skew, [self._by_stage(i, skew, 0) for i in range(len(self.nodes))]))
+            if last:
+                found.append(
+                    (-skew, [self._by_stage(i, -skew, last) for i in range(len(self.nodes))])
+                )
+        paths_s = longest_paths_s(self.operations)
+        critical: list[Priority] = [
+            FILLER if node in self.fillers else (-path_s, float(i))
+            for i, (node, path_s) in enumerate(zip(self.nodes, paths_s, strict=True))
+        ]
+        return [*found, (None, critical)]
+
+    def _by_stage(self, i: int, skew: float, first: int) -> Priority:
+        node = self.nodes[i]
+        place = float(node.meta.get(PLACE, i))
+        if node in self.fillers:
+            return (*FILLER, place)
+        replica = node.meta.get(REPLICA)
+        lag = 0.0 if replica is None else abs(skew) * abs(replica - first)
+        return (self.stages[i] + lag, abs((replica or 0) - first), place)
+
+    def written(self, launches: Sequence[int]) -> Module:
+        graph = fx.Graph()
+        copies: dict[Node, Node] = {}
+
+        def write(node: Node) -> None:
+            stack = [node]
+            while stack:
+                top = stack[-1]
+                missing = [x for x in top.all_input_nodes if x not in copies]
+                if missing:
+                    stack += missing
+                    continue
+                stack.pop()
+                if top not in copies:
+                    copies[top] = graph.node_copy(top, lambda x: copies[x])
+
+        for node in self.module.graph.find_nodes(op="placeholder"):
+            write(node)
+        for i in launches:
+            write(self.nodes[i])
+        (outputs,) = self.module.graph.output_node().args
+        for node in outputs:
+            if isinstance(node, fx.Node):
+                write(node)
+        graph.output(fx.map_arg(outputs, lambda x: copies[x]))
+        return fx.GraphModule(self.module, graph)
+
+
+def _is_free(node: Node) -> bool:
+    return is_view(node) or is_wait(node) or not isinstance(node.target, torch._ops.OpOverload)
+
+
+def _num_bytes(node: Node) -> int:
+    value = node.meta["val"]
+    values = value if isinstance(value, tuple | list) else [value]
+    return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))
+
+
+def _weight_arguments(graph: Graph) -> dict[str, set[int]]:
+    """Arguments of each template that are parameters in every call of it."""
+    found: dict[str, set[int]] = {}
+    for node in graph.root.graph.nodes:
+        called = call_of(node)
+        if called is None or called[1] != FORWARD:
+            continue
+        weights = {i for i, x in enumerate(node.args[2:]) if _is_weight(x)}
+        found[called[0]] = found.get(called[0], weights) & weights
+    return found
+
+
+def _is_weight(node: object) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "placeholder"
+        and node.meta["val"].role in (Role.PARAMETER, Role.BUFFER)
+    )
+
+
+def _fillers(template: Template, weights: set[int]) -> set[Node]:
+    """Nodes of the backward on which only gradients of weights rest."""
+    assert template.backward is not None
+    graph = template.backward.graph
+    wanted = [i for i, gradient in enumerate(template.gradients) if gradient is not None]
+    outputs = graph.output_node().args[0]
+    stack = [node for node, i in zip(outputs, wanted, strict=True) if i not in weights]
+    stack += [node for node in graph.nodes if is_collective(node)]
+    needed: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    return {n for n in graph.nodes if n.op == "call_function" and n not in needed}

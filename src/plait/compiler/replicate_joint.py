@@ -1,0 +1,272 @@
+"""A joint graph with its proven region split: each node of it stands there once for each replica.
+
+What is not in the region keeps all tokens: it takes the parts of a value put together (`cat`), and
+the region takes parts of what it makes (`slice`). So weight gradients stay one product. Where
+something whole is needed of a forward value, the backward takes slices of that instead of the parts:
+one of both is kept, not two.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from plait.compiler.token_rules import Tokens, part_dim
+from plait.compiler.tokens import Certificate
+from plait.graph.graph import Module, Node
+from plait.graph.partition import backward_nodes, is_view
+
+PLACE, REPLICA = "place", "replica"
+"""What a node's metadata say: where its original stood, and for which replica it works."""
+
+_aten = torch.ops.aten
+_map_nodes: Any = map_arg
+_SIZED = {
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.reshape.default,
+    _aten.expand.default,
+}
+_VIEWS = {_aten.view.default, _aten._unsafe_view.default}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How many of the tokens each replica has."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All tokens."""
+        return sum(self.sizes)
+
+    def bounds(self, length: int) -> list[tuple[int, int]]:
+        """Where the parts of a dim of this size start and stop; it is a multiple or a share."""
+        ends = [end * length // self.total for end in accumulate(self.sizes)]
+        assert all(end * length % self.total == 0 for end in accumulate(self.sizes)), length
+        return list(zip([0, *ends], ends, strict=False))
+
+
+def replicate_joint(
+    joint: Module,
+    certificate: Certificate,
+    parts: Parts,
+    *,
+    num_tangents: int,
+    results_in_parts: Sequence[bool],
+) -> Module:
+    """Split the region of a joint graph.
+
+    Inputs in the region become one input for each part; results_in_parts says for each output
+    whether it becomes one for each part, too.
+    """
+    writer = _Writer(joint, certificate, parts, num_tangents)
+    return writer.write(results_in_parts)
+
+
+class _Writer:
+    def __init__(
+        self, joint: Module, certificate: Certificate, parts: Parts, num_tangents: int
+    ) -> None:
+        self.joint, self.certificate, self.parts = joint, certificate, parts
+        self.nodes = list(joint.graph.nodes)
+        placeholders = joint.graph.find_nodes(op="placeholder")
+        first_tangent = len(placeholders) - num_tangents
+        self.backward = backward_nodes(self.nodes, placeholders[first_tangent:])
+        self.graph = fx.Graph()
+        self.at = {node: i for i, node in enumerate(self.nodes)}
+        self.whole: dict[Node, Node] = {}
+        self.split: dict[Node, list[Node]] = {}
+        self.slices: dict[tuple[Node, int, int], Node] = {}
+        self.mode = next(
+            node.meta["val"].fake_mode
+            for node in placeholders
+            if isinstance(node.meta.get("val"), Tensor)
+        )
+
+    def write(self, results_in_parts: Sequence[bool]) -> Module:
+        outputs = self.joint.graph.output_node().args[0]
+        self.needed = self.needed_whole(outputs, results_in_parts)
+        for node in self.nodes:
+            if node.op == "placeholder":
+                self.placeholder(node)
+            elif node.op == "get_attr":
+                self.whole[node] = self.graph.node_copy(node)
+            elif node.op == "call_function":
+                self.operator(node)
+        results = []
+        for node, in_parts in zip(outputs, results_in_parts, strict=True):
+            if not isinstance(node, fx.Node):
+                results += [node] * (len(self.parts.sizes) if in_parts else 1)
+            elif in_parts:
+                results += self.parts_of(node)
+            else:
+                results.append(self.whole_of(node))
+        self.graph.output(tuple(results))
+        return fx.GraphModule(self.joint, self.graph)
+
+    def needed_whole(self, outputs: Sequence, results_in_parts: Sequence[bool]) -> set[Node]:
+        """Nodes of the region of which something outside needs all tokens."""
+        region = self.certificate.region
+        users = [
+            source
+            for node in self.nodes
+            if node.op == "call_function" and node not in region
+            for source in node.all_input_nodes
+        ]
+        users += [
+            node
+            for node, in_parts in zip(outputs, results_in_parts, strict=True)
+            if not in_parts and isinstance(node, fx.Node)
+        ]
+        return {self.seen_by(node) for node in users} & region
+
+    def seen_by(self, node: Node) -> Node:
+        """What a view of the region looks at in the end."""
+        while node in self.certificate.region and is_view(node):
+            node = node.args[0]
+        return node
+
+    def placeholder(self, node: Node) -> None:
+        if node not in self.certificate.region:
+            self.whole[node] = self.graph.node_copy(node)
+            return
+        tokens = self.certificate.tokens[node]
+        assert isinstance(tokens, Tokens)
+        self.split[node] = []
+        for i, (start, stop) in enumerate(self.parts.bounds(tokens.length)):
+            copy = self.graph.placeholder(f"{node.name}_part{i}")
+            copy.meta = dict(node.meta)
+            with self.mode:
+                part = node.meta["val"].narrow(tokens.dim, start, stop - start)
+                copy.meta["val"] = torch.empty_like(part)
+            self.split[node].append(copy)
+
+    def operator(self, node: Node) -> None:
+        if node not in self.certificate.region:
+            self.whole[node] = self.copy(node, self.whole_of)
+            return
+        self.split[node] = [
+            self.copy(node, lambda x, i=i: self.operand(node, x, i), part=i)
+            for i in range(len(self.parts.sizes))
+        ]
+        if node in self.needed and node not in self.backward:
+            self.whole_of(node)
+
+    def operand(self, node: Node, source: Node, i: int) -> Node:
+        """What replica i of a node takes for an operand."""
+        region, tokens = self.certificate.region, self.certificate.tokens
+        if source in region:
+            late = node in self.backward and source not in self.backward
+            if late and self.seen_by(source) in self.needed:
+                return self.slice(source, tokens[source], i)
+            return self.split[source][i]
+        dim = part_dim(node, source, tokens)
+        if dim is None:
+            return self.whole_of(source)
+        length = source.meta["val"].shape[dim]
+        return self.slice(source, Tokens(dim, length, self.parts.total), i)
+
+    def parts_of(self, node: Node) -> list[Node]:
+        """Parts as they leave: laid out like the whole, without what lies between the parts."""
+        tokens = self.certificate.tokens[node]
+        count = len(self.parts.sizes)
+        parts = self.split.get(node) or [self.slice(node, tokens, i) for i in range(count)]
+        return [self.laid_out(part, node) for part in parts]
+
+    def laid_out(self, part: Node, node: Node) -> Node:
+        value = part.meta["val"]
+        whole = node.meta["val"]
+        order = sorted(range(value.dim()), key=lambda d: (-whole.stride(d), d))
+        stride, wanted = 1, {}
+        for dim in reversed(order):
+            wanted[dim] = stride
+            stride *= value.shape[dim]
+        if all(n == 1 or wanted[d] == value.stride(d) for d, n in enumerate(value.shape)):
+            return part
+        back = [order.index(dim) for dim in range(value.dim())]
+        part = self.call(_aten.permute.default, (part, order), {}, node)
+        kwargs = {"memory_format": torch.contiguous_format}
+        part = self.call(_aten.clone.default, (part,), kwargs, node)
+        return self.call(_aten.permute.default, (part, back), {}, node)
+
+    def slice(self, source: Node, tokens: object, i: int) -> Node:
+        assert isinstance(tokens, Tokens), source.format_node()
+        key = (source, tokens.dim, i)
+        if key not in self.slices:
+            start, stop = self.parts.bounds(tokens.length)[i]
+            whole = self.whole_of(source)
+            self.slices[key] = self.call(
+                _aten.slice.Tensor, (whole, tokens.dim, start, stop), {}, source
+            )
+            if source not in self.backward:  # where its operand is made, not where it is used
+                self.slices[key].meta.pop("partitioner_tag", None)
+        return self.slices[key]
+
+    def whole_of(self, node: Node) -> Node:
+        if node not in self.whole:
+            if is_view(node):
+                self.whole[node] = self.copy(node, self.whole_of)
+            else:
+                tokens = self.certificate.tokens[node]
+                assert isinstance(tokens, Tokens)
+                parts = self.split[node]
+                self.whole[node] = self.call(_aten.cat.default, (parts, tokens.dim), {}, node)
+        return self.whole[node]
+
+    def copy(self, node: Node, operand: Callable[[Node], Node], part: int | None = None) -> Node:
+        args, kwargs = _map_nodes((node.args, node.kwargs), operand)
+        if part is not None:
+            args = self.sized(node, args, part)
+        copy = self.call(node.target, args, kwargs, node)
+        copy.meta[PLACE], copy.meta[REPLICA] = self.at[node], part
+        return copy
+
+    def sized(self, node: Node, args: tuple, part: int) -> tuple:
+        """The arguments with the sizes of a part in place of those of the whole."""
+        tokens = self.certificate.tokens[node]
+        if node.target in _SIZED:
+            assert isinstance(tokens, Tokens)
+            start, stop = self.parts.bounds(tokens.length)[part]
+            shape = list(node.meta["val"].shape)
+            shape[tokens.dim] = stop - start
+            return (args[0], shape)
+        if node.target is _aten.split.Tensor and isinstance(tokens, tuple):
+            first, source = tokens[0], self.certificate.tokens[node.args[0]]
+            assert isinstance(first, Tokens) and isinstance(source, Tokens)
+            if first != source:  # it takes shards of the tokens
+                start, stop = self.parts.bounds(first.length)[part]
+                return (args[0], stop - start, *args[2:])
+        return args
+
+    def call(self, target: Any, args: tuple, kwargs: dict, like: Node) -> Node:
+        """Write a node, and find out what it makes."""
+        value = self.value_of(target, args, kwargs)
+        if value is None:  # the part of a value may lie otherwise than the whole
+            target = _aten.reshape.default
+            value = self.value_of(target, args, kwargs)
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {key: x for key, x in like.meta.items() if key != "val"}
+        node.meta["val"] = value
+        return node
+
+    def value_of(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        values = _map_nodes((args, kwargs), lambda node: node.meta["val"])
+        if target is operator.getitem:
+            return values[0][0][values[0][1]]
+        try:
+            with self.mode:
+                return target(*values[0], **values[1])
+        except (RuntimeError, ValueError):
+            if target in _VIEWS:
+                return None
+            raise

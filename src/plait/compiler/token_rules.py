@@ -1,0 +1,540 @@
+"""Rules of token independence, operator by operator.
+
+A rule is given the dims of tokens of a node's operands and returns those of its result, or a `Stop`
+that says why the node must see all tokens at once. A rule may be wrong about what a dim means, never
+about what a node computes: a value that is whole may be sliced along any dim, and what is
+independent along it may be computed slice by slice.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from plait.graph.graph import Node
+
+_aten = torch.ops.aten
+_c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The dim of a value that counts tokens (or samples of the batch), and its size.
+
+    total: how many there are in all; the dim may be folded with what follows, then length is a
+    multiple. is_shard: the rank's share of the tokens under sequence parallelism. num_copies: the
+    dim holds so many sets of tokens one after the other, one for each rank.
+    """
+
+    dim: int
+    length: int
+    total: int
+    is_shard: bool = False
+    num_copies: int = 1
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether a slice of the dim is a part of the tokens."""
+        return not self.is_shard and self.num_copies == 1
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The node is not split. tokens: where they are in its result, which is whole."""
+
+    reason: str = ""
+    tokens: object = None
+
+
+Result = Tokens | tuple | Stop
+Known = Mapping[Node, object]
+Rule = Callable[[Node, Known, set], Result]
+
+
+def rule_of(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """Apply the rule of the node's operator. At least one operand has tokens."""
+    target = node.target
+    if target in _RULES:
+        return _RULES[target](node, tokens, region)
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return _pointwise(node, tokens, region)
+    return Stop(f"no rule knows {target}")
+
+
+def is_order_free(node: Node, tokens: Known) -> bool:
+    """Whether the node sums over all tokens, in whatever order they are: weight gradients."""
+    if node.target is _aten.sum.dim_IntList:
+        found = tokens.get(node.args[0])
+        return isinstance(found, Tokens) and found.dim in _dims(node.args[1], node.args[0])
+    if node.target is _aten.sum.default:
+        return True
+    if node.target is _aten.mm.default:
+        left, right = (tokens.get(x) for x in node.args[:2])
+        return (
+            isinstance(left, Tokens)
+            and isinstance(right, Tokens)
+            and (left.dim, right.dim) == (1, 0)
+            and left.is_shard == right.is_shard
+            and left.num_copies == right.num_copies == 1
+        )
+    return False
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """Shape of what the node makes."""
+    return tuple(node.meta["val"].shape)
+
+
+def _dims(given: object, node: Node) -> set[int]:
+    dims = [given] if isinstance(given, int) else list(given or range(node.meta["val"].dim()))
+    return {dim % max(node.meta["val"].dim(), 1) for dim in dims}
+
+
+def _operand(node: Node, tokens: Known, i: int = 0) -> Tokens | None:
+    found = tokens.get(node.args[i]) if isinstance(node.args[i], torch.fx.Node) else None
+    return found if isinstance(found, Tokens) else None
+
+
+def _pointwise(node: Node, tokens: Known, region: set[Node]) -> Result:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return Stop(f"{node.target} makes several results")
+    found: Tokens | None = None
+    labelled = sorted(
+        (x for x in node.all_input_nodes if isinstance(tokens.get(x), Tokens)),
+        key=lambda x: x not in region,
+    )
+    for source in labelled:
+        given = tokens[source]
+        assert isinstance(given, Tokens)
+        dim = given.dim + value.dim() - source.meta["val"].dim()
+        here = replace(given, dim=dim)
+        if value.shape[dim] != given.length:
+            return Stop(f"{source.name} is broadcast along its tokens")
+        if found is None:
+            found = here
+        elif here != found and (source in region or not here.is_natural or not found.is_natural):
+            return Stop(f"its operands have their tokens in different places: {found}, {here}")
+    assert found is not None
+    if not found.is_natural:
+        for source in node.all_input_nodes:
+            if source not in labelled and _aligned(source, value, found.dim):
+                return Stop(f"{source.name} is in the order of ranks, its other operand is not")
+    return found
+
+
+def _aligned(source: Node, value: Tensor, dim: int) -> bool:
+    """Whether the operand has a size of its own along that dim of the result."""
+    own = source.meta.get("val")
+    if not isinstance(own, Tensor):
+        return False
+    at = dim - (value.dim() - own.dim())
+    return at >= 0 and own.shape[at] != 1
+
+
+def _view(node: Node, tokens: Known, region: set[Node]) -> Result:
+    source = node.args[0]
+    given = _operand(node, tokens)
+    assert given is not None
+    return refold(shape_of(source), shape_of(node), given) or Stop(
+        f"a view from {list(shape_of(source))} to {list(shape_of(node))} mixes tokens and others"
+    )
+
+
+def refold(before: Sequence[int], after: Sequence[int], given: Tokens) -> Tokens | None:
+    """Find the dim of tokens after a view, or None if it is no longer a dim of its own."""
+    in_front = math.prod(before[: given.dim])
+    passed = 1
+    for dim, size in enumerate(after):
+        if size == 1 and given.length != 1:
+            continue
+        if passed == in_front:
+            if size == given.length:
+                return replace(given, dim=dim)
+            if in_front == 1 and size % given.length == 0:
+                return replace(given, dim=dim, length=size)  # folded with what follows
+            if in_front == 1 and given.length % size == 0:
+                return _unfolded(dim, size, after, given)
+            return None
+        if given.is_shard and passed == 1 and size == in_front * given.length:
+            # Shards of all ranks, one after the other, are all tokens.
+            return replace(given, dim=dim, length=size, is_shard=False)
+        passed *= size
+        if passed > in_front:
+            return None
+    return None
+
+
+def _unfolded(dim: int, size: int, after: Sequence[int], given: Tokens) -> Tokens | None:
+    """Tokens that were one dim are now two: the ranks' shards, or tokens and what was folded in."""
+    if given.is_shard or size % given.total == 0:
+        return replace(given, dim=dim, length=size)
+    inner = given.length // size
+    if dim + 1 < len(after) and after[dim + 1] == inner:
+        return replace(given, dim=dim + 1, length=inner, is_shard=True)
+    return None
+
+
+def _transpose(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given, rank = _operand(node, tokens), node.meta["val"].dim()
+    assert given is not None
+    first, second = (0, 1) if node.target is _aten.t.default else node.args[1:3]
+    swap = {first % rank: second % rank, second % rank: first % rank}
+    return replace(given, dim=swap.get(given.dim, given.dim))
+
+
+def _permute(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    order = [dim % len(node.args[1]) for dim in node.args[1]]
+    return replace(given, dim=order.index(given.dim))
+
+
+def _unsqueeze(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    at = node.args[1] % node.meta["val"].dim()
+    return replace(given, dim=given.dim + (at <= given.dim))
+
+
+def _squeeze(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    source = node.args[0].meta["val"]
+    dims = _dims(node.args[1], node.args[0]) if len(node.args) > 1 else set(range(source.dim()))
+    gone = [dim for dim in dims if source.shape[dim] == 1]
+    if given.dim in gone:
+        return Stop("a single token is squeezed away")
+    return replace(given, dim=given.dim - sum(dim < given.dim for dim in gone))
+
+
+def _expand(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    dim = given.dim + node.meta["val"].dim() - node.args[0].meta["val"].dim()
+    return replace(given, dim=dim)
+
+
+def _along(position: int, default: object = None) -> Rule:
+    """Rule of an operator that works along the dims in an argument, keeping all dims."""
+
+    def rule(node: Node, tokens: Known, region: set[Node]) -> Result:
+        result = _pointwise(node, tokens, region)
+        if not isinstance(result, Tokens):
+            return result
+        given = node.args[position] if len(node.args) > position else default
+        if result.dim in _dims(given, node.args[0]):
+            return Stop(f"{node.target} works along the tokens", result)
+        return result
+
+    return rule
+
+
+def _reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    dims = _dims(node.args[1] if len(node.args) > 1 else None, node.args[0])
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if given.dim in dims:
+        return Stop("it sums over tokens")
+    dim = given.dim if keep else given.dim - sum(each < given.dim for each in dims)
+    result = replace(given, dim=dim)
+    value = node.meta["val"]
+    return tuple(result for _ in value) if isinstance(value, tuple | list) else result
+
+
+def _mm(node: Node, tokens: Known, region: set[Node]) -> Result:
+    left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
+    if (left is not None and left.dim == 1) or (right is not None and right.dim == 0):
+        return Stop("it sums over tokens")
+    if left is not None and right is not None:
+        return Stop("both of its operands have tokens", left)
+    return left or replace(right, dim=1)
+
+
+def _addmm(node: Node, tokens: Known, region: set[Node]) -> Result:
+    left, right = _operand(node, tokens, 1), _operand(node, tokens, 2)
+    if left is None or right is not None or left.dim == 1:
+        return Stop("it sums over tokens")
+    bias = node.args[0].meta["val"]
+    if bias.dim() > 1 and bias.shape[0] != 1:
+        return Stop("its first operand has rows")
+    return left
+
+
+def _bmm(node: Node, tokens: Known, region: set[Node]) -> Result:
+    left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
+    if left is not None and right is not None and (left.dim, right.dim) == (0, 0):
+        return left if left == right else Stop("its operands are folded differently")
+    if left is not None and left.dim == 1 and (right is None or node.args[1] not in region):
+        return left  # rows of the left operand, against all of the right
+    if (left is not None and left.dim == 2) or (right is not None and right.dim == 1):
+        return Stop("it sums over tokens", None)
+    return Stop("each of its tokens needs the others", left and replace(left, dim=1))
+
+
+def _split(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    dim = (node.args[2] if len(node.args) > 2 else 0) % node.args[0].meta["val"].dim()
+    parts = node.meta["val"]
+    if dim != given.dim:
+        return tuple(given for _ in parts)
+    sizes = {part.shape[dim] for part in parts}
+    (size,) = sizes if len(sizes) == 1 else (0,)
+    if given.num_copies == len(parts):
+        return tuple(replace(given, length=size, num_copies=1) for _ in parts)
+    if size == 0 or not given.is_natural:
+        return Stop("it takes tokens apart")
+    return tuple(replace(given, length=size, is_shard=True) for _ in parts)
+
+
+def _getitem(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = tokens.get(node.args[0])
+    found = given[node.args[1]] if isinstance(given, tuple) else None
+    if not isinstance(found, Tokens):
+        return Stop()
+    return found if node.args[0] in region else Stop(tokens=found)
+
+
+def _cat(node: Node, tokens: Known, region: set[Node]) -> Result:
+    value = node.meta["val"]
+    dim = (node.args[1] if len(node.args) > 1 else 0) % value.dim()
+    found = {tokens.get(x) for x in node.args[0]}
+    (given,) = found if len(found) == 1 else (None,)
+    if not isinstance(given, Tokens):
+        return Stop("not all of its operands have their tokens in the same place")
+    if dim != given.dim:
+        return given
+    if given.num_copies > 1:
+        return Stop("it puts tokens behind others")
+    if given.is_shard:
+        return replace(given, length=value.shape[dim], is_shard=False)
+    return replace(given, length=value.shape[dim], num_copies=len(node.args[0]))
+
+
+def _slice(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    value = node.meta["val"]
+    if value.shape[given.dim] != given.length or value.dim() != node.args[0].meta["val"].dim():
+        return Stop("it takes some of the tokens")
+    return given
+
+
+def _select(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    dim = node.args[1] % node.args[0].meta["val"].dim()
+    if dim == given.dim:
+        return Stop("it takes one token")
+    return replace(given, dim=given.dim - (dim < given.dim))
+
+
+def _embedding(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens, 1)
+    return given if given is not None else Stop("its table has tokens")
+
+
+def _index_put(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """With one mask over the first dims, it sets rows to a number."""
+    given = _operand(node, tokens)
+    indices, value = node.args[1], node.args[2].meta["val"]
+    mask = indices[0].meta["val"] if len(indices) == 1 and indices[0] is not None else None
+    if given is None or mask is None or mask.dtype is not torch.bool or value.numel() != 1:
+        return Stop("it writes to places that are known only when it runs")
+    if given.dim >= mask.dim() or tokens.get(indices[0]) not in (given, None):
+        return Stop("its mask has tokens in another place")
+    return given
+
+
+def _layer_norm(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    if given.dim >= node.args[0].meta["val"].dim() - len(node.args[1]):
+        return Stop("it takes the mean over tokens")
+    return tuple(given for _ in node.meta["val"])
+
+
+def _layer_norm_backward(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """Of the gradient of the input only; `prepare.py` puts those of the weights apart."""
+    given = _operand(node, tokens)
+    mask = node.args[-1]
+    if mask[0] and not any(mask[1:]) and given is not None:
+        return (given, *(None for _ in mask[1:]))
+    return Stop("it sums over tokens")
+
+
+def _all_reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    return given
+
+
+def _all_gather(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    if given.dim != 0:
+        return given
+    length = node.meta["val"].shape[0]
+    if given.is_shard:
+        return replace(given, length=length, is_shard=False)
+    return replace(given, length=length, num_copies=length // given.length)
+
+
+def _reduce_scatter(node: Node, tokens: Known, region: set[Node]) -> Result:
+    given = _operand(node, tokens)
+    assert given is not None
+    if given.dim != 0:
+        return given
+    length = node.meta["val"].shape[0]
+    if given.num_copies == given.length // length:
+        return replace(given, length=length, num_copies=1)
+    if not given.is_natural:
+        return Stop("it scatters shards")
+    return replace(given, length=length, is_shard=True)
+
+
+def _attention(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """Independent along the batch; along the tokens whole, and known to keep them in place."""
+    given = _operand(node, tokens)
+    value = node.meta["val"]
+    first = value[0] if isinstance(value, tuple | list) else value
+    if given is None or first.dim() != node.args[0].meta["val"].dim():
+        return Stop("attention takes each token with others")
+    operands = [tokens.get(x) for x in node.all_input_nodes if x.meta["val"].dim() >= 3]
+    is_batch = given.dim == 0 and all(x == given for x in operands)
+    labels = []
+    for each in value if isinstance(value, tuple | list) else (value,):
+        fits = (
+            isinstance(each, Tensor)
+            and each.dim() > given.dim
+            and each.shape[given.dim] == given.length
+        )
+        labels.append(given if fits else None)
+    found = tuple(labels) if isinstance(value, tuple | list) else labels[0]
+    if is_batch and labels[0] is not None:
+        return found
+    return Stop("attention takes each token with others", found)
+
+
+def _passes(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """Mixes tokens, and leaves them where they are."""
+    given = _operand(node, tokens)
+    value = node.meta["val"]
+    fits = given is not None and isinstance(value, Tensor) and value.shape == shape_of(node.args[0])
+    return Stop(f"{node.target} takes each token with others", given if fits else None)
+
+
+_VIEWS = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias)
+_ALONG: dict[object, Rule] = {
+    _aten._softmax.default: _along(1),
+    _aten._log_softmax.default: _along(1),
+    _aten._softmax_backward_data.default: _along(2),
+    _aten._log_softmax_backward_data.default: _along(2),
+    _aten.cumsum.default: _along(1),
+    _aten.flip.default: _along(1),
+    _aten.roll.default: _along(2),
+}
+_RULES: dict[object, Rule] = {
+    **_ALONG,
+    operator.getitem: _getitem,
+    _aten.t.default: _transpose,
+    _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
+    _aten.unsqueeze.default: _unsqueeze,
+    _aten.squeeze.dim: _squeeze,
+    _aten.squeeze.dims: _squeeze,
+    _aten.squeeze.default: _squeeze,
+    _aten.expand.default: _expand,
+    _aten.clone.default: _pointwise,
+    _aten._to_copy.default: _pointwise,
+    _aten.contiguous.default: _pointwise,
+    _aten.alias.default: _pointwise,
+    _aten.detach.default: _pointwise,
+    _aten.zeros_like.default: _pointwise,
+    _aten.ones_like.default: _pointwise,
+    _aten.full_like.default: _pointwise,
+    _aten.tril.default: _passes,
+    _aten.triu.default: _passes,
+    _aten.slice.Tensor: _slice,
+    _aten.select.int: _select,
+    _aten.split.Tensor: _split,
+    _aten.split_with_sizes.default: _split,
+    _aten.cat.default: _cat,
+    _aten.mm.default: _mm,
+    _aten.addmm.default: _addmm,
+    _aten.bmm.default: _bmm,
+    _aten.embedding.default: _embedding,
+    _aten.index_put.default: _index_put,
+    _aten.mean.dim: _reduce,
+    _aten.sum.dim_IntList: _reduce,
+    _aten.amax.default: _reduce,
+    _aten.amin.default: _reduce,
+    _aten.argmax.default: _reduce,
+    _aten.logsumexp.default: _reduce,
+    _aten.var_mean.correction: _reduce,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
+    _c10d.wait_tensor.default: _all_reduce,
+    _c10d.all_reduce.default: _all_reduce,
+    _c10d.all_gather_into_tensor.default: _all_gather,
+    _c10d.reduce_scatter_tensor.default: _reduce_scatter,
+    **{overload: _view for packet in _VIEWS for overload in [packet.default]},
+}
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+for _name in _ATTENTION:
+    for _suffix in ("", "_backward"):
+        _packet = getattr(_aten, _name + _suffix, None)
+        if _packet is not None:
+            _RULES[_packet.default] = _attention
+
+
+def part_dim(node: Node, operand: Node, tokens: Known) -> int | None:
+    """The dim along which a whole operand is sliced for a part of a node; None: not at all."""
+    result = tokens[node]
+    given = tokens.get(operand)
+    dim = given.dim if isinstance(given, Tokens) else None
+    target = node.target
+    if target in (_aten.mm.default, _aten.bmm.default):
+        assert isinstance(result, Tokens)
+        by_rows = target is _aten.bmm.default and result.dim == 0
+        side = result.dim if target is _aten.mm.default else 0
+        return dim if by_rows or operand is node.args[side] else None
+    if target is _aten.addmm.default:
+        return dim if operand is node.args[1] else None
+    if target is _aten.embedding.default:
+        return dim if operand is node.args[1] else None
+    if target is _aten.index_put.default:
+        return result.dim if operand is node.args[0] or operand in node.args[1] else None
+    if isinstance(result, Tokens) and _is_pointwise(target):
+        value, own = node.meta["val"], operand.meta["val"]
+        if not isinstance(own, Tensor):
+            return None
+        at = result.dim - (value.dim() - own.dim())
+        return at if at >= 0 and own.shape[at] == result.length and own.shape[at] != 1 else None
+    return dim
+
+
+def _is_pointwise(target: object) -> bool:
+    return (
+        _RULES.get(target) is _pointwise
+        or target in _ALONG
+        or (
+            target not in _RULES
+            and isinstance(target, torch._ops.OpOverload)
+            and torch.Tag.pointwise in target.tags
+        )
+    )

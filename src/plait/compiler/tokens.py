@@ -1,0 +1,150 @@
+"""Proof that nodes treat tokens apart: which of them may run on one part of the tokens at a time.
+
+Walks a joint graph in order and says of each value which dim counts tokens, and of each node whether
+its result for some tokens rests on just those tokens of its operands. The rules of one operator
+stand in `token_rules.py`; here they are put together, checked at the edges, and kept as a
+`Certificate`: what was proven, and for every node that stopped the proof, why.
+
+A value is *natural* when its tokens stand in the order of the program. Under sequence parallelism a
+rank holds a *shard* of them; split by replicas, it holds its share of each replica's tokens instead.
+So shards may not leave the region, except into sums over all of them.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from plait.compiler.token_rules import Stop, Tokens, is_order_free, rule_of
+from plait.graph.graph import Module, Node
+from plait.graph.partition import is_view
+from plait.graph.source import source_of
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node is not split: an operator that mixes tokens, or that no rule knows."""
+
+    node: str
+    operator: str
+    reason: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        """As in "aten.cumsum.default (model.py:12): it sums along the tokens"."""
+        where = f" ({self.source})" if self.source else ""
+        return f"{self.operator}{where}: {self.reason}"
+
+
+@dataclass
+class Certificate:
+    """What is proven of a joint graph.
+
+    tokens: of each value that has them, the dim of tokens (of a node with several results, of
+    each). region: nodes that may be split. refusals: those with tokens that may not.
+    """
+
+    tokens: dict[Node, object] = field(default_factory=dict)
+    region: set[Node] = field(default_factory=set)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Each operator of the region with its count, then what is left out and why."""
+        split = Counter(str(node.target) for node in self.region if node.op == "call_function")
+        lines = [f"split along tokens: {sum(split.values())} nodes"]
+        lines += [f"  {count:4} {name}" for name, count in sorted(split.items())]
+        lines += [f"whole: {refusal}" for refusal in self.refusals]
+        return "\n".join(lines)
+
+
+def prove(
+    joint: Module,
+    given: Mapping[Node, Tokens],
+    parts: set[Node],
+    *,
+    whole_outputs: Collection[Node] = (),
+) -> Certificate:
+    """Prove what can be split in a joint graph.
+
+    given: the dim of tokens of inputs. parts: inputs that arrive in parts; the others are whole.
+    whole_outputs: nodes whose values leave the graph whole.
+    """
+    found = Certificate(tokens=dict(given), region=set(parts))
+    stops: dict[Node, str] = {}
+    for node in joint.graph.nodes:
+        if node.op == "call_function":
+            _take(node, found, stops)
+    _drop_escaping(joint, found, stops, parts, whole_outputs)
+    found.refusals = [
+        Refusal(node.name, str(node.target), reason, source_of(node))
+        for node, reason in stops.items()
+    ]
+    return found
+
+
+def _take(node: Node, found: Certificate, stops: dict[Node, str]) -> None:
+    sources = node.all_input_nodes
+    if not any(source in found.tokens for source in sources):
+        return
+    is_whole = not any(source in found.region for source in sources)
+    if is_whole and _has_sharded(node, found):
+        is_whole = False  # a shard that is whole has no place here: the rule will say so
+    result = rule_of(node, found.tokens, found.region)
+    if isinstance(result, Stop):
+        if result.tokens is not None:
+            found.tokens[node] = result.tokens
+        if result.reason:
+            stops[node] = result.reason
+        return
+    found.tokens[node] = result
+    if not (is_whole and is_view(node)):  # a view of what is whole stays so: slices are cut later
+        found.region.add(node)
+
+
+def _has_sharded(node: Node, found: Certificate) -> bool:
+    return any(
+        isinstance(found.tokens.get(source), Tokens) and not found.tokens[source].is_natural
+        for source in node.all_input_nodes
+    )
+
+
+def _drop_escaping(
+    joint: Module,
+    found: Certificate,
+    stops: dict[Node, str],
+    parts: set[Node],
+    whole_outputs: Collection[Node],
+) -> None:
+    """Take nodes out until no shard crosses the region's edge, other than into a sum over all."""
+    changed = True
+    while changed:
+        changed = False
+        for node in joint.graph.nodes:
+            reason = _escape(node, found, whole_outputs)
+            if reason and node not in parts:
+                found.region.discard(node)
+                stops[node] = reason
+                changed = True
+
+
+def _escape(node: Node, found: Certificate, whole_outputs: Collection[Node]) -> str | None:
+    if node not in found.region or node.op != "call_function":
+        return None
+    for source in node.all_input_nodes:
+        tokens = found.tokens.get(source)
+        if isinstance(tokens, Tokens) and not tokens.is_natural and source not in found.region:
+            return f"the shard {source.name} is not in the order of replicas"
+    tokens = found.tokens[node]
+    for each in tokens if isinstance(tokens, tuple) else (tokens,):
+        if not isinstance(each, Tokens) or each.is_natural:
+            continue
+        if node in whole_outputs:
+            return "its shard would have to leave whole"
+        for user in node.users:
+            if user.op == "output" or user in found.region or is_order_free(user, found.tokens):
+                continue
+            if not is_view(user) or any(u.op == "output" for u in user.users):
+                return f"its shard is used by {user.name}, which is not split"
+    return None
