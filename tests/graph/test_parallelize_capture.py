@@ -69,10 +69,10 @@ def of_step(name, plan, *, is_local):
     [
         ("our_llama", False, {SUM: 8}),
         ("our_llama", True, {GATHER: 10, SCATTER: 8, SUM: 5}),
-        ("our_qwen3", False, {SUM: 8 + 4}),
+        pytest.param("our_qwen3", False, {SUM: 8 + 4}, marks=pytest.mark.slow),
         ("llama", True, {GATHER: 10, SCATTER: 8, SUM: 5}),
         ("gpt2", True, {GATHER: 10, SCATTER: 8, SUM: 2 * (4 + 2) + 2}),
-        ("phi3", False, {SUM: 8}),
+        pytest.param("phi3", False, {SUM: 8}, marks=pytest.mark.slow),
         ("olmo2", False, {SUM: 8 + 2 * 4}),
     ],
 )

@@ -190,7 +190,10 @@ def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
     return _collectives.wait_tensor(_collectives.reduce_scatter_tensor(parts, "sum", size, group))
 
 
-def _own(x: Tensor, dim: int, size: int, rank: int) -> Tensor:
-    length = x.shape[dim] // size
+def _own(x: Tensor, dim: int, size: int, rank: Any) -> Tensor:
+    if isinstance(rank, int):
+        own = x.chunk(size, dim)[rank]
+    else:  # where one process computes all ranks (torch's LocalTensorMode), it is no plain number
+        own = x.narrow(dim, rank * (x.shape[dim] // size), x.shape[dim] // size)
     # A copy, as the slice of a batch of one would keep the strides of the whole.
-    return x.narrow(dim, rank * length, length).clone(memory_format=torch.contiguous_format)
+    return own.clone(memory_format=torch.contiguous_format)
