@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -9,7 +10,7 @@ from plait.errors import PlanError
 from plait.graph.parallelize import keep_local_parameters, parallelize, whole_parameter
 from plait.graph.plan_mesh import plan_mesh
 from plait.plan.parallel_plan import ParallelPlan
-from tests.graph.spread_models import MODELS, loss, own, tokens
+from tests.graph.spread_models import MODELS, hugging_face, loss, own, tokens
 
 # float32; sums over features are taken in parts, and the parts added: measured 1e-6 of the largest
 # gradient of a parameter with one process, up to 4e-6 spread.
@@ -91,6 +92,28 @@ def test_embedding_by_vocabulary_and_head_by_column_on_request(name, sp):
     assert distance(gradients, expected_gradients) < TOLERANCE
 
 
+def test_an_unlisted_family_is_spread_by_its_own_plan():
+    def qwen2():
+        return hugging_face("Qwen2")
+
+    expected, expected_gradients = reference(qwen2)
+    found, gradients = spread_step(qwen2, ParallelPlan(tp=4))
+    torch.testing.assert_close(found, expected, rtol=LOSS_TOLERANCE, atol=0)
+    assert distance(gradients, expected_gradients) < TOLERANCE
+
+
+def test_any_model_is_spread_by_its_users_rules():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    plan = ParallelPlan(tp=2)
+    with plan_mesh(plan) as mesh, LocalTensorMode(2) as mode:
+        parallelize(model, plan, mesh, rules={"0": "column", "2": "row", "3": "whole"})
+        found = one(model(mode.rank_map(lambda _: x.clone())))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_norms_on_own_heads_need_the_sum_of_their_gradients():
     _, expected = reference(MODELS["our_qwen3"])
     rules = {"layers.*.self_attn.q_norm": "whole"}
@@ -149,6 +172,25 @@ def test_tokens_that_tp_does_not_divide_are_refused_under_sp():
 def test_a_mesh_of_another_size_is_refused():
     with plan_mesh(ParallelPlan(tp=4)) as mesh, pytest.raises(PlanError, match=r"tp=2, the mesh 4"):
         parallelize(own(), ParallelPlan(tp=2), mesh)
+
+
+def test_a_model_is_spread_once():
+    plan = ParallelPlan(tp=2)
+    with plan_mesh(plan) as mesh:
+        model = parallelize(own(), plan, mesh)
+        with pytest.raises(PlanError, match="spread already"):
+            parallelize(model, plan, mesh)
+
+
+def test_a_model_on_the_meta_device_is_spread_without_memory():
+    with torch.device("meta"):
+        model = own()
+    plan = ParallelPlan(tp=4, sp=True)
+    with plan_mesh(plan) as mesh:
+        parallelize(model, plan, mesh)
+        local = model.layers[0].mlp.up_proj.weight
+    assert local.device.type == "meta"
+    assert local.shape == (24, 64)
 
 
 def test_nothing_is_left_of_a_mesh_without_devices():

@@ -5,8 +5,9 @@ import transformers
 from torch import nn
 
 from plait.errors import PlanError
+from plait.plan.find_rules import find_rules
 from plait.plan.parallel_plan import ParallelPlan
-from plait.plan.rules import Rule, Style, find_rules
+from plait.plan.rules import Rule, Style
 from tests.graph.spread_models import MODELS, SHAPE, hugging_face, own
 
 TP = ParallelPlan(tp=2)
@@ -112,3 +113,10 @@ def test_mistakes_in_the_users_rules_are_named():
         find_rules(own(), TP, rules={"layers.up_proj": "column"})
     with pytest.raises(PlanError, match="the head of a Decoder must be 'whole'"):
         find_rules(own(), TP, rules={"lm_head": "column_gathered"})
+
+
+def test_the_loss_of_a_router_is_refused_under_sp():
+    model = hugging_face("Mixtral", num_local_experts=4, output_router_logits=True)
+    assert find_rules(model, TP)
+    with pytest.raises(PlanError, match="a rank routes its own tokens only"):
+        find_rules(model, SP)

@@ -145,7 +145,7 @@ def _scatter(node: Node, groups: dict[str, Group]) -> bool:
 def _own_share(node: Node, group: Group) -> tuple[int, Node] | None:
     """The dim along which a rank keeps its own share, and the node that is that share."""
     if node.target is torch.ops.plait.own_part.default:
-        dim, size, rank = node.args[1:]
+        dim, size, rank = node.args[1:4]
         found = (dim % node.args[0].meta["val"].dim(), node)
         return found if Group(size, rank) == group else None
     if node.target is not _aten.split.Tensor or len(node.meta["val"]) != group.size:

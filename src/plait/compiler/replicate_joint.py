@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from plait.compiler.token_rules import Tokens, part_dim
+from plait.compiler.token_rules import Tokens, part_dim, takes_whole
 from plait.compiler.tokens import Certificate
 from plait.graph.graph import Module, Node
 from plait.graph.partition import backward_nodes, is_view
@@ -120,8 +120,9 @@ class _Writer:
         users = [
             source
             for node in self.nodes
-            if node.op == "call_function" and node not in region
+            if node.op == "call_function"
             for source in node.all_input_nodes
+            if node not in region or takes_whole(node, source, self.certificate.tokens)
         ]
         users += [
             node
@@ -167,6 +168,8 @@ class _Writer:
     def operand(self, node: Node, source: Node, i: int) -> Node:
         """What replica i of a node takes for an operand."""
         region, tokens = self.certificate.region, self.certificate.tokens
+        if takes_whole(node, source, tokens):
+            return self.whole_of(source)
         if source in region:
             late = node in self.backward and source not in self.backward
             if late and self.seen_by(source) in self.needed:

@@ -114,6 +114,8 @@ def is_order_free(node: Node, tokens: Known) -> bool:
         return isinstance(found, Tokens) and found.dim in _dims(node.args[1], node.args[0])
     if node.target is _aten.sum.default:
         return True
+    if node.target is _aten.native_layer_norm_backward.default:
+        return not node.args[-1][0]
     if node.target is _aten.mm.default:
         left, right = (tokens.get(x) for x in node.args[:2])
         return (
@@ -323,11 +325,24 @@ def _bmm(node: Node, tokens: Known, region: set[Node]) -> Result:
     left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
     if left is not None and right is not None and (left.dim, right.dim) == (0, 0):
         return left if left == right else Stop("its operands are folded differently")
-    if left is not None and left.dim == 1 and (right is None or node.args[1] not in region):
+    if left is not None and left.dim == 1 and (right is None or right.is_natural):
         return left  # rows of the left operand, against all of the right
-    if (left is not None and left.dim == 2) or (right is not None and right.dim == 1):
-        return Stop("it sums over tokens", None)
-    return Stop("each of its tokens needs the others", left and replace(left, dim=1))
+    rows = node.meta["val"].shape[1]
+    found = next((x for x in (left, right) if x is not None and x.length == rows), None)
+    place = replace(found, dim=1) if found is not None and found.is_natural else None
+    return Stop("it sums over tokens", place)
+
+
+def takes_whole(node: Node, operand: Node, tokens: Known) -> bool:
+    """Whether a part of the node needs all tokens of the operand."""
+    result = tokens[node]
+    return (
+        node.target is _aten.bmm.default
+        and isinstance(result, Tokens)
+        and result.dim == 1
+        and operand is node.args[1]
+        and operand in tokens
+    )
 
 
 def _split(node: Node, tokens: Known, region: set[Node]) -> Result:

@@ -22,8 +22,6 @@ from plait.graph.graph import Module, Node
 from plait.graph.partition import is_view
 from plait.graph.source import source_of
 
-_DISORDER = "not in the order of replicas: "
-
 
 @dataclass(frozen=True)
 class Refusal:
@@ -91,7 +89,6 @@ def prove(
     found.refusals = [
         Refusal(node.name, str(node.target), reason, source_of(node))
         for node, reason in stops.items()
-        if not reason.startswith(_DISORDER)  # a consequence of another, which is listed
     ]
     return found
 
@@ -132,32 +129,38 @@ def _drop_escaping(
     whole_outputs: Collection[Node],
 ) -> None:
     """Take nodes out until no shard crosses the region's edge, other than into a sum over all."""
+    dropped: set[Node] = set()
     changed = True
     while changed:
         changed = False
         for node in joint.graph.nodes:
-            reason = _escape(node, found, whole_outputs)
-            if reason and node not in parts:
-                found.region.discard(node)
+            escape = _escape(node, found, whole_outputs)
+            if escape is None or node in parts:
+                continue
+            reason, blamed = escape
+            found.region.discard(node)
+            changed = True
+            if blamed not in dropped:  # else it is a consequence of what is listed already
                 stops[node] = reason
-                changed = True
+            dropped.add(node)
 
 
-def _escape(node: Node, found: Certificate, whole_outputs: Collection[Node]) -> str | None:
+def _escape(
+    node: Node, found: Certificate, whole_outputs: Collection[Node]
+) -> tuple[str, Node | None] | None:
+    """Why the node cannot be in the region, and the other node that is to blame."""
     if node not in found.region or node.op != "call_function":
         return None
     for source in node.all_input_nodes:
         if source not in found.region and not _are_natural(found.tokens.get(source)):
-            return f"{_DISORDER}{source.name}"
-    tokens = found.tokens[node]
-    for each in tokens if isinstance(tokens, tuple) else (tokens,):
-        if not isinstance(each, Tokens) or each.is_natural:
+            return f"its operand {source.name} is a shard in the order of ranks", source
+    if _are_natural(found.tokens[node]):
+        return None
+    if node in whole_outputs:
+        return "its shard would have to leave whole", None
+    for user in node.users:
+        if user.op == "output" or user in found.region or is_order_free(user, found.tokens):
             continue
-        if node in whole_outputs:
-            return "its shard would have to leave whole"
-        for user in node.users:
-            if user.op == "output" or user in found.region or is_order_free(user, found.tokens):
-                continue
-            if not is_view(user) or any(u.op == "output" for u in user.users):
-                return f"its shard is used by {user.name}, which is not split"
+        if not is_view(user) or any(u.op == "output" for u in user.users):
+            return f"its shard is used by {user.name}, which is not split", user
     return None

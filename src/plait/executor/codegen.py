@@ -19,6 +19,7 @@ from plait.graph.schedule import (
     COLLECTIVE,
     CONSTANT,
     OBJECT,
+    OWN_PART,
     Argument,
     Program,
     Ref,
@@ -36,6 +37,14 @@ _OWN = (_INPUTS, _BOX, _BOUND, _RUNNER, _STEPS)
 
 
 @dataclass(frozen=True)
+class GroupAtRun:
+    """A process group that an axis stands for: its name, and this process's rank in it."""
+
+    name: str
+    rank: Any  # a number; where one process computes all ranks, one for each
+
+
+@dataclass(frozen=True)
 class Generated:
     """Source of a program; line i+1 belongs to `steps[i]` (None: no step)."""
 
@@ -47,13 +56,13 @@ class Generated:
 def load(
     schedule: Schedule,
     observer: Observer | None = None,
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, GroupAtRun] | None = None,
 ) -> dict[str, Runner]:
     """Make every program of the schedule callable, by name.
 
     Each takes a list of its inputs, which it empties, and returns a tuple. If a step raises, a note
     on the exception names the step and the user's line. An observer, or that of the context, is
-    told of every step. groups: names of process groups by the axes that collectives name.
+    told of every step. groups: process groups by the axes that collectives name.
     """
     observer = observer or observer_of(schedule)
     runners: dict[str, Runner] = {}
@@ -67,7 +76,7 @@ def generate(
     program: Program,
     schedule: Schedule,
     observer: Observer | None = None,
-    groups: Mapping[str, str] | None = None,
+    groups: Mapping[str, GroupAtRun] | None = None,
 ) -> Generated:
     """Write the source of a program and what its names stand for."""
     writer = _Writer(program, schedule, observer, groups or {})
@@ -80,7 +89,7 @@ class _Writer:
         program: Program,
         schedule: Schedule,
         observer: Observer | None,
-        groups: Mapping[str, str],
+        groups: Mapping[str, GroupAtRun],
     ) -> None:
         self.program = program
         self.groups = groups
@@ -147,7 +156,10 @@ class _Writer:
             return self.bind(self.schedule.constants[str(step.args[0])])
         args = step.args
         if step.target.startswith(COLLECTIVE):
-            args = tuple(self.groups.get(x, x) if isinstance(x, str) else x for x in args)
+            args = tuple(self.groups[x].name if x in self.groups else x for x in args)
+        elif step.target == OWN_PART and args[-1] in self.groups:
+            group = self.groups[args[-1]]
+            args = (*args[:-2], group.rank, group.name)
         given = [self.literal(x) for x in args]
         given += [f"{key}={self.literal(x)}" for key, x in step.kwargs]
         if step.target == "getitem":

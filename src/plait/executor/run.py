@@ -12,7 +12,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 from torch.distributed.tensor import DTensor
 
 from plait.errors import GraphError, PlanError
-from plait.executor.codegen import Runner, load
+from plait.executor.codegen import GroupAtRun, Runner, load
 from plait.executor.observe import Observer
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
@@ -42,11 +42,11 @@ def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
-def groups_of(model: nn.Module) -> dict[str, str]:
+def groups_of(model: nn.Module) -> dict[str, GroupAtRun]:
     """The process groups of the meshes on which the model's parameters lie, by axis."""
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     return {
-        axis: mesh.get_group(axis).group_name
+        axis: GroupAtRun(mesh.get_group(axis).group_name, mesh.get_local_rank(axis))
         for mesh in meshes
         for axis in mesh.mesh_dim_names or ()
     }
@@ -62,7 +62,7 @@ class Runnable:
         self,
         schedule: Schedule,
         observer: Observer | None = None,
-        groups: Mapping[str, str] | None = None,
+        groups: Mapping[str, GroupAtRun] | None = None,
     ) -> None:
         runners = load(schedule, observer, groups)
         self.schedule = schedule

@@ -12,10 +12,12 @@ collectives stand in the graph as operators, with the name of the mesh's axis as
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+import plait.graph.exchange as _own_part_operator  # noqa: F401
 from plait.graph.collectives import is_collective
 from plait.graph.graph import Graph, Group, Module, Node
 
@@ -58,7 +60,7 @@ def name_groups(graph: Graph, meshes: Sequence[DeviceMesh]) -> None:
         modules += [part for part in parts if part is not None]
     for module in modules:
         for node in module.graph.nodes:
-            if is_collective(node):
+            if is_collective(node) or node.target is torch.ops.plait.own_part.default:
                 node.args = tuple(axes.get(x, x) if isinstance(x, str) else x for x in node.args)
 
 

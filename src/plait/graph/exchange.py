@@ -135,7 +135,7 @@ class _OwnTokens(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int, rank: int) -> Tensor:
         ctx.group, ctx.size = group, size
-        return _own(x, TOKENS, size, rank)
+        return _own(x, TOKENS, RankOfAxis(group, size, rank))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -145,23 +145,23 @@ class _OwnTokens(Function):
 class _WholeTokens(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int, rank: int) -> Tensor:
-        ctx.size, ctx.rank = size, rank
+        ctx.axis = RankOfAxis(group, size, rank)
         return _all_gather(x, TOKENS, group, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _own(gradient, TOKENS, ctx.size, ctx.rank), None, None, None
+        return _own(gradient, TOKENS, ctx.axis), None, None, None
 
 
 class _WholeFeatures(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int, rank: int) -> Tensor:
-        ctx.size, ctx.rank = size, rank
+        ctx.axis = RankOfAxis(group, size, rank)
         return _all_gather(x, x.dim() - 1, group, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _own(gradient, gradient.dim() - 1, ctx.size, ctx.rank), None, None, None
+        return _own(gradient, gradient.dim() - 1, ctx.axis), None, None, None
 
 
 _collectives: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
@@ -190,20 +190,24 @@ def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
     return _collectives.wait_tensor(_collectives.reduce_scatter_tensor(parts, "sum", size, group))
 
 
-def _own(x: Tensor, dim: int, size: int, rank: int) -> Tensor:
-    return cast("Tensor", torch.ops.plait.own_part(x, dim, size, rank))
+def _own(x: Tensor, dim: int, axis: RankOfAxis) -> Tensor:
+    return cast("Tensor", torch.ops.plait.own_part(x, dim, axis.size, axis.rank, axis.group))
 
 
 @torch.library.custom_op("plait::own_part", mutates_args=())
-def own_part(x: Tensor, dim: int, size: int, rank: int) -> Tensor:
-    """The rank's share of an equal value. An operator of its own, so that passes can tell it from
-    a slice that every rank takes alike."""  # noqa: D205, D209
+def own_part(x: Tensor, dim: int, size: int, rank: int, group: str) -> Tensor:
+    """Take the rank's share of a value that is equal on all ranks of the group.
+
+    An operator of its own, so that passes can tell it from a slice that every rank takes alike, and
+    the executor can give each rank its number.
+    """
     length = x.shape[dim] // size
+    # A copy, as the slice of a batch of one would keep the strides of the whole.
     return x.narrow(dim, rank * length, length).clone(memory_format=torch.contiguous_format)
 
 
 @own_part.register_fake
-def _(x: Tensor, dim: int, size: int, rank: int) -> Tensor:
+def _(x: Tensor, dim: int, size: int, rank: int, group: str) -> Tensor:
     shape = list(x.shape)
     shape[dim] //= size
     return x.new_empty(shape)

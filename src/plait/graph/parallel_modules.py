@@ -26,6 +26,7 @@ class Kind(Enum):
 
     AROUND = auto()  # the base's own, between two exchanges
     ROW = auto()  # the base's own without the bias, which is added to the sum
+    LAYER = auto()  # AROUND, for the first of the layers only
     VOCABULARY = auto()
     WIDE_NORM = auto()
 
@@ -74,12 +75,14 @@ def _getter(name: str, is_summed: bool) -> Forward:
 
 def _around(base: Any, form: Form) -> Forward:
     first = list(inspect.signature(base.forward).parameters)[1]
-    enter, leave = form.enter, form.leave
+    enter, leave, is_layer = form.enter, form.leave, form.kind is Kind.LAYER
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if enter is not None and args:
+        if enter is None or (is_layer and not self.is_first_layer):
+            pass
+        elif args:
             args = (enter(args[0], self.parallel_axis), *args[1:])
-        elif enter is not None:
+        else:
             kwargs = {**kwargs, first: enter(kwargs[first], self.parallel_axis)}
         result = base.forward(self, *args, **kwargs)
         return result if leave is None else leave(result, self.parallel_axis)
@@ -128,6 +131,7 @@ def _wide_norm(base: Any, form: Form) -> Forward:
 
 _FORWARDS: dict[Kind, Callable[[Any, Form], Forward]] = {
     Kind.AROUND: _around,
+    Kind.LAYER: _around,
     Kind.ROW: _row,
     Kind.VOCABULARY: _vocabulary,
     Kind.WIDE_NORM: _wide_norm,

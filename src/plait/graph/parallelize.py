@@ -29,8 +29,9 @@ from plait.graph.exchange import (
     whole_tokens,
 )
 from plait.graph.parallel_modules import Form, Kind, parallel_class
+from plait.plan.find_rules import find_rules
 from plait.plan.parallel_plan import ParallelPlan
-from plait.plan.rules import GivenRules, Rule, Style, find_rules
+from plait.plan.rules import GivenRules, Rule, Style
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,18 @@ def parallelize(
 ) -> nn.Module:
     """Spread a model (real, fake or meta) over mesh["tp"], in place; return it.
 
-    Every rank must hold the same values before: it keeps its own part of them. Afterwards every
+    Every rank must hold the same values before, of which it keeps its own part, and draw the same
+    random numbers (one seed), for what dropout does to whole values. Afterwards every
     parameter is a DTensor on mesh["tp"]; the model takes and returns the same plain tensors as
     before, equal on all ranks. Gradients that ranks know in part only are summed in the backward.
 
-    rules: see `plait.plan.rules.find_rules`. Raises PlanError as that does, and if a parameter
+    rules: see `plait.plan.find_rules`. Raises PlanError as that does, and if a parameter
     cannot be shared evenly or two modules want to share the same parameter in different ways.
     """
     if plan.tp == 1:
         return model
+    if any("parallel_axis" in vars(module) for module in model.modules()):
+        raise PlanError("the model is spread already. Spread a fresh copy of it.")
     tp = mesh["tp"]
     if tp.size() != plan.tp:
         raise PlanError(f"the plan has tp={plan.tp}, the mesh {tp.size()}. Make them equal.")
@@ -78,6 +82,8 @@ def parallelize(
     for name, module in modules.items():
         is_inside = any(name.startswith(f"{branch}.") for branch in branches)
         _specialize(module, found[name], axis, sp=plan.sp, is_inside=is_inside)
+        if found[name].style is Style.LAYER:
+            module.__dict__["is_first_layer"] = name.endswith(".0")
     return model
 
 
@@ -245,8 +251,8 @@ def _form(style: Style, names: tuple[str, ...], *, sp: bool, is_inside: bool) ->
             return Form(names, summed, leave=sum_own_tokens if sp else sum_up, kind=Kind.ROW)
         case Style.BRANCH:
             return Form(names, enter=whole_input)
-        case Style.SPLIT_INPUT:
-            return Form(names, enter=own_tokens if sp else None)
+        case Style.LAYER:
+            return Form(names, enter=own_tokens, kind=Kind.LAYER) if sp else Form(names)
         case Style.SPLIT_OUTPUT:
             return Form(names, leave=own_tokens if sp else None)
         case Style.VOCABULARY:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
 from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan
@@ -29,9 +30,6 @@ def plan_mesh(plan: ParallelPlan, device_type: str = "cpu") -> Generator[DeviceM
             )
         yield init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         return
-    # The backend registers itself when its module is imported.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     dist.init_process_group("fake", rank=0, world_size=plan.num_ranks, store=FakeStore())
     try:
         yield init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))

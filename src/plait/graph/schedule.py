@@ -36,6 +36,8 @@ CALL = "call:"
 PYTHON = "python:"
 OBJECT = "object:"
 COLLECTIVE = "_c10d_functional."
+OWN_PART = "plait.own_part.default"
+"""Its last arguments are the rank and the group, which a schedule learns when it is run."""
 
 _PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
 _SIZE_FUNCTION = re.compile(
