@@ -1,11 +1,17 @@
 """`plait.compile`: from graph to schedule. The passes of a level, then programs in order."""
 
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
 from plait.compiler.split_backward import split_backward
+from plait.errors import GraphError
 from plait.graph.graph import Graph, Role, Value
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
+from plait.graph.trace_optimizer import trace_optimizers
 from plait.ops.numerics import Numerics
 from plait.plan.parallel_plan import ParallelPlan
 
@@ -16,6 +22,7 @@ def compile(
     *,
     level: str = "O0",
     numerics: Numerics = "fast",
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
 ) -> Schedule:
     """Run the level's passes, part forward from backward, and order the steps.
 
@@ -27,7 +34,11 @@ def compile(
     numerics: "strict" makes the result and the input gradient of a row (a token) independent of how
     many rows there are (see `compiler/strict.py`); `schedule.report()` says what could not be.
 
-    Raises GraphError if there is no such level, or no such numerics.
+    optimizer: becomes the last program of a training step, `optimizer` (several run in turn). It
+    changes parameters and state in place; its learning rate may change between steps.
+
+    Raises GraphError if there is no such level, or no such numerics, and for an optimizer whose
+    step is not one program.
     """
     plan = plan or ParallelPlan()
     for each in passes_of(level, numerics):
@@ -63,7 +74,26 @@ def compile(
             modules = {"forward": parts.forward, **split.programs}
     for name, module in modules.items():
         schedule.programs[name] = lowering.program(name, module)
+    if optimizer is not None:
+        _add_optimizer(schedule, graph, optimizer, lowering)
     return schedule
+
+
+def _add_optimizer(
+    schedule: Schedule,
+    graph: Graph,
+    optimizer: Optimizer | Sequence[Optimizer],
+    lowering: Lowering,
+) -> None:
+    if not graph.is_step:
+        raise GraphError(
+            "an optimizer belongs to a training step: capture with plait.capture(..., loss=...)."
+        )
+    gradients = {value.name for value in graph.values(Role.GRADIENT)}
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    traced = trace_optimizers(optimizers, gradients)
+    schedule.programs["optimizer"] = lowering.program("optimizer", traced.module)
+    schedule.optimizer_inputs, schedule.optimizer_settings = traced.inputs, traced.settings
 
 
 def _of_gradients(graph: Graph) -> list[Value]:

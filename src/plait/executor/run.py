@@ -13,22 +13,38 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 from plait.errors import GraphError, PlanError
 from plait.executor.codegen import Runner, load
 from plait.executor.observe import Observer
+from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
 
 
-def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple[Tensor, ...]:
+def run(
+    schedule: Schedule, model: nn.Module, *inputs: object, optimizer: Optimizers = None
+) -> Tensor | tuple[Tensor, ...]:
     """Run a schedule with the weights of `model`, which has the form of the captured one.
 
     Of a step (captured with its loss): runs forward and backward for each micro-batch of the plan,
     adds the gradients to `.grad` and returns the mean loss, detached. Of a model: returns its
     tensors, with gradients through autograd; one tensor is returned as it is.
 
-    Raises PlanError if inputs or parameters have another shape or dtype than captured.
+    optimizer: the one that the schedule was compiled with, or several. Then the step ends with its
+    program, on its own state, and the gradients are cleared.
+
+    Raises PlanError if inputs or parameters have another shape or dtype than captured, and
+    GraphError if the optimizer is not the compiled one.
     """
     runnable = schedule.loaded
     if not isinstance(runnable, Runnable):
         runnable = schedule.loaded = Runnable(schedule)
+    return run_loaded(runnable, model, *inputs, optimizer=optimizer)
+
+
+def run_loaded(
+    runnable: "Runnable", model: nn.Module, *inputs: object, optimizer: Optimizers = None
+) -> Tensor | tuple[Tensor, ...]:
+    """Run what was loaded already, as `run` does."""
+    schedule, optimizers = runnable.schedule, in_order(optimizer)
+    check_optimizers(schedule, optimizers)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not schedule.is_step:
         results = runnable(*_bind(schedule, model, tensors))
@@ -37,6 +53,8 @@ def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple
         _step(runnable, _bind(schedule, model, part))
         for part in _micro_batches(tensors, schedule.num_micro_batches)
     ]
+    if runnable.optimizer is not None:
+        take_step(schedule, optimizers, runnable.optimizer)
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
 
@@ -50,6 +68,7 @@ class Runnable:
         runners = load(schedule, observer)
         self.schedule = schedule
         self.forward, self.backward = runners["forward"], runners.get("backward")
+        self.optimizer = runners.get("optimizer")
         if "backward_weight" in runners:
             self.backward = _both(schedule, runners)
         inputs = [value for value in schedule.inputs if value.role is not Role.TANGENT]

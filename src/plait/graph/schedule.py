@@ -79,7 +79,9 @@ class Schedule:
     programs are `backward_input` and `backward_weight`; weight_inputs is what the second takes: an
     input of the first by name, or "kept:<i>", its i-th result after the gradients. constants are
     small tensors of the code itself; objects are callables without a name, with which a schedule
-    cannot be stored. notes: what the passes did, and what they could not do.
+    cannot be stored. optimizer_inputs describe what the program `optimizer` takes and changes in
+    place, optimizer_settings all that is constant in it. notes: what the passes did, and what they
+    could not do.
     """
 
     level: str
@@ -96,6 +98,8 @@ class Schedule:
     is_step: bool = False
     num_micro_batches: int = 1
     numerics: str = "fast"
+    optimizer_inputs: tuple[Value, ...] = ()
+    optimizer_settings: str = ""
     notes: tuple[Note, ...] = ()
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 
