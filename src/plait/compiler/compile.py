@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
+from plait.compiler.shard import add_data_parallel
 from plait.compiler.split_backward import split_backward
 from plait.errors import GraphError
 from plait.graph.graph import Graph, Role, Value
@@ -30,6 +31,9 @@ def compile(
     ask for `backward_input` and `backward_weight` instead. `forward` returns the graph's forward
     outputs, then the computed ones of `saved`; the backward takes `saved` and the tangents, and
     returns the gradients.
+
+    A step of a plan with fsdp or dp has the programs `unshard` and `reduce_gradients` (see
+    `compiler/shard.py`); the graph is captured with the batch of one rank, and without that plan.
 
     numerics: "strict" makes the result and the input gradient of a row (a token) independent of how
     many rows there are (see `compiler/strict.py`); `schedule.report()` says what could not be.
@@ -74,6 +78,7 @@ def compile(
             modules = {"forward": parts.forward, **split.programs}
     for name, module in modules.items():
         schedule.programs[name] = lowering.program(name, module)
+    add_data_parallel(schedule, plan, lowering)
     if optimizer is not None:
         _add_optimizer(schedule, graph, optimizer, lowering)
     return schedule

@@ -3,23 +3,29 @@
 # pyright: basic
 # (autograd.Function is not typed.)
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
+from torch.distributed.device_mesh import DeviceMesh
 
 from plait.errors import GraphError, PlanError
 from plait.executor.codegen import Runner, load
 from plait.executor.observe import Observer
 from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
+from plait.executor.ranks import reduce_gradients, whole_parameters, with_groups
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
 
 
 def run(
-    schedule: Schedule, model: nn.Module, *inputs: object, optimizer: Optimizers = None
+    schedule: Schedule,
+    model: nn.Module,
+    *inputs: object,
+    optimizer: Optimizers = None,
+    mesh: DeviceMesh | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Run a schedule with the weights of `model`, which has the form of the captured one.
 
@@ -28,14 +34,16 @@ def run(
     tensors, with gradients through autograd; one tensor is returned as it is.
 
     optimizer: the one that the schedule was compiled with, or several. Then the step ends with its
-    program, on its own state, and the gradients are cleared.
+    program, on its own state, and the gradients are cleared. mesh: names the axes over which the
+    schedule communicates; with fsdp, the model was parted by `executor.ranks.shard_parameters`.
 
     Raises PlanError if inputs or parameters have another shape or dtype than captured, and
     GraphError if the optimizer is not the compiled one.
     """
     runnable = schedule.loaded
-    if not isinstance(runnable, Runnable):
-        runnable = schedule.loaded = Runnable(schedule)
+    if not isinstance(runnable, Runnable) or runnable.mesh is not mesh:
+        runnable = schedule.loaded = Runnable(with_groups(schedule, mesh))
+        runnable.mesh = mesh
     return run_loaded(runnable, model, *inputs, optimizer=optimizer)
 
 
@@ -49,10 +57,13 @@ def run_loaded(
     if not schedule.is_step:
         results = runnable(*_bind(schedule, model, tensors))
         return results[0] if len(results) == 1 else results
+    whole = whole_parameters(schedule, model, runnable.unshard) if runnable.reduce else {}
     losses = [
-        _step(runnable, _bind(schedule, model, part))
+        _step(runnable, _bind(schedule, model, part, whole))
         for part in _micro_batches(tensors, schedule.num_micro_batches)
     ]
+    if runnable.reduce is not None:
+        reduce_gradients(schedule, model, whole, runnable.reduce)
     if runnable.optimizer is not None:
         take_step(schedule, optimizers, runnable.optimizer)
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
@@ -69,6 +80,8 @@ class Runnable:
         self.schedule = schedule
         self.forward, self.backward = runners["forward"], runners.get("backward")
         self.optimizer = runners.get("optimizer")
+        self.unshard, self.reduce = runners.get("unshard"), runners.get("reduce_gradients")
+        self.mesh: DeviceMesh | None = None
         if "backward_weight" in runners:
             self.backward = _both(schedule, runners)
         inputs = [value for value in schedule.inputs if value.role is not Role.TANGENT]
@@ -240,10 +253,16 @@ def _micro_batches(tensors: Sequence[Tensor], count: int) -> Iterator[list[Tenso
         yield [part[i] for part in parts]
 
 
-def _bind(schedule: Schedule, model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs of the schedule, in order, each of the captured form."""
+def _bind(
+    schedule: Schedule,
+    model: nn.Module,
+    tensors: Sequence[Tensor],
+    whole: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """The inputs of the schedule, in order, each of the captured form. whole: parameters."""
     named: dict[tuple[Role, str], Tensor] = {(Role.INPUT, str(i)): x for i, x in enumerate(tensors)}
     named |= {(Role.PARAMETER, name): x for name, x in model.named_parameters()}
+    named |= {(Role.PARAMETER, name): x for name, x in (whole or {}).items()}
     named |= {(Role.BUFFER, name): x for name, x in model.named_buffers()}
     bound = []
     for value in schedule.inputs:

@@ -35,6 +35,8 @@ CONSTANT = "constant"
 CALL = "call:"
 PYTHON = "python:"
 OBJECT = "object:"
+AXIS = "axis:"
+"""An argument "axis:fsdp:2" stands for the group of the two ranks of that axis, found when run."""
 
 _PYTHON_MODULES = {"operator": operator, "torch": torch, "math": math}
 _SIZE_FUNCTION = re.compile(
