@@ -1,13 +1,20 @@
 """`plait.compile`: from graph to schedule. The passes of a level, then programs in order."""
 
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
 from plait.compiler.levels import passes_of
 from plait.compiler.lower import Lowering
+from plait.compiler.shard import add_data_parallel
 from plait.compiler.split_backward import split_backward
 from plait.cost import clusters
 from plait.cost.clusters import Cluster
+from plait.errors import GraphError
 from plait.graph.graph import Graph, Role, Value
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
+from plait.graph.trace_optimizer import trace_optimizers
 from plait.ops.numerics import Numerics
 from plait.plan.parallel_plan import ParallelPlan
 
@@ -19,6 +26,7 @@ def compile(
     level: str = "O0",
     numerics: Numerics = "fast",
     cluster: Cluster | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
 ) -> Schedule:
     """Run the level's passes, part forward from backward, and order the steps.
 
@@ -27,14 +35,20 @@ def compile(
     outputs, then the computed ones of `saved`; the backward takes `saved` and the tangents, and
     returns the gradients.
 
+    A step of a plan with fsdp or dp has the programs `unshard` and `reduce_gradients` (see
+    `compiler/shard.py`); the graph is captured with the batch of one rank, and without that plan.
+
     numerics: "strict" makes the result and the input gradient of a row (a token) independent of how
     many rows there are (see `compiler/strict.py`); `schedule.report()` says what could not be.
 
     cluster: the machine for which replicas are chosen and ordered; by default one of the kind on
     which the graph was captured.
 
-    Raises GraphError if there is no such level, or no such numerics, and PlanError if the plan
-    wants a number of replicas that cannot be had.
+    optimizer: becomes the last program of a training step, `optimizer` (several run in turn). It
+    changes parameters and state in place; its learning rate may change between steps.
+
+    Raises GraphError if there is no such level, or no such numerics, and for an optimizer whose
+    step is not one program; PlanError if the plan wants a number of replicas that cannot be had.
     """
     plan = plan or ParallelPlan()
     cluster = cluster or _default_cluster(graph, plan)
@@ -52,6 +66,7 @@ def compile(
         numerics=numerics,
         notes=graph.notes,
         certificates=graph.certificates,
+        groups={name: group.size for name, group in graph.groups.items()},
     )
     for template in graph.templates.values():
         schedule.templates.update(lowering.template(template))
@@ -72,12 +87,32 @@ def compile(
             modules = {"forward": parts.forward, **split.programs}
     for name, module in modules.items():
         schedule.programs[name] = lowering.program(name, module)
+    add_data_parallel(schedule, plan, lowering)
+    if optimizer is not None:
+        _add_optimizer(schedule, graph, optimizer, lowering)
     return schedule
 
 
 def _default_cluster(graph: Graph, plan: ParallelPlan) -> Cluster:
     is_gpu = any(value.device.startswith("cuda") for value in graph.inputs)
     return clusters.h200(plan.num_ranks) if is_gpu else clusters.cpu(plan.num_ranks)
+
+
+def _add_optimizer(
+    schedule: Schedule,
+    graph: Graph,
+    optimizer: Optimizer | Sequence[Optimizer],
+    lowering: Lowering,
+) -> None:
+    if not graph.is_step:
+        raise GraphError(
+            "an optimizer belongs to a training step: capture with plait.capture(..., loss=...)."
+        )
+    gradients = {value.name for value in graph.values(Role.GRADIENT)}
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    traced = trace_optimizers(optimizers, gradients)
+    schedule.programs["optimizer"] = lowering.program("optimizer", traced.module)
+    schedule.optimizer_inputs, schedule.optimizer_settings = traced.inputs, traced.settings
 
 
 def _of_gradients(graph: Graph) -> list[Value]:

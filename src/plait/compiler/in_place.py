@@ -54,6 +54,7 @@ def _is_own(operand: Node) -> bool:
         isinstance(target, torch._ops.OpOverload)
         and target.namespace in ("aten", "plait")
         and not target.is_view
+        and not target._schema.is_mutable
         and len(target._schema.returns) == 1
         and target not in _MAY_RETURN_OPERAND
     )

@@ -35,7 +35,7 @@ def merge(graph: Graph) -> Graph:
     graph = graph.copy()
     num_merged = num_scattered = 0
     for template in graph.templates.values():
-        joint = template.joint or template.forward
+        joint: Module = template.joint or template.forward
         counts = merge_joint(joint, graph.groups)
         num_merged += counts[0]
         num_scattered += counts[1]
@@ -88,7 +88,7 @@ def _reduced(node: Any) -> Node | None:
     """The all-reduce whose result is the node, if nobody else sees it."""
     if not isinstance(node, fx.Node) or not is_wait(node) or len(node.users) != 1:
         return None
-    source = node.args[0]
+    source: Any = node.args[0]
     is_sum = source.target is _c10d.all_reduce.default and source.args[1] == "sum"
     return source if is_sum and len(source.users) == 1 else None
 
@@ -158,7 +158,7 @@ def _own_share(node: Node, group: Group) -> tuple[int, Node] | None:
     return dim % node.args[0].meta["val"].dim(), kept[0]
 
 
-def _like(graph: fx.Graph, target: Any, args: tuple, like: Node) -> Node:
+def _like(graph: Any, target: Any, args: tuple, like: Node) -> Node:
     """A node with the origin of another; its value is found by running it on fake tensors."""
     node = graph.call_function(target, args)
     node.meta = {key: value for key, value in like.meta.items() if key != "val"}

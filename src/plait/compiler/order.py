@@ -12,6 +12,7 @@ a clock, so that every rank finds the same order.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -266,7 +267,7 @@ def _is_weight(node: object) -> bool:
 def _fillers(template: Template, weights: set[int]) -> set[Node]:
     """Nodes of the backward on which only gradients of weights rest."""
     assert template.backward is not None
-    graph = template.backward.graph
+    graph: Any = template.backward.graph
     wanted = [i for i, gradient in enumerate(template.gradients) if gradient is not None]
     outputs = graph.output_node().args[0]
     stack = [node for node, i in zip(outputs, wanted, strict=True) if i not in weights]

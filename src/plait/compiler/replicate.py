@@ -12,11 +12,12 @@ import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
 from plait.compiler.replicate_joint import Parts, replicate_joint
-from plait.compiler.token_rules import Tokens
+from plait.compiler.token_moves import Tokens
 from plait.compiler.tokens import Certificate, Refusal, prove
 from plait.errors import PlanError
 from plait.graph.collectives import is_collective
@@ -24,6 +25,7 @@ from plait.graph.graph import (
     BACKWARD,
     FORWARD,
     Graph,
+    Module,
     Node,
     Role,
     Template,
@@ -146,7 +148,7 @@ class _Replicator:
         self.certificates: dict[str, Certificate] = {}
         self.proofs: dict[tuple, Certificate] = {}
         self.templates: dict[Use, Template] = {}
-        self.nodes = list(graph.root.graph.nodes)
+        self.nodes: list[Node] = list(graph.root.graph.nodes)
         self.tokens: dict[Node, Tokens | None] = {}
         self.in_parts: set[Node] = set()
         self.uses: dict[Node, Use] = {}  # by forward call
@@ -288,9 +290,7 @@ class _Replicator:
             return
         raise NotSplit(f"{node.name} ({node.target}) must pass in parts, and cannot be split.")
 
-    def described(
-        self, template: Template, use: Use, module: fx.GraphModule, name: str
-    ) -> Template:
+    def described(self, template: Template, use: Use, module: Module, name: str) -> Template:
         """The template of the split joint graph."""
         count = len(self.parts.sizes)
         arguments = _repeated(range(len(template.arguments)), use.arguments_in_parts, count)
@@ -328,7 +328,7 @@ class _Replicator:
         return new
 
 
-def _joint(template: Template) -> fx.GraphModule:
+def _joint(template: Template) -> Module:
     return template.joint or template.forward
 
 
@@ -389,7 +389,7 @@ class _RootWriter:
                 self.backward(node)
             elif node.op in ("placeholder", "get_attr"):
                 self.at[node] = [self.graph.node_copy(node)]
-        outputs = self.old.root.graph.output_node().args[0]
+        outputs: Any = self.old.root.graph.output_node().args[0]
         self.graph.output(tuple(self.single(x) for x in outputs))
         templates = {each.name: each for each in self.replicator.templates.values()}
         return replace(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from plait.compiler.token_rules import Tokens, part_dim, takes_whole
+from plait.compiler.token_moves import Tokens
+from plait.compiler.token_rules import part_dim, takes_whole
 from plait.compiler.tokens import Certificate
 from plait.graph.graph import Module, Node
 from plait.graph.partition import backward_nodes, is_view
@@ -256,7 +257,8 @@ class _Writer:
             return (args[0], shape, *args[2:])
         if node.target is _aten.split.Tensor and isinstance(tokens, tuple):
             first, source = tokens[0], self.certificate.tokens[node.args[0]]
-            assert isinstance(first, Tokens) and isinstance(source, Tokens)
+            assert isinstance(first, Tokens)
+            assert isinstance(source, Tokens)
             if first != source:  # it takes shards of the tokens
                 start, stop = self.parts.bounds(first.length)[part]
                 return (args[0], stop - start, *args[2:])

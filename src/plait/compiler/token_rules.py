@@ -9,10 +9,9 @@ is independent along it may be computed slice by slice.
 # pyright: basic
 # (fx nodes are not typed.)
 
-import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,46 +22,21 @@ import plait.ops.strict_attention as _strict_attention_operators  # noqa: F401
 import plait.ops.strict_linear as _strict_linear_operators  # noqa: F401
 import plait.ops.strict_pointwise as _strict_pointwise_operators  # noqa: F401
 import plait.ops.strict_silu as _strict_silu_operators  # noqa: F401
+from plait.compiler import token_moves as moves
+from plait.compiler.token_moves import (
+    Known,
+    Result,
+    Rule,
+    Stop,
+    Tokens,
+    dims_of,
+    operand_tokens,
+    shape_of,
+)
 from plait.graph.graph import Node
 
 _aten = torch.ops.aten
 _c10d = torch.ops._c10d_functional
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The dim of a value that counts tokens (or samples of the batch), and its size.
-
-    total: how many there are in all; the dim may be folded with what follows, then length is a
-    multiple. is_shard: the rank's share of the tokens under sequence parallelism. is_gathered: the
-    shards of all ranks stand side by side along an outer dim. num_copies: the dim holds so many
-    sets of tokens one after the other, one for each rank.
-    """
-
-    dim: int
-    length: int
-    total: int
-    is_shard: bool = False
-    is_gathered: bool = False
-    num_copies: int = 1
-
-    @property
-    def is_natural(self) -> bool:
-        """Whether a slice of the dim is a part of the tokens."""
-        return not self.is_shard and not self.is_gathered and self.num_copies == 1
-
-
-@dataclass(frozen=True)
-class Stop:
-    """The node is not split. tokens: where they are in its result, which is whole."""
-
-    reason: str = ""
-    tokens: object = None
-
-
-Result = Tokens | tuple | Stop
-Known = Mapping[Node, object]
-Rule = Callable[[Node, Known, set], Result]
 
 
 def rule_of(node: Node, tokens: Known, region: set[Node]) -> Result:
@@ -111,7 +85,7 @@ def is_order_free(node: Node, tokens: Known) -> bool:
     """Whether the node sums over all tokens, in whatever order they are: weight gradients."""
     if node.target is _aten.sum.dim_IntList:
         found = tokens.get(node.args[0])
-        return isinstance(found, Tokens) and found.dim in _dims(node.args[1], node.args[0])
+        return isinstance(found, Tokens) and found.dim in dims_of(node.args[1], node.args[0])
     if node.target is _aten.sum.default:
         return True
     if node.target is _aten.native_layer_norm_backward.default:
@@ -126,21 +100,6 @@ def is_order_free(node: Node, tokens: Known) -> bool:
             and left.num_copies == right.num_copies == 1
         )
     return False
-
-
-def shape_of(node: Node) -> tuple[int, ...]:
-    """Shape of what the node makes."""
-    return tuple(node.meta["val"].shape)
-
-
-def _dims(given: object, node: Node) -> set[int]:
-    dims = [given] if isinstance(given, int) else list(given or range(node.meta["val"].dim()))
-    return {dim % max(node.meta["val"].dim(), 1) for dim in dims}
-
-
-def _operand(node: Node, tokens: Known, i: int = 0) -> Tokens | None:
-    found = tokens.get(node.args[i]) if isinstance(node.args[i], torch.fx.Node) else None
-    return found if isinstance(found, Tokens) else None
 
 
 def _pointwise(node: Node, tokens: Known, region: set[Node]) -> Result:
@@ -180,89 +139,6 @@ def _aligned(source: Node, value: Tensor, dim: int) -> bool:
     return at >= 0 and own.shape[at] != 1
 
 
-def _view(node: Node, tokens: Known, region: set[Node]) -> Result:
-    source = node.args[0]
-    given = _operand(node, tokens)
-    assert given is not None
-    return refold(shape_of(source), shape_of(node), given) or Stop(
-        f"a view from {list(shape_of(source))} to {list(shape_of(node))} mixes tokens and others"
-    )
-
-
-def refold(before: Sequence[int], after: Sequence[int], given: Tokens) -> Tokens | None:
-    """Find the dim of tokens after a view, or None if it is no longer a dim of its own."""
-    in_front = math.prod(before[: given.dim])
-    passed = 1
-    for dim, size in enumerate(after):
-        if size == 1 and given.length != 1:
-            continue
-        if passed == in_front:
-            if size == given.length:
-                return replace(given, dim=dim)
-            if in_front == 1 and size % given.length == 0:
-                return replace(given, dim=dim, length=size)  # folded with what follows
-            if in_front == 1 and given.length % size == 0:
-                return _unfolded(dim, size, after, given)
-            return None
-        if given.is_gathered and passed == 1 and size == in_front * given.length:
-            # Shards of all ranks, one after the other, are all tokens.
-            return replace(given, dim=dim, length=size, is_gathered=False)
-        passed *= size
-        if passed > in_front:
-            return None
-    return None
-
-
-def _unfolded(dim: int, size: int, after: Sequence[int], given: Tokens) -> Tokens | None:
-    """Tokens that were one dim are now two: the ranks' shards, or tokens and what was folded in."""
-    if given.is_shard or size % given.total == 0:
-        return replace(given, dim=dim, length=size)
-    inner = given.length // size
-    if dim + 1 < len(after) and after[dim + 1] == inner:
-        return replace(given, dim=dim + 1, length=inner, is_gathered=True)
-    return None
-
-
-def _transpose(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given, rank = _operand(node, tokens), node.meta["val"].dim()
-    assert given is not None
-    first, second = (0, 1) if node.target is _aten.t.default else node.args[1:3]
-    swap = {first % rank: second % rank, second % rank: first % rank}
-    return replace(given, dim=swap.get(given.dim, given.dim))
-
-
-def _permute(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    order = [dim % len(node.args[1]) for dim in node.args[1]]
-    return replace(given, dim=order.index(given.dim))
-
-
-def _unsqueeze(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    at = node.args[1] % node.meta["val"].dim()
-    return replace(given, dim=given.dim + (at <= given.dim))
-
-
-def _squeeze(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    source = node.args[0].meta["val"]
-    dims = _dims(node.args[1], node.args[0]) if len(node.args) > 1 else set(range(source.dim()))
-    gone = [dim for dim in dims if source.shape[dim] == 1]
-    if given.dim in gone:
-        return Stop("a single token is squeezed away")
-    return replace(given, dim=given.dim - sum(dim < given.dim for dim in gone))
-
-
-def _expand(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    dim = given.dim + node.meta["val"].dim() - node.args[0].meta["val"].dim()
-    return replace(given, dim=dim)
-
-
 def _along(position: int, default: object = None) -> Rule:
     """Rule of an operator that works along the dims in an argument, keeping all dims."""
 
@@ -271,7 +147,7 @@ def _along(position: int, default: object = None) -> Rule:
         if not isinstance(result, Tokens):
             return result
         given = node.args[position] if len(node.args) > position else default
-        if result.dim in _dims(given, node.args[0]):
+        if result.dim in dims_of(given, node.args[0]):
             return Stop(f"{node.target} works along the tokens", result)
         return result
 
@@ -280,7 +156,7 @@ def _along(position: int, default: object = None) -> Rule:
 
 def _sort(node: Node, tokens: Known, region: set[Node]) -> Result:
     """Values and indices along a dim; its place in the arguments is the last number but flags."""
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     assert given is not None
     at = 2 if node.target is _aten.topk.default else 1
     dim = (node.args[at] if len(node.args) > at else -1) % node.args[0].meta["val"].dim()
@@ -290,9 +166,9 @@ def _sort(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 
 def _reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     assert given is not None
-    dims = _dims(node.args[1] if len(node.args) > 1 else None, node.args[0])
+    dims = dims_of(node.args[1] if len(node.args) > 1 else None, node.args[0])
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     if given.dim in dims:
         return Stop("it sums over tokens")
@@ -303,16 +179,19 @@ def _reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 
 def _mm(node: Node, tokens: Known, region: set[Node]) -> Result:
-    left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
+    left, right = operand_tokens(node, tokens, 0), operand_tokens(node, tokens, 1)
     if (left is not None and left.dim == 1) or (right is not None and right.dim == 0):
         return Stop("it sums over tokens")
     if left is not None and right is not None:
         return Stop("both of its operands have tokens", left)
-    return left or replace(right, dim=1)
+    if left is not None:
+        return left
+    assert right is not None
+    return replace(right, dim=1)
 
 
 def _addmm(node: Node, tokens: Known, region: set[Node]) -> Result:
-    left, right = _operand(node, tokens, 1), _operand(node, tokens, 2)
+    left, right = operand_tokens(node, tokens, 1), operand_tokens(node, tokens, 2)
     if left is None or right is not None or left.dim == 1:
         return Stop("it sums over tokens")
     bias = node.args[0].meta["val"]
@@ -322,7 +201,7 @@ def _addmm(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 
 def _bmm(node: Node, tokens: Known, region: set[Node]) -> Result:
-    left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
+    left, right = operand_tokens(node, tokens, 0), operand_tokens(node, tokens, 1)
     if left is not None and right is not None and (left.dim, right.dim) == (0, 0):
         return left if left == right else Stop("its operands are folded differently")
     if left is not None and left.dim == 1 and (right is None or right.is_natural):
@@ -345,117 +224,22 @@ def takes_whole(node: Node, operand: Node, tokens: Known) -> bool:
     )
 
 
-def _split(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    dim = (node.args[2] if len(node.args) > 2 else 0) % node.args[0].meta["val"].dim()
-    parts = node.meta["val"]
-    if given.is_gathered:
-        if dim or not _all_in_one_cat(node, given.dim):
-            return Stop("it takes shards of some ranks")
-        return tuple(given for _ in parts)
-    if dim != given.dim:
-        return tuple(given for _ in parts)
-    sizes = {part.shape[dim] for part in parts}
-    (size,) = sizes if len(sizes) == 1 else (0,)
-    if given.num_copies == len(parts):
-        return tuple(replace(given, length=size, num_copies=1) for _ in parts)
-    if size == 0 or not given.is_natural or not _all_in_one_cat(node, 0):
-        return Stop("it takes some of the tokens")
-    return tuple(replace(given, length=size, is_gathered=True) for _ in parts)
-
-
-def _all_in_one_cat(split: Node, dim: int) -> bool:
-    """Whether all parts are put side by side, in their order, along that dim, and go nowhere else."""
-    parts = {user.args[1]: user for user in split.users if user.target is operator.getitem}
-    if sorted(parts) != list(range(len(split.meta["val"]))) or len(parts) != len(split.users):
-        return False
-    users = {user for part in parts.values() for user in part.users}
-    if len(users) != 1:
-        return False
-    (cat,) = users
-    order = [parts[i] for i in range(len(parts))]
-    at = cat.args[1] if len(cat.args) > 1 else 0
-    return cat.target is _aten.cat.default and list(cat.args[0]) == order and at == dim
-
-
-def _getitem(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = tokens.get(node.args[0])
-    found = given[node.args[1]] if isinstance(given, tuple) else None
-    if not isinstance(found, Tokens):
-        return Stop()
-    return found if node.args[0] in region else Stop(tokens=found)
-
-
-def _cat(node: Node, tokens: Known, region: set[Node]) -> Result:
-    value = node.meta["val"]
-    dim = (node.args[1] if len(node.args) > 1 else 0) % value.dim()
-    found = {tokens.get(x) for x in node.args[0]}
-    (given,) = found if len(found) == 1 else (None,)
-    if not isinstance(given, Tokens):
-        return Stop("not all of its operands have their tokens in the same place")
-    if given.is_gathered:  # parts of one split: `_split` made sure of it
-        is_all = dim == given.dim
-        length = value.shape[dim] if is_all else given.length
-        return replace(given, length=length, is_gathered=not is_all)
-    if dim != given.dim:
-        return given
-    if not given.is_natural:
-        return Stop("it puts tokens behind others")
-    return replace(given, length=value.shape[dim], num_copies=len(node.args[0]))
-
-
-def _slice(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    value = node.meta["val"]
-    if value.shape[given.dim] != given.length or value.dim() != node.args[0].meta["val"].dim():
-        return Stop("it takes some of the tokens")
-    return given
-
-
-def _slice_backward(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    return given if node.args[2] != given.dim else Stop("it takes some of the tokens")
-
-
-def _own_part(node: Node, tokens: Known, region: set[Node]) -> Result:
-    """A rank takes its share of tokens of an equal value."""
-    given = _operand(node, tokens)
-    assert given is not None
-    if node.args[1] % node.args[0].meta["val"].dim() != given.dim:
-        return given
-    if not given.is_natural:
-        return Stop("it takes a share of shards")
-    return replace(given, length=given.length // node.args[2], is_shard=True)
-
-
 def _rows(node: Node, tokens: Known, region: set[Node]) -> Result:
     """X @ w.T, row by row."""
-    left, right = _operand(node, tokens, 0), _operand(node, tokens, 1)
+    left, right = operand_tokens(node, tokens, 0), operand_tokens(node, tokens, 1)
     if left is None or left.dim != 0 or right is not None:
         return Stop("it sums over tokens")
     return left
 
 
-def _select(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
-    assert given is not None
-    dim = node.args[1] % node.args[0].meta["val"].dim()
-    if dim == given.dim:
-        return Stop("it takes one token")
-    return replace(given, dim=given.dim - (dim < given.dim))
-
-
 def _embedding(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens, 1)
+    given = operand_tokens(node, tokens, 1)
     return given if given is not None else Stop("its table has tokens")
 
 
 def _index_put(node: Node, tokens: Known, region: set[Node]) -> Result:
     """With one mask over the first dims, it sets rows to a number."""
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     indices, value = node.args[1], node.args[2].meta["val"]
     mask = indices[0].meta["val"] if len(indices) == 1 and indices[0] is not None else None
     if given is None or mask is None or mask.dtype is not torch.bool or value.numel() != 1:
@@ -466,7 +250,7 @@ def _index_put(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 
 def _layer_norm(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     assert given is not None
     if given.dim >= node.args[0].meta["val"].dim() - len(node.args[1]):
         return Stop("it takes the mean over tokens")
@@ -475,7 +259,7 @@ def _layer_norm(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 def _layer_norm_backward(node: Node, tokens: Known, region: set[Node]) -> Result:
     """Of the gradient of the input only; `prepare.py` puts those of the weights apart."""
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     mask = node.args[-1]
     if mask[0] and not any(mask[1:]) and given is not None:
         return (given, *(None for _ in mask[1:]))
@@ -483,13 +267,13 @@ def _layer_norm_backward(node: Node, tokens: Known, region: set[Node]) -> Result
 
 
 def _all_reduce(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     assert given is not None
     return given
 
 
 def _all_gather(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     assert given is not None
     if given.dim != 0 and given.is_shard:
         return replace(given, is_shard=False, is_gathered=True)
@@ -502,7 +286,7 @@ def _all_gather(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 
 def _reduce_scatter(node: Node, tokens: Known, region: set[Node]) -> Result:
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     assert given is not None
     if given.is_gathered:
         return replace(given, is_gathered=False, is_shard=True)
@@ -518,7 +302,7 @@ def _reduce_scatter(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 def _attention(node: Node, tokens: Known, region: set[Node]) -> Result:
     """Independent along the batch; along the tokens whole, and known to keep them in place."""
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     value = node.meta["val"]
     first = value[0] if isinstance(value, tuple | list) else value
     if given is None or first.dim() != node.args[0].meta["val"].dim():
@@ -541,7 +325,7 @@ def _attention(node: Node, tokens: Known, region: set[Node]) -> Result:
 
 def _passes(node: Node, tokens: Known, region: set[Node]) -> Result:
     """Mixes tokens, and leaves them where they are."""
-    given = _operand(node, tokens)
+    given = operand_tokens(node, tokens)
     value = node.meta["val"]
     fits = given is not None and isinstance(value, Tensor) and value.shape == shape_of(node.args[0])
     return Stop(f"{node.target} takes each token with others", given if fits else None)
@@ -572,15 +356,15 @@ _ALONG: dict[object, Rule] = {
 }
 _RULES: dict[object, Rule] = {
     **_ALONG,
-    operator.getitem: _getitem,
-    _aten.t.default: _transpose,
-    _aten.transpose.int: _transpose,
-    _aten.permute.default: _permute,
-    _aten.unsqueeze.default: _unsqueeze,
-    _aten.squeeze.dim: _squeeze,
-    _aten.squeeze.dims: _squeeze,
-    _aten.squeeze.default: _squeeze,
-    _aten.expand.default: _expand,
+    operator.getitem: moves.getitem,
+    _aten.t.default: moves.transpose,
+    _aten.transpose.int: moves.transpose,
+    _aten.permute.default: moves.permute,
+    _aten.unsqueeze.default: moves.unsqueeze,
+    _aten.squeeze.dim: moves.squeeze,
+    _aten.squeeze.dims: moves.squeeze,
+    _aten.squeeze.default: moves.squeeze,
+    _aten.expand.default: moves.expand,
     _aten.clone.default: _pointwise,
     _aten._to_copy.default: _pointwise,
     _aten.contiguous.default: _pointwise,
@@ -591,12 +375,12 @@ _RULES: dict[object, Rule] = {
     _aten.full_like.default: _pointwise,
     _aten.tril.default: _passes,
     _aten.triu.default: _passes,
-    _aten.slice.Tensor: _slice,
-    _aten.select.int: _select,
-    _aten.slice_backward.default: _slice_backward,
-    _aten.split.Tensor: _split,
-    _aten.split_with_sizes.default: _split,
-    _aten.cat.default: _cat,
+    _aten.slice.Tensor: moves.slice_tokens,
+    _aten.select.int: moves.select,
+    _aten.slice_backward.default: moves.slice_backward,
+    _aten.split.Tensor: moves.split,
+    _aten.split_with_sizes.default: moves.split,
+    _aten.cat.default: moves.cat,
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.bmm.default: _bmm,
@@ -617,12 +401,12 @@ _RULES: dict[object, Rule] = {
     _c10d.all_reduce.default: _all_reduce,
     _c10d.all_gather_into_tensor.default: _all_gather,
     _c10d.reduce_scatter_tensor.default: _reduce_scatter,
-    _plait.own_part.default: _own_part,
+    _plait.own_part.default: moves.own_part,
     _plait.strict_linear.default: _rows,
     _plait.strict_pointwise.default: _pointwise,
     _plait.strict_silu.default: _pointwise,
     _plait.strict_silu_backward.default: _pointwise,
-    **{overload: _view for packet in _VIEWS for overload in [packet.default]},
+    **{overload: moves.view for packet in _VIEWS for overload in [packet.default]},
 }
 _RULES |= dict.fromkeys(
     (
@@ -649,7 +433,7 @@ for _name in _ATTENTION:
 
 def part_dim(node: Node, operand: Node, tokens: Known) -> int | None:
     """The dim along which a whole operand is sliced for a part of a node; None: not at all."""
-    result = tokens[node]
+    result: Any = tokens[node]
     given = tokens.get(operand)
     dim = given.dim if isinstance(given, Tokens) else None
     target = node.target

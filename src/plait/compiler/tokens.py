@@ -1,13 +1,13 @@
 """Proof that nodes treat tokens apart: which of them may run on one part of the tokens at a time.
 
-Walks a joint graph in order and says of each value which dim counts tokens, and of each node whether
-its result for some tokens rests on just those tokens of its operands. The rules of one operator
-stand in `token_rules.py`; here they are put together, checked at the edges, and kept as a
+Walks a joint graph in order and says of each value which dim counts tokens, and of each node
+whether its result for some tokens rests on just those tokens of its operands. The rules of one
+operator stand in `token_rules.py`; here they are put together, checked at the edges, and kept as a
 `Certificate`: what was proven, and for every node that stopped the proof, why.
 
 A value is *natural* when its tokens stand in the order of the program. Under sequence parallelism a
-rank holds a *shard* of them; split by replicas, it holds its share of each replica's tokens instead.
-So shards may not leave the region, except into sums over all of them.
+rank holds a *shard* of them; split by replicas, it holds its share of each replica's tokens
+instead. So shards may not leave the region, except into sums over all of them.
 """
 
 # pyright: basic
@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from plait.compiler.token_rules import Stop, Tokens, is_order_free, rule_of
+from plait.compiler.token_moves import Stop, Tokens
+from plait.compiler.token_rules import is_order_free, rule_of
 from plait.graph.graph import Module, Node
 from plait.graph.partition import is_view
 from plait.graph.source import source_of

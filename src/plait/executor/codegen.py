@@ -156,9 +156,11 @@ class _Writer:
             return self.bind(self.schedule.constants[str(step.args[0])])
         args = step.args
         if step.target.startswith(COLLECTIVE):
-            args = tuple(self.groups[x].name if x in self.groups else x for x in args)
-        elif step.target == OWN_PART and args[-1] in self.groups:
-            group = self.groups[args[-1]]
+            args = tuple(
+                self.groups[x].name if isinstance(x, str) and x in self.groups else x for x in args
+            )
+        elif step.target == OWN_PART and str(args[-1]) in self.groups:
+            group = self.groups[str(args[-1])]
             args = (*args[:-2], group.rank, group.name)
         given = [self.literal(x) for x in args]
         given += [f"{key}={self.literal(x)}" for key, x in step.kwargs]

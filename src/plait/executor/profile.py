@@ -7,12 +7,13 @@ from functools import cache
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.cost.timeline import Event, Stream, Timeline
 from plait.executor.observe import Lookout, Sighting, tensors_in
+from plait.executor.optimize import Optimizers
 from plait.executor.outcome import Outcome, outcome_of
-from plait.executor.run import Runnable
+from plait.executor.run import Runnable, run_loaded
 from plait.graph.place import Place
 from plait.graph.schedule import OBJECT, PYTHON, Program, Schedule, Step, resolve
 
@@ -61,6 +62,24 @@ def profile(
     runnable = Runnable(schedule, profiler)
     clock.start()
     outcome = outcome_of(runnable, inputs, tangents=tangents)
+    return Profile(outcome=outcome, timeline=profiler.timeline(), overhead_s=profiler.overhead_s)
+
+
+def profile_step(
+    schedule: Schedule, model: nn.Module, *inputs: object, optimizer: Optimizers = None
+) -> Profile:
+    """Measure one `plait.run` of a training step: all micro-batches, and the optimizer's program.
+
+    It is a step like any other: gradients are added, or parameters updated. The outcome holds the
+    loss. A first step of an optimizer, which makes its state, shows no program.
+    """
+    on_gpu = any(x.device.type == "cuda" for x in model.parameters())
+    clock = _DeviceClock() if on_gpu else _HostClock()
+    profiler = _Profiler(schedule, clock)
+    runnable = Runnable(schedule, profiler)
+    clock.start()
+    loss = run_loaded(runnable, model, *inputs, optimizer=optimizer)
+    outcome = Outcome(outputs=(loss,) if isinstance(loss, Tensor) else loss, gradients={})
     return Profile(outcome=outcome, timeline=profiler.timeline(), overhead_s=profiler.overhead_s)
 
 

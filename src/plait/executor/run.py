@@ -9,47 +9,65 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plait.errors import GraphError, PlanError
 from plait.executor.codegen import GroupAtRun, Runner, load
 from plait.executor.observe import Observer
+from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
+from plait.executor.ranks import groups_of, reduce_gradients, whole_parameters
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule
 
 
-def run(schedule: Schedule, model: nn.Module, *inputs: object) -> Tensor | tuple[Tensor, ...]:
+def run(
+    schedule: Schedule,
+    model: nn.Module,
+    *inputs: object,
+    optimizer: Optimizers = None,
+    mesh: DeviceMesh | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """Run a schedule with the weights of `model`, which has the form of the captured one.
 
     Of a step (captured with its loss): runs forward and backward for each micro-batch of the plan,
     adds the gradients to `.grad` and returns the mean loss, detached. Of a model: returns its
     tensors, with gradients through autograd; one tensor is returned as it is.
 
-    Raises PlanError if inputs or parameters have another shape or dtype than captured.
+    optimizer: the one that the schedule was compiled with, or several. Then the step ends with its
+    program, on its own state, and the gradients are cleared. mesh: names the axes over which the
+    schedule communicates; with fsdp, the model was parted by `executor.ranks.shard_parameters`.
+
+    Raises PlanError if inputs or parameters have another shape or dtype than captured, and
+    GraphError if the optimizer is not the compiled one.
     """
-    groups = groups_of(model)
+    groups = groups_of(schedule, model, mesh)
     runnable = schedule.loaded
     if not isinstance(runnable, Runnable) or runnable.groups != groups:
         runnable = schedule.loaded = Runnable(schedule, groups=groups)
+    return run_loaded(runnable, model, *inputs, optimizer=optimizer)
+
+
+def run_loaded(
+    runnable: "Runnable", model: nn.Module, *inputs: object, optimizer: Optimizers = None
+) -> Tensor | tuple[Tensor, ...]:
+    """Run what was loaded already, as `run` does."""
+    schedule, optimizers = runnable.schedule, in_order(optimizer)
+    check_optimizers(schedule, optimizers)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not schedule.is_step:
         results = runnable(*(local_part(x) for x in _bind(schedule, model, tensors)))
         return results[0] if len(results) == 1 else results
+    whole = whole_parameters(schedule, model, runnable.unshard) if runnable.reduce else {}
     losses = [
-        _step(runnable, _bind(schedule, model, part))
+        _step(runnable, _bind(schedule, model, part, whole))
         for part in _micro_batches(tensors, schedule.num_micro_batches)
     ]
+    if runnable.reduce is not None:
+        reduce_gradients(schedule, model, whole, runnable.reduce)
+    if runnable.optimizer is not None:
+        take_step(schedule, optimizers, runnable.optimizer)
     return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-
-
-def groups_of(model: nn.Module) -> dict[str, GroupAtRun]:
-    """The process groups of the meshes on which the model's parameters lie, by axis."""
-    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
-    return {
-        axis: GroupAtRun(mesh.get_group(axis).group_name, mesh.get_local_rank(axis))
-        for mesh in meshes
-        for axis in mesh.mesh_dim_names or ()
-    }
 
 
 class Runnable:
@@ -68,6 +86,8 @@ class Runnable:
         self.schedule = schedule
         self.groups = dict(groups or {})
         self.forward, self.backward = runners["forward"], runners.get("backward")
+        self.optimizer = runners.get("optimizer")
+        self.unshard, self.reduce = runners.get("unshard"), runners.get("reduce_gradients")
         if "backward_weight" in runners:
             self.backward = _both(schedule, runners)
         inputs = [value for value in schedule.inputs if value.role is not Role.TANGENT]
@@ -258,10 +278,16 @@ def _add_gradient(owner: Tensor, gradient: Tensor) -> None:
         owner.grad += gradient
 
 
-def _bind(schedule: Schedule, model: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs of the schedule, in order, each of the captured form."""
+def _bind(
+    schedule: Schedule,
+    model: nn.Module,
+    tensors: Sequence[Tensor],
+    whole: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """The inputs of the schedule, in order, each of the captured form. whole: parameters."""
     named: dict[tuple[Role, str], Tensor] = {(Role.INPUT, str(i)): x for i, x in enumerate(tensors)}
     named |= {(Role.PARAMETER, name): x for name, x in model.named_parameters()}
+    named |= {(Role.PARAMETER, name): x for name, x in (whole or {}).items()}
     named |= {(Role.BUFFER, name): x for name, x in model.named_buffers()}
     bound = []
     for value in schedule.inputs:

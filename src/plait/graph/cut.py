@@ -232,6 +232,6 @@ def block_name(region: Module) -> str | None:
 
 
 def _mixes_tokens(node: Node) -> bool:
-    """Whether it is an attention, by its name: the fused operators, or the softmax of a plain one."""
+    """Whether it is an attention, by its name: a fused one, or the softmax of a plain one."""
     name = getattr(node.target, "__name__", None) or str(node.target)
     return "attention" in name or "softmax" in name

@@ -206,7 +206,7 @@ def own_part(x: Tensor, dim: int, size: int, rank: int, group: str) -> Tensor:
     return x.narrow(dim, rank * length, length).clone(memory_format=torch.contiguous_format)
 
 
-@own_part.register_fake
+@own_part.register_fake  # pyright: ignore[reportUnknownMemberType]
 def _(x: Tensor, dim: int, size: int, rank: int, group: str) -> Tensor:
     shape = list(x.shape)
     shape[dim] //= size

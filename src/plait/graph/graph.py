@@ -31,6 +31,7 @@ class Role(Enum):
     OUTPUT = "output"
     GRADIENT = "gradient"
     UPDATE = "update"  # new value of a buffer or an input that the program changes
+    STATE = "state"  # of the optimizer, and its learning rates
     SAVED = "saved"  # kept from the forward for the backward
 
 

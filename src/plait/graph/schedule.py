@@ -82,8 +82,10 @@ class Schedule:
     programs are `backward_input` and `backward_weight`; weight_inputs is what the second takes: an
     input of the first by name, or "kept:<i>", its i-th result after the gradients. constants are
     small tensors of the code itself; objects are callables without a name, with which a schedule
-    cannot be stored. notes: what the passes did, and what they could not do.
-    certificates: what was proven of the pieces that were split.
+    cannot be stored. certificates: what was proven of the pieces that were split. groups: the axes
+    that collectives name, and their sizes. optimizer_inputs describe what the program `optimizer`
+    takes and changes in place, optimizer_settings all that is constant in it. notes: what the
+    passes did, and what they could not do.
     """
 
     level: str
@@ -100,8 +102,11 @@ class Schedule:
     is_step: bool = False
     num_micro_batches: int = 1
     numerics: str = "fast"
+    optimizer_inputs: tuple[Value, ...] = ()
+    optimizer_settings: str = ""
     notes: tuple[Note, ...] = ()
     certificates: dict[str, str] = field(default_factory=dict[str, str])
+    groups: dict[str, int] = field(default_factory=dict[str, int])
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 
     def report(self) -> str:

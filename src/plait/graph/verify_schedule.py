@@ -86,7 +86,14 @@ def _edge(schedule: Schedule, name: str) -> tuple[int, int]:
 
 
 def _verify_edges(schedule: Schedule) -> None:
-    """Check that forward and backward take and give what the schedule describes."""
+    """Check that the programs take and give what the schedule describes."""
+    if "optimizer" in schedule.programs or schedule.optimizer_inputs:
+        num_inputs, num_results = _edge(schedule, "optimizer")
+        if (num_inputs, num_results) != (len(schedule.optimizer_inputs), 0):
+            rule = "programs take and give what the schedule describes"
+            described = f"not {len(schedule.optimizer_inputs)} inputs and none"
+            found = f"{num_inputs} inputs and {num_results} results, {described}"
+            fail("program optimizer", "edge", rule, found)
     if not schedule.inputs and not schedule.outputs:
         return
     tangents = [value for value in schedule.inputs if value.role is Role.TANGENT]

@@ -1,0 +1,80 @@
+"""Data parallel programs: the bits of one process that averages the ranks' gradients."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.errors import PlanError
+from plait.graph.storage import from_json, to_json
+from plait.graph.verify_schedule import verify_schedule
+
+WORKER = Path(__file__).with_name("data_parallel_worker.py")
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "dp"])
+def test_two_ranks_have_the_bits_of_one_process_and_agree_with_fsdp2(axis, tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(rank), tmp_path / "store", axis],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+def step_of(model, plan):
+    x = torch.randn(4, 3)
+    graph = plait.capture(model, x, loss=lambda model, x: model(x).square().mean())
+    return plait.compile(graph, plan), x
+
+
+def test_one_collective_for_each_dtype_and_none_without_an_axis():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    schedule, _ = step_of(model, plait.ParallelPlan(fsdp=2, dp=2))
+    verify_schedule(schedule)
+    assert from_json(to_json(schedule)) == schedule
+    collectives = {
+        name: [step.target for step in program.steps if "c10d" in step.target]
+        for name, program in schedule.programs.items()
+    }
+    wait = "_c10d_functional.wait_tensor.default"
+    assert collectives["unshard"] == ["_c10d_functional.all_gather_into_tensor.default", wait]
+    assert collectives["reduce_gradients"] == [
+        "_c10d_functional.reduce_scatter_tensor.default",
+        wait,
+        "_c10d_functional.all_reduce.default",
+        wait,
+    ]
+    assert set(step_of(model, plait.ParallelPlan())[0].programs) == {"forward", "backward"}
+
+
+def test_a_step_without_its_mesh_is_refused():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    schedule, x = step_of(model, plait.ParallelPlan(dp=2))
+    with pytest.raises(PlanError, match=r"2 ranks on the axis 'dp', and the mesh has no named"):
+        plait.run(schedule, model, x)
+
+
+def test_a_parameter_without_dims_cannot_be_parted():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x * self.scale
+
+    with pytest.raises(PlanError, match="parameter scale has no dims: fsdp=2 cannot part it"):
+        step_of(Scaled(), plait.ParallelPlan(fsdp=2))
