@@ -15,7 +15,17 @@ from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
 from plait.compiler.recompute import drop_unused_parts, pass_saved
-from plait.graph.graph import BACKWARD, Graph, Module, Node, Role, Template, call_of, describe
+from plait.graph.graph import (
+    BACKWARD,
+    Graph,
+    Module,
+    Node,
+    Role,
+    Template,
+    call_of,
+    describe,
+    module_of,
+)
 from plait.graph.partition import part_joint
 
 # fx types them for what an argument may be, not for what is mapped here.
@@ -94,7 +104,7 @@ def _with_arguments(template: Template, varying: Sequence[int]) -> Template:
         copy.args, copy.kwargs = _map_all((copy.args, copy.kwargs), number)
     results = _map_nodes(joint.graph.output_node().args[0], lambda x: copies[x])
     graph.output((*results, *(None for _ in varying)) if template.joint else results)
-    module = fx.GraphModule(joint, graph)
+    module = module_of(joint, graph)
     numbers = tuple(describe(Role.INPUT, str(num_arguments + i), 0.0) for i in range(len(varying)))
     common = replace(template, name=f"{template.name}_lifted", forward=module)
     common.arguments = template.arguments + numbers

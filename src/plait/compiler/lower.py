@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from plait.compiler.assemble import assemble
 from plait.compiler.in_place import in_place_target
 from plait.graph.graph import BACKWARD, FORWARD, Template, call_of
 from plait.graph.schedule import (
@@ -34,6 +35,7 @@ class Lowering:
         inputs: list[str] = []
         steps: list[Step] = []
         results: tuple[Argument, ...] = ()
+        module = assemble(module)
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 inputs.append(node.name)

@@ -34,7 +34,7 @@ from plait.cost.simulate import (
     simulate,
 )
 from plait.graph.collectives import group_of, is_collective, is_wait
-from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of
+from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of, module_of
 from plait.graph.partition import is_view
 from plait.graph.schedule import name_of
 
@@ -231,7 +231,7 @@ class _Problem:
             if isinstance(node, fx.Node):
                 write(node)
         graph.output(fx.map_arg(outputs, lambda x: copies[x]))
-        return fx.GraphModule(self.module, graph)
+        return module_of(self.module, graph)
 
 
 def _is_free(node: Node) -> bool:

@@ -33,6 +33,7 @@ from plait.graph.graph import (
     call,
     call_of,
     describe,
+    module_of,
 )
 from plait.graph.partition import part_joint
 
@@ -392,9 +393,7 @@ class _RootWriter:
         outputs: Any = self.old.root.graph.output_node().args[0]
         self.graph.output(tuple(self.single(x) for x in outputs))
         templates = {each.name: each for each in self.replicator.templates.values()}
-        return replace(
-            self.old, root=fx.GraphModule(self.old.root, self.graph), templates=templates
-        )
+        return replace(self.old, root=module_of(self.old.root, self.graph), templates=templates)
 
     def single(self, node: Node) -> Node:
         (only,) = self.at[node]

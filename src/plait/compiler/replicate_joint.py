@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from plait.compiler.assemble import ASSEMBLED
 from plait.compiler.token_moves import Tokens
 from plait.compiler.token_rules import part_dim, takes_whole
 from plait.compiler.tokens import Certificate
-from plait.graph.graph import Module, Node
+from plait.graph.graph import Module, Node, module_of
 from plait.graph.partition import backward_nodes, is_view
 
 PLACE, REPLICA = "place", "replica"
@@ -113,7 +114,7 @@ class _Writer:
             else:
                 results.append(self.whole_of(node))
         self.graph.output(tuple(results))
-        return fx.GraphModule(self.joint, self.graph)
+        return module_of(self.joint, self.graph)
 
     def needed_whole(self, outputs: Sequence, results_in_parts: Sequence[bool]) -> set[Node]:
         """Nodes of the region of which something outside needs all tokens."""
@@ -227,10 +228,15 @@ class _Writer:
         parts, value = self.split[node], node.meta["val"]
         order = _order(value)
         if order == list(range(value.dim())):
-            return self.call(_aten.cat.default, (parts, dim), {}, node)
+            return self.assembled(parts, dim, node)
         parts = [self.call(_aten.permute.default, (part, order), {}, node) for part in parts]
-        whole = self.call(_aten.cat.default, (parts, order.index(dim)), {}, node)
+        whole = self.assembled(parts, order.index(dim), node)
         return self.call(_aten.permute.default, (whole, _inverse(order)), {}, node)
+
+    def assembled(self, parts: list[Node], dim: int, node: Node) -> Node:
+        whole = self.call(_aten.cat.default, (parts, dim), {}, node)
+        whole.meta[ASSEMBLED] = True
+        return whole
 
     def copy(self, node: Node, operand: Callable[[Node], Node], part: int | None = None) -> Node:
         args, kwargs = _map_nodes((node.args, node.kwargs), operand)

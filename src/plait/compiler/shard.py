@@ -17,7 +17,7 @@ from torch import fx
 
 from plait.compiler.lower import Lowering
 from plait.errors import PlanError
-from plait.graph.graph import Node, Role, Value
+from plait.graph.graph import Node, Role, Value, module_of
 from plait.graph.schedule import Schedule
 from plait.plan.parallel_plan import ParallelPlan
 
@@ -47,7 +47,7 @@ def add_data_parallel(schedule: Schedule, plan: ParallelPlan, lowering: Lowering
     if plan.fsdp > 1:
         modules = {"unshard": _unshard(parameters, plan.fsdp), **modules}
     for name, graph in modules.items():
-        module = fx.GraphModule(torch.nn.Module(), graph)
+        module = module_of(torch.nn.Module(), graph)
         schedule.programs[name] = lowering.program(name, module)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from plait.graph.graph import Module, Node, Template, call, call_of
+from plait.graph.graph import Module, Node, Template, call, call_of, module_of
 from plait.graph.partition import extract
 
 INPUT_PART, WEIGHT_PART = "backward_input", "backward_weight"
@@ -85,8 +85,8 @@ class _Splitter:
         self.second.output(tuple(self.of_second(results[i]) for i in seconds))
         return SplitBackward(
             {
-                INPUT_PART: fx.GraphModule(self.backward, self.first),
-                WEIGHT_PART: fx.GraphModule(self.backward, self.second),
+                INPUT_PART: module_of(self.backward, self.first),
+                WEIGHT_PART: module_of(self.backward, self.second),
             },
             self.weight_inputs,
             self.modules,

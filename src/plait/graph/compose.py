@@ -18,7 +18,17 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.graph.cut import Piece, cut
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Template, Value, call, describe
+from plait.graph.graph import (
+    BACKWARD,
+    FORWARD,
+    Graph,
+    Role,
+    Template,
+    Value,
+    call,
+    describe,
+    module_of,
+)
 from plait.graph.trace import NotATemplate, Use, trace
 
 
@@ -196,7 +206,7 @@ class _Writer:
             for node in wanted
         ]
         return Graph(
-            root=fx.GraphModule(composer.module, graph),
+            root=module_of(composer.module, graph),
             templates={each.name: each for each in composer.templates.values()},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
@@ -282,7 +292,7 @@ def _dropping_unused(piece: Piece) -> fx.GraphModule:
     outputs: Any = graph.graph_copy(piece.module.graph, copies)
     kept = [x for x, used in zip(outputs, piece.results, strict=True) if used is not None]
     graph.output(tuple(kept))
-    return fx.GraphModule(piece.module, graph)
+    return module_of(piece.module, graph)
 
 
 def _storage(x: Tensor) -> int:

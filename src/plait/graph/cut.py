@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from plait.graph.graph import Module, Node
+from plait.graph.graph import Module, Node, module_of
 from plait.graph.inline import inline_regions
 from plait.graph.modes import Modes, current_modes
 from plait.graph.trace import NotATemplate
@@ -202,7 +202,7 @@ def _extract(
                 copies[source] = graph.node_copy(source)
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in results))
-    return fx.GraphModule(module, graph)
+    return module_of(module, graph)
 
 
 def _text(module: Module) -> str:

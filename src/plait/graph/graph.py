@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx._lazy_graph_module import (
+    _LazyGraphModule,  # pyright: ignore[reportPrivateUsage]
+)
 
 from plait.graph.note import Note
 
@@ -176,6 +179,14 @@ class Graph:
         return count
 
 
+def module_of(owner: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A module of a graph with the attributes of `owner`; its Python code is written when needed.
+
+    fx writes the code of every graph at once, which takes longer than most passes.
+    """
+    return _LazyGraphModule(owner, graph)
+
+
 FORWARD = "forward"
 BACKWARD = "backward"
 
@@ -199,7 +210,7 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         if "forward" in node.meta:  # a backward call knows its forward
             node.meta["forward"] = copies[node.meta["forward"]]
-    return fx.GraphModule(module, graph)
+    return module_of(module, graph)
 
 
 def describe(role: Role, name: str, value: object) -> Value:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from plait.graph.graph import Module, Node, Role, Value, describe
+from plait.graph.graph import Module, Node, Role, Value, describe, module_of
 
 
 @dataclass(frozen=True)
@@ -148,4 +148,4 @@ def extract(joint: Module, nodes: list[Node], inputs: list[Node], outputs: list[
         if node in needed:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(joint, graph)
+    return module_of(joint, graph)
