@@ -10,8 +10,8 @@ from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.data_model import DataModel, SectionModel, StaticShiftModel
 from plait.magnetotellurics.forward_2d import Problem
 from plait.magnetotellurics.inversion import (
+    Checkpoint,
     InversionResult,
-    StepRecord,
     StepRule,
     StoppingRule,
     invert,
@@ -19,6 +19,7 @@ from plait.magnetotellurics.inversion import (
 from plait.magnetotellurics.misfit import Misfit
 from plait.magnetotellurics.model_map import ModelMap, pixel_map
 from plait.magnetotellurics.observations import Observations
+from plait.magnetotellurics.penalty import RoughnessPenalty
 from plait.magnetotellurics.regularization import (
     Smoothness,
     roughness_matrix,
@@ -79,7 +80,8 @@ def invert_smoothly(
     settings: SmoothInversion,
     model_map: ModelMap | None = None,
     reference_log10_rho: RealArray | None = None,
-    on_step: Callable[[StepRecord], None] = lambda _: None,
+    resume: Checkpoint | None = None,
+    on_step: Callable[[Checkpoint], None] = lambda _: None,
 ) -> SmoothSection:
     """Find the smoothest section that fits.
 
@@ -89,6 +91,7 @@ def invert_smoothly(
         settings: how.
         model_map: bricks, as of an Occam2D model file; one parameter per cell by default.
         reference_log10_rho: (n_parameters,), where roughness is measured from.
+        resume: where an earlier run of the same problem stood.
         on_step: called after each step.
     """
     model_map = model_map or pixel_map(problem.mesh)
@@ -118,12 +121,12 @@ def invert_smoothly(
     result = invert(
         model,
         misfit=Misfit(observations=observations, huber=settings.huber),
-        roughness=roughness,
-        reference=reference,
+        penalty=RoughnessPenalty(matrix=roughness, reference=reference),
         start=start,
         rule=settings.rule,
         stopping=settings.stopping,
         bounds=settings.bounds,
+        resume=resume,
         on_step=on_step,
     )
     shifts = np.zeros(2 * num_rx)
