@@ -151,6 +151,7 @@ def test_the_data_space_step_solves_the_normal_equations():
     step = LinearStep(
         jacobian=jacobian,
         residual=residual,
+        root_weight=np.ones(7),
         roughness=sparse.csc_array(roughness),
         departure=present - reference,
         reference=reference,

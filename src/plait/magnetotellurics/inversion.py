@@ -23,10 +23,11 @@ Limit = float | RealArray
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A model that was tried: its parameters, predicted values, RMS and roughness."""
+    """A model that was tried: parameters, predicted values, residual over error, RMS, roughness."""
 
     parameters: RealArray
     values: RealArray
+    residual: RealArray
     rms: float
     roughness: float
     trade_off: float
@@ -145,6 +146,7 @@ def invert(
         return Trial(
             parameters=inside,
             values=values,
+            residual=misfit.residual(values),
             rms=misfit.rms(values),
             roughness=penalty.value(inside),
             trade_off=trade_off,
@@ -204,6 +206,7 @@ def _linear_step(
     return LinearStep(
         jacobian=misfit.whitened(sensitivity.jacobian) * weight[:, None],
         residual=misfit.residual(sensitivity.values) * weight,
+        root_weight=weight,
         roughness=quadratic.matrix,
         departure=parameters - quadratic.reference,
         reference=quadratic.reference,

@@ -7,7 +7,10 @@ one at each model, since its section is a curved function of the codes.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from plait.magnetotellurics.arrays import RealArray
+from plait.magnetotellurics.linear_solver import sparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +49,27 @@ class RoughnessPenalty:
         """Give R and the reference."""
         del parameters
         return Quadratic(matrix=self.matrix, reference=self.reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyWithShifts:
+    """Another penalty with weight * s^2 for each static shift s at the end of the parameters."""
+
+    inner: Penalty
+    num_shifts: int
+    weight: float
+
+    def value(self, parameters: RealArray) -> float:
+        """Give the sum of both."""
+        split = len(parameters) - self.num_shifts
+        shifts = parameters[split:]
+        return self.inner.value(parameters[:split]) + self.weight * float(shifts @ shifts)
+
+    def near(self, parameters: RealArray) -> Quadratic:
+        """Give both quadratics side by side."""
+        inner = self.inner.near(parameters[: len(parameters) - self.num_shifts])
+        shifts = self.weight * sparse.eye_array(self.num_shifts, format="csr")
+        return Quadratic(
+            matrix=sparse.block_diag((inner.matrix, shifts), format="csc"),
+            reference=np.concatenate([inner.reference, np.zeros(self.num_shifts)]),
+        )

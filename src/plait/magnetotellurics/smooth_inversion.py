@@ -16,6 +16,8 @@ from plait.magnetotellurics.inversion import (
     StoppingRule,
     invert,
 )
+from plait.magnetotellurics.layered_model import LayeredModel
+from plait.magnetotellurics.layered_start import Start, layered_start
 from plait.magnetotellurics.misfit import Misfit
 from plait.magnetotellurics.model_map import ModelMap, pixel_map
 from plait.magnetotellurics.observations import Observations
@@ -34,6 +36,7 @@ class SmoothInversion:
 
     Attributes:
         start_log10_rho: uniform start, and reference unless a reference model is given.
+        start: UNIFORM, or LAYERED to fit each column alone first.
         smoothness: weights of the roughness.
         rule: OccamRule or GaussNewtonRule.
         stopping: target RMS and steps.
@@ -45,6 +48,7 @@ class SmoothInversion:
     """
 
     start_log10_rho: float = 2.0
+    start: Start = Start.UNIFORM
     smoothness: Smoothness = field(default_factory=Smoothness)
     rule: StepRule = field(default_factory=OccamRule)
     stopping: StoppingRule = field(default_factory=StoppingRule)
@@ -101,6 +105,9 @@ def invert_smoothly(
         model_map=model_map,
         num_workers=settings.num_workers,
     )
+    layered: DataModel = LayeredModel(
+        problem=problem, observations=observations, model_map=model_map
+    )
     roughness = roughness_matrix(
         model_map,
         thickness_m=problem.mesh.ground_thickness_m,
@@ -113,15 +120,22 @@ def invert_smoothly(
     reference = start if reference_log10_rho is None else reference_log10_rho
     if settings.static_shift_weight is not None:
         model = StaticShiftModel(section=model, observations=observations)
+        layered = StaticShiftModel(section=layered, observations=observations)
         roughness = with_static_shifts(
             roughness, num_shifts=2 * num_rx, weight=settings.static_shift_weight
         )
         start = np.concatenate([start, np.zeros(2 * num_rx)])
         reference = np.concatenate([reference, np.zeros(2 * num_rx)])
+    misfit = Misfit(observations=observations, huber=settings.huber)
+    penalty = RoughnessPenalty(matrix=roughness, reference=reference)
+    if settings.start is Start.LAYERED:
+        start = layered_start(
+            layered, misfit=misfit, penalty=penalty, start=start, bounds=settings.bounds
+        )
     result = invert(
         model,
-        misfit=Misfit(observations=observations, huber=settings.huber),
-        penalty=RoughnessPenalty(matrix=roughness, reference=reference),
+        misfit=misfit,
+        penalty=penalty,
         start=start,
         rule=settings.rule,
         stopping=settings.stopping,
