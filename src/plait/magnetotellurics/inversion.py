@@ -160,24 +160,13 @@ def invert(
         now = attempt(start, float("nan"))
         history = [_record(0, now, num_forward, began)]
         on_step(_checkpoint(now, history))
-    reason = f"{stopping.max_steps} steps are done"
-    for number in range(len(history), stopping.max_steps + 1):
-        if now.rms <= stopping.target_rms:
-            reason = "the target RMS is reached"
-            break
+    while (reason := _reason_to_stop(history, stopping)) is None:
         step = _linear_step(model, misfit, penalty, now.parameters)
         then = rule.next_trial(step, now=now, attempt=attempt, target_rms=stopping.target_rms)
-        drop = 1 - then.rms / now.rms
         if then.rms < now.rms:
             now = then
-        history.append(_record(number, now, num_forward, began))
+        history.append(_record(len(history), now, num_forward, began))
         on_step(_checkpoint(now, history))
-        if now.rms > stopping.target_rms and drop < stopping.min_relative_drop:
-            reason = f"the last step lowered RMS by {100 * max(drop, 0):.2g} % only"
-            break
-    else:
-        if now.rms <= stopping.target_rms:
-            reason = "the target RMS is reached"
     return InversionResult(
         parameters=now.parameters,
         values=now.values,
@@ -211,6 +200,19 @@ def _linear_step(
         departure=parameters - quadratic.reference,
         reference=quadratic.reference,
     )
+
+
+def _reason_to_stop(history: list[StepRecord], stopping: StoppingRule) -> str | None:
+    """Give the reason, or None to go on; a resumed run asks the same of the same history."""
+    if history[-1].rms <= stopping.target_rms:
+        return "the target RMS is reached"
+    if len(history) > 1:
+        drop = 1 - history[-1].rms / history[-2].rms
+        if drop < stopping.min_relative_drop:
+            return f"the last step lowered RMS by {100 * drop:.2g} % only"
+    if len(history) > stopping.max_steps:
+        return f"{stopping.max_steps} steps are done"
+    return None
 
 
 def _checkpoint(now: Trial, history: list[StepRecord]) -> Checkpoint:

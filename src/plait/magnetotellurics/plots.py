@@ -38,8 +38,22 @@ def section_figure(
     max_depth_m: float,
     limits: tuple[float, float] = (0.0, 4.0),
     title: str = "",
+    hatched: np.ndarray | None = None,
+    reference_share: RealArray | None = None,
 ) -> Any:
-    """Draw log10 rho under the stations down to max_depth_m; stations are triangles at the top."""
+    """Draw log10 rho under the stations down to max_depth_m; stations are triangles at the top.
+
+    Args:
+        mesh: of the section.
+        log10_rho: mesh.ground_shape.
+        station_m: (n_rx,) positions along the profile.
+        max_depth_m: lower edge of the picture.
+        limits: of the colours.
+        title: above the picture.
+        hatched: mesh.ground_shape, cells to hatch, as those that came from a prior.
+        reference_share: mesh.ground_shape; a white line is drawn where it passes one half, the
+            depth of investigation.
+    """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     shown = np.where(mesh.is_ground, log10_rho, np.nan)
@@ -52,6 +66,13 @@ def section_figure(
         vmax=limits[1],
         rasterized=True,
     )
+    y = (mesh.y_m[1:] + mesh.y_m[:-1]) / 2e3
+    z = (mesh.z_m[mesh.num_air + 1 :] + mesh.z_m[mesh.num_air : -1]) / 2e3
+    if hatched is not None and hatched.any():
+        levels, marks = [0.5, 1.5], ["////"]
+        axes.contourf(y, z, hatched.astype(float), levels=levels, hatches=marks, colors="none")
+    if reference_share is not None and (reference_share > 0.5).any():
+        axes.contour(y, z, reference_share, levels=[0.5], colors="white", linewidths=2)
     top = mesh.z_m[mesh.terrain_row[np.searchsorted(mesh.y_m, station_m, side="right") - 1]]
     axes.plot(station_m / 1e3, top / 1e3, "v", color="black", markersize=6, clip_on=False)
     margin = 0.05 * (station_m.max() - station_m.min())
@@ -61,6 +82,28 @@ def section_figure(
     axes.set_ylabel("depth (km)")
     axes.set_title(title, pad=12)
     figure.colorbar(image, ax=axes, label="log10 resistivity (ohm m)")
+    return figure
+
+
+def amount_figure(
+    mesh: Mesh,
+    amount: RealArray,
+    *,
+    station_m: RealArray,
+    max_depth_m: float,
+    most: float,
+    label: str,
+) -> Any:
+    """Draw a positive quantity of the cells, as a standard deviation, from 0 to most."""
+    figure = section_figure(
+        mesh,
+        np.minimum(amount, most),
+        station_m=station_m,
+        max_depth_m=max_depth_m,
+        limits=(0.0, most),
+    )
+    figure.axes[0].collections[0].set_cmap("magma_r")
+    figure.axes[1].set_ylabel(label)
     return figure
 
 
@@ -170,4 +213,41 @@ def convergence_figure(history: Sequence[StepRecord], *, target_rms: float) -> A
     other = axes.twinx()
     other.plot(steps, [record.roughness for record in history], "s--", color="C1")
     other.set_ylabel("roughness", color="C1")
+    return figure
+
+
+def response_figure(observations: Observations) -> Any:
+    """Draw the values of each component, period against distance.
+
+    Raises:
+        InversionError: no log10 rho, phase or tipper values to draw.
+    """
+    titles = _TITLES | {
+        Component.TIPPER_REAL: "tipper, real part",
+        Component.TIPPER_IMAG: "tipper, imaginary part",
+    }
+    there = [c for c in titles if (observations.component == c).any()]
+    if not there:
+        raise InversionError("pseudo-sections need log10 rho, phase or tipper values")
+    lines = -(-len(there) // 2)
+    figure = Figure(figsize=(11, 2.9 * lines), layout="constrained")
+    grid = figure.subplots(lines, 2, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in grid[len(there) :]:
+        axes.set_visible(False)
+    for axes, component in zip(grid, there, strict=False):
+        rows = observations.component == component
+        scale = 180 / np.pi if "PHASE" in component.name else 1.0
+        points = axes.scatter(
+            observations.position_m[observations.receiver_index[rows]] / 1e3,
+            np.log10(1 / observations.frequency_hz[observations.frequency_index[rows]]),
+            c=scale * observations.value[rows],
+            cmap="turbo_r",
+            s=28,
+            marker="s",
+        )
+        axes.set_title(titles[component], fontsize=9)
+        figure.colorbar(points, ax=axes)
+    grid[0].invert_yaxis()
+    figure.supxlabel("distance (km)")
+    figure.supylabel("log10 period (s)")
     return figure

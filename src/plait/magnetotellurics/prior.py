@@ -115,6 +115,15 @@ class Prior:
             raise InversionError("need correlation_m > 0 and lateral_share from 0 to 1")
         _check_log10_rho("the background", self.background_log10_rho)
 
+    def reach_m(self) -> float:
+        """Give the deepest place of any interface, in metres."""
+        base = deepest = 0.0
+        for layer in self.layers:
+            top = base if layer.top_m is None else layer.top_m.high
+            base = top + (0.0 if layer.thickness_m is None else layer.thickness_m.high)
+            deepest = max(deepest, base)
+        return deepest
+
 
 def _check_log10_rho(where: str, range_: Range) -> None:
     if range_.low < _LOG10_RHO[0] or range_.high > _LOG10_RHO[1]:
