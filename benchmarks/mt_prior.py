@@ -33,6 +33,38 @@ RULE = OccamRule(max_drop=10, max_corrections=4)
 STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_relative_drop=0.0)
 
 
+LOW_NOISE = 0.005
+NUM_SEEDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One truth, one set of modes, one noise."""
+
+    truth: made.Truth
+    modes: str
+    components: tuple[Component, ...]
+    noise: float
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the data without noise depend on."""
+        return self.truth.name, self.modes
+
+    @property
+    def name(self) -> str:
+        """Title of the rows."""
+        return f"10 km, {self.truth.name}, {self.modes}, noise {100 * self.noise:g} %"
+
+
+CASES = [
+    Case(truth=truth, modes=modes, components=components, noise=noise)
+    for noise in (LOW_NOISE, 0.03)
+    for modes, components in (("TE", made.TE), ("TE+TM", made.TE_TM))
+    for truth in (made.DIPPING, made.BLOCK)
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """What one run reached."""
@@ -124,37 +156,28 @@ def compared(name: str, ours: list[Judged], theirs: list[Judged], *, low_noise: 
 def prospect_rows(quick: bool) -> list[Row]:
     """The pair of 10 km x 1 km."""
     layout, fine = made.prospect(), made.prospect(refine=2)
-    grid = layout.region.grid(layout.mesh, columns_per_code=1)
-    networks = [
-        learn_prior(
-            read_prior(PRIORS / "prospect.toml"), grid, training=Training(num_latent=8, seed=seed)
+    cases = CASES[:1] if quick else CASES
+    clean = {case.key: made.clean_data(fine, case.truth, case.components) for case in cases}
+    ours: dict[Case, list[Judged]] = {case: [] for case in cases}
+    theirs: dict[Case, list[Judged]] = {case: [] for case in cases}
+    learning = []
+    for seed in range(1 if quick else NUM_SEEDS):
+        network = learn_prior(
+            read_prior(PRIORS / "prospect.toml"),
+            layout.region.grid(layout.mesh, columns_per_code=1),
+            training=Training(num_latent=8, seed=seed),
         )
-        for seed in range(1 if quick else 5)
-    ]
-    say(f"learnt {[round(n.learnt.rmse, 3) for n in networks]} decades, "
-        f"{networks[0].learnt.duration_s:.0f} s")  # fmt: skip
-    rows = [
-        lower(
-            "training of one prior, single columns", "s", 300,
-            [network.learnt.duration_s for network in networks],
-        )
-    ]  # fmt: skip
-    cases: list[tuple[made.Truth, str, tuple[Component, ...], float]] = [
-        (truth, modes, components, noise)
-        for truth in (made.DIPPING, made.BLOCK)
-        for modes, components in (("TE", made.TE), ("TE+TM", made.TE_TM))
-        for noise in (0.005, 0.03)
-    ]
-    for truth, modes, components, noise in cases[:1] if quick else cases:
-        clean = made.clean_data(fine, truth, components)
-        ours, theirs = [], []
-        for seed, network in enumerate(networks):
-            observations = made.noisy(clean, share=noise, floor=0.005, seed=seed)
-            theirs.append(conventional(layout, truth, observations))
-            ours.append(learnt(layout, truth, observations, network))
-            say(f"{truth.name} {modes} {noise} seed {seed}: {ours[-1]} against {theirs[-1]}")
-        name = f"10 km, {truth.name}, {modes}, noise {100 * noise:g} %"
-        rows += compared(name, ours, theirs, low_noise=noise == 0.005)
+        learning.append(network.learnt.duration_s)
+        say(f"seed {seed}: learnt to {network.learnt.rmse:.4f} decades in {learning[-1]:.0f} s")
+        for case in cases:
+            observations = made.noisy(clean[case.key], share=case.noise, floor=0.005, seed=seed)
+            theirs[case].append(conventional(layout, case.truth, observations))
+            ours[case].append(learnt(layout, case.truth, observations, network))
+            say(f"{case.name} seed {seed}: learnt {ours[case][-1]}, smooth {theirs[case][-1]}")
+    rows = [lower("training of one prior, single columns", "s", 300, learning)]
+    for case in cases:
+        low_noise = case.noise == LOW_NOISE
+        rows += compared(case.name, ours[case], theirs[case], low_noise=low_noise)
     return rows if quick else rows + wrong_rows(layout, fine)
 
 

@@ -17,7 +17,7 @@ from plait.magnetotellurics.model_map import pixel_map
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.penalty import PenaltyWithShifts
 from plait.magnetotellurics.prior import Layer, Prior, Range
-from plait.magnetotellurics.prior_inversion import PriorInversion, invert_with_prior
+from plait.magnetotellurics.prior_inversion import PriorInversion, StepOrder, invert_with_prior
 from plait.magnetotellurics.prior_network import Training, learn_prior
 from plait.magnetotellurics.prior_sampler import draw_sections
 from plait.magnetotellurics.prior_store import load_network, save_network
@@ -341,8 +341,21 @@ def test_a_learnt_prior_fits_the_noise_monotonically_and_beats_the_start_in_its_
     np.testing.assert_array_equal(rest.log10_rho, found.log10_rho)
 
 
+def test_alternating_steps_fit_the_noise_monotonically_too(survey, section):
+    problem, observations, _ = survey
+    settings = PriorInversion(
+        stopping=StoppingRule(target_rms=1.0, max_steps=8), order=StepOrder.ALTERNATING
+    )
+    found = invert_with_prior(problem, observations, section=section, settings=settings)
+    rms = [record.rms for record in found.result.history]
+    assert found.result.rms <= 1.0
+    assert all(later <= earlier for earlier, later in pairwise(rms))
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InversionError, match="code_weight"):
         PriorInversion(code_weight=0.0)
+    with pytest.raises(InversionError, match="joint steps only"):
+        PriorInversion(order=StepOrder.ALTERNATING, static_shift_weight=1.0)
     with pytest.raises(InversionError, match="positive"):
         Training(num_latent=0)

@@ -161,7 +161,7 @@ def invert(
         history = [_record(0, now, num_forward, began)]
         on_step(_checkpoint(now, history))
     while (reason := _reason_to_stop(history, stopping)) is None:
-        step = _linear_step(model, misfit, penalty, now.parameters)
+        step = linear_step(model, misfit, penalty, now.parameters)
         then = rule.next_trial(step, now=now, attempt=attempt, target_rms=stopping.target_rms)
         if then.rms < now.rms:
             now = then
@@ -186,9 +186,10 @@ def _check_start(start: RealArray, model: DataModel, bounds: tuple[Limit, Limit]
         )
 
 
-def _linear_step(
+def linear_step(
     model: DataModel, misfit: Misfit, penalty: Penalty, parameters: RealArray
 ) -> LinearStep:
+    """Linearize a model's data and its penalty at these parameters, (n_parameters,)."""
     sensitivity = model.linearize(parameters)
     weight = misfit.root_weight(sensitivity.values)
     quadratic = penalty.near(parameters)

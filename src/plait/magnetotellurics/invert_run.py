@@ -35,6 +35,9 @@ from plait.magnetotellurics.run_files import load_state, open_run, save_state
 from plait.magnetotellurics.smooth_inversion import SmoothInversion, invert_smoothly
 from plait.magnetotellurics.step_rules import OccamRule
 
+# Closer to the reference than the inversion itself: with the inversion's tiny weight the posterior
+# would extrapolate smoothness for ever downwards.
+_RESOLUTION = Smoothness(closeness=0.05)
 _SAME_RMS = 1.03  # sections whose RMS differ by less than this factor fit equally well
 
 
@@ -306,7 +309,7 @@ def _resolution(
             pixels,
             thickness_m=problem.mesh.ground_thickness_m,
             width_m=problem.mesh.width_m,
-            smoothness=Smoothness(),
+            smoothness=_RESOLUTION,
         ),
         departure=np.zeros_like(at),
         reference=at,

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 
 from plait.errors import InversionError
+from plait.magnetotellurics.alternation import AlternatingRule
 from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.coded_section import CodedSection, CodePenalty
 from plait.magnetotellurics.data_model import DataModel, SectionModel, StaticShiftModel
@@ -20,10 +22,18 @@ from plait.magnetotellurics.inversion import (
 from plait.magnetotellurics.layered_model import LayeredModel
 from plait.magnetotellurics.layered_start import Start, layered_start
 from plait.magnetotellurics.misfit import Misfit
+from plait.magnetotellurics.model_map import pixel_map
 from plait.magnetotellurics.observations import Observations
-from plait.magnetotellurics.penalty import Penalty, PenaltyWithShifts
-from plait.magnetotellurics.regularization import Smoothness, cell_roughness
+from plait.magnetotellurics.penalty import Penalty, PenaltyWithShifts, RoughnessPenalty
+from plait.magnetotellurics.regularization import Smoothness, cell_roughness, roughness_matrix
 from plait.magnetotellurics.step_rules import OccamRule
+
+
+class StepOrder(Enum):
+    """Pixels and codes in one step, or pixels everywhere and then codes."""
+
+    JOINT = "joint"
+    ALTERNATING = "alternating"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,7 @@ class PriorInversion:
         code_bound: codes stay within this; beyond, the decoder has not been taught.
         start: LAYERED fits each column alone first; UNIFORM begins with the codes of a half-space.
         rule, stopping, bounds, static_shift_weight, huber, num_workers: as SmoothInversion.
+        order: JOINT, or ALTERNATING, which has no static shifts.
     """
 
     start_log10_rho: float = 2.0
@@ -56,12 +67,15 @@ class PriorInversion:
     static_shift_weight: float | None = None
     huber: float | None = None
     num_workers: int = 1
+    order: StepOrder = StepOrder.JOINT
 
     def __post_init__(self) -> None:
         if self.code_weight <= 0 or self.lateral_weight < 0 or self.code_bound <= 0:
             raise InversionError("need code_weight > 0, lateral_weight >= 0 and code_bound > 0")
         if self.num_workers < 1:
             raise InversionError(f"num_workers={self.num_workers} must be at least 1")
+        if self.order is StepOrder.ALTERNATING and self.static_shift_weight is not None:
+            raise InversionError("static shifts are solved for in joint steps only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +150,15 @@ def invert_with_prior(
     misfit = Misfit(observations=observations, huber=settings.huber)
     if settings.start is Start.LAYERED:
         start = layered_start(layered, misfit=misfit, penalty=penalty, start=start, bounds=bounds)
+    rule = settings.rule
+    if settings.order is StepOrder.ALTERNATING:
+        rule = _alternating(section, settings, model, penalty, misfit, problem)
     result = invert(
         model,
         misfit=misfit,
         penalty=penalty,
         start=start,
-        rule=settings.rule,
+        rule=rule,
         stopping=settings.stopping,
         bounds=bounds,
         resume=resume,
@@ -153,6 +170,40 @@ def invert_with_prior(
         codes=section.codes(result.parameters[:num_section]),
         static_shift_log10=shifts.reshape(2, num_rx),
         result=result,
+    )
+
+
+def _alternating(
+    section: CodedSection,
+    settings: PriorInversion,
+    coded: DataModel,
+    code_penalty: Penalty,
+    misfit: Misfit,
+    problem: Problem,
+) -> AlternatingRule:
+    pixels = pixel_map(problem.mesh)
+    return AlternatingRule(
+        rule=settings.rule,
+        section=section,
+        pixels=SectionModel(
+            problem=problem,
+            observations=misfit.observations,
+            model_map=pixels,
+            num_workers=settings.num_workers,
+        ),
+        pixel_penalty=RoughnessPenalty(
+            matrix=roughness_matrix(
+                pixels,
+                thickness_m=problem.mesh.ground_thickness_m,
+                width_m=problem.mesh.width_m,
+                smoothness=settings.smoothness,
+            ),
+            reference=np.full(pixels.num_parameters, settings.start_log10_rho),
+        ),
+        coded=coded,
+        code_penalty=code_penalty,
+        misfit=misfit,
+        pixel_bounds=settings.bounds,
     )
 
 
