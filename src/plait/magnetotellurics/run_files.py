@@ -64,7 +64,7 @@ def load_state(path: Path) -> Checkpoint | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             history = tuple(_record(row) for row in arrays["history"])
             return Checkpoint(
                 parameters=arrays["parameters"],
