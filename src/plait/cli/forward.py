@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.magnetotellurics_extra import require_extra
 from plait.cli.output import show_table
 from plait.config import override
+from plait.magnetotellurics.forward_job import ForwardJob, response_table, run_forward
+from plait.magnetotellurics.plots import response_figure, section_figure
 
 
 def forward_command(
@@ -26,10 +27,6 @@ def forward_command(
 
     Example: plait forward section.rho --set num_stations=30 --set min_frequency_hz=0.01
     """
-    require_extra()
-    from plait.magnetotellurics.forward_job import ForwardJob, response_table, run_forward
-    from plait.magnetotellurics.plots import response_figure, section_figure
-
     job = override(
         ForwardJob(model=str(model), survey=None if survey is None else str(survey)),
         settings or [],

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.magnetotellurics_extra import require_extra
 from plait.cli.output import duration, say, show, show_json, show_table
 from plait.config import override
+from plait.magnetotellurics.invert_job import InvertJob
+from plait.magnetotellurics.invert_run import run_inversion
+from plait.magnetotellurics.report_page import write_report
 
 
 def invert_command(
@@ -35,11 +37,6 @@ def invert_command(
 
     Example: plait invert coprod2data.dat --prior sediments.toml --set target_rms=1.3
     """
-    require_extra()
-    from plait.magnetotellurics.invert_job import InvertJob
-    from plait.magnetotellurics.invert_run import run_inversion
-    from plait.magnetotellurics.report_page import write_report
-
     job = override(
         InvertJob(
             survey=str(survey),

@@ -8,19 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from plait.errors import InversionError, MissingExtraError
+from plait.errors import InversionError
 from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.inversion import StepRecord
 from plait.magnetotellurics.misfit import Misfit
 from plait.magnetotellurics.observations import Component, Observations
+from plait.magnetotellurics.optional_module import OptionalModule
 
-try:
-    from matplotlib.figure import Figure
-except ImportError as error:  # pragma: no cover
-    raise MissingExtraError(
-        "pictures need matplotlib: pip install 'plait[magnetotellurics]'"
-    ) from error
+_matplotlib: Any = OptionalModule("matplotlib.figure", needed_for="a picture")
 
 _TITLES = {
     Component.TE_LOG10_RHO: "TE log10 rho_a (ohm m)",
@@ -54,7 +50,7 @@ def section_figure(
         reference_share: mesh.ground_shape; a white line is drawn where it passes one half, the
             depth of investigation.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = _matplotlib.Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.add_subplot()
     shown = np.where(mesh.is_ground, log10_rho, np.nan)
     image = axes.pcolormesh(
@@ -116,7 +112,7 @@ def pseudo_section_figure(observations: Observations, values: RealArray) -> Any:
     there = [c for c in _TITLES if (observations.component == c).any()]
     if not there:
         raise InversionError("pseudo-sections need log10 rho or phase data; use as_log_data")
-    figure = Figure(figsize=(12, 2.6 * len(there)), layout="constrained")
+    figure = _matplotlib.Figure(figsize=(12, 2.6 * len(there)), layout="constrained")
     grid = figure.subplots(len(there), 3, squeeze=False, sharex=True, sharey=True)
     residual = Misfit(observations=observations).residual(values)
     for row, component in zip(grid, there, strict=True):
@@ -148,7 +144,7 @@ def fit_figure(observations: Observations, values: RealArray) -> Any:
     num = len(observations.position_m)
     columns = min(5, num)
     lines = -(-num // columns)
-    figure = Figure(figsize=(2.6 * columns, 3.4 * lines), layout="constrained")
+    figure = _matplotlib.Figure(figsize=(2.6 * columns, 3.4 * lines), layout="constrained")
     grid = figure.subplots(2 * lines, columns, squeeze=False, sharex=True, sharey="row")
     rms = Misfit(observations=observations).residual(values)
     for axes in grid.ravel():
@@ -201,7 +197,7 @@ def _curve(
 
 def convergence_figure(history: Sequence[StepRecord], *, target_rms: float) -> Any:
     """Draw RMS and roughness against the step."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = _matplotlib.Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
     steps = [record.step for record in history]
     axes.semilogy(steps, [record.rms for record in history], "o-", color="C0")
@@ -230,7 +226,7 @@ def response_figure(observations: Observations) -> Any:
     if not there:
         raise InversionError("pseudo-sections need log10 rho, phase or tipper values")
     lines = -(-len(there) // 2)
-    figure = Figure(figsize=(11, 2.9 * lines), layout="constrained")
+    figure = _matplotlib.Figure(figsize=(11, 2.9 * lines), layout="constrained")
     grid = figure.subplots(lines, 2, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in grid[len(there) :]:
         axes.set_visible(False)
