@@ -102,12 +102,22 @@ def test_a_run_with_a_prior_brings_the_conventional_section_and_another_priors(r
 
 def test_cells_under_different_priors_that_differ_too_much_are_hatched(run):
     found, _, _ = run
-    moved = np.abs(found.learnt[0].log10_rho - found.other.log10_rho)
-    assert (found.influence.moved >= moved).all()
+    others = [found.smooth, *([found.other] if found.other_fits else [])]
+    differences = [np.abs(found.learnt[0].log10_rho - other.log10_rho) for other in others]
+    np.testing.assert_array_equal(found.influence.moved, np.max(differences, axis=0))
     assert found.influence.from_prior.any()
     assert not found.influence.from_prior.all()
     assert found.influence.allowed.min() >= 0.1
     assert found.influence.allowed.max() <= 0.3
+
+
+def test_a_prior_that_the_data_rule_out_is_named_and_does_not_count(run, tmp_path):
+    found, _, _ = run
+    bad = replace(found.other, result=replace(found.other.result, rms=3.0))
+    contradicted = replace(found, other=bad)
+    assert not contradicted.other_fits
+    text = write_report(contradicted, tmp_path).read_text()
+    assert "the data rule it out" in text
 
 
 def test_the_report_holds_every_picture_that_it_shows_and_escapes_names(run, tmp_path):

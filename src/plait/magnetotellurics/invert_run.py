@@ -73,7 +73,8 @@ class InvertRun:
         deviation: mesh.ground_shape, of the smooth section's linearized posterior.
         reference_share: mesh.ground_shape, the depth-of-investigation index.
         region: where the prior speaks.
-        influence: what came from the prior.
+        influence: what came from the prior, judged by the sections that fit as well as the learnt
+            one; None if none does.
     """
 
     job: InvertJob
@@ -92,6 +93,14 @@ class InvertRun:
     def best(self) -> Found:
         """The section to look at first."""
         return self.learnt[0] if self.learnt else self.smooth
+
+    @property
+    def other_fits(self) -> bool:
+        """Whether the data allow the different prior: its RMS is as good as the learnt one's."""
+        if self.other is None:
+            return False
+        limit = _SAME_RMS * max(self.best.result.rms, self.job.target_rms)
+        return self.other.result.rms <= limit
 
     @property
     def ensemble_deviation(self) -> RealArray | None:
@@ -137,8 +146,14 @@ def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> Inv
     deviation, share = _resolution(problem, observations, smooth, job)
     influence = None
     if learnt and other is not None:
-        compared = (smooth.log10_rho, other.log10_rho)
-        influence = influence_of(learnt[0].log10_rho, others=compared, deviation=deviation)
+        limit = _SAME_RMS * max(learnt[0].result.rms, job.target_rms)
+        equals = [found for found in (smooth, other) if found.result.rms <= limit]
+        if equals:
+            influence = influence_of(
+                learnt[0].log10_rho,
+                others=[found.log10_rho for found in equals],
+                deviation=deviation,
+            )
     return InvertRun(
         job=job,
         observations=observations,

@@ -167,9 +167,9 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
         "<h2>What came from the prior</h2>",
         f"<p>The same data were fitted without a prior (RMS {run.smooth.result.rms:.3f}) and under "
         f"a deliberately different one, {html.escape(run.priors[1].name)!r} (RMS "
-        f"{run.other.result.rms:.3f}). {share:.0f} % of the area under the stations moved by more "
-        "than the data allow (two posterior deviations, between 0.1 and 0.3 decades): there the "
-        "section shows the prior.</p>",
+        f"{run.other.result.rms:.3f}). {_verdict_on_other(run)} {share:.0f} % of the area "
+        "under the stations moved by more than the data allow (two posterior deviations, between "
+        "0.1 and 0.3 decades): there the section shows the prior.</p>",
         _picture(figure, folder / "influence.png", "Largest difference from the other sections."),
         "<details><summary>The prior</summary><pre>"
         f"{html.escape(json.dumps(prior_to_table(run.priors[0]), indent=1))}</pre></details>",
@@ -177,6 +177,15 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
         f"{html.escape(json.dumps(prior_to_table(run.priors[1]), indent=1))}</pre></details>",
     ]
     return parts
+
+
+def _verdict_on_other(run: InvertRun) -> str:
+    if run.other_fits:
+        return "All fit alike, so that the data do not choose between them."
+    return (
+        "The different prior does not fit: the data rule it out, and it is left out of the "
+        "comparison. Try one that lies nearer."
+    )
 
 
 def _area_share(mesh: Mesh, chosen: BoolArray, seen: BoolArray) -> float:
