@@ -113,9 +113,12 @@ def _sections(run: InvertRun, folder: Path, limits: tuple[float, float]) -> list
             else ""
         )
         if found is run.smooth:
+            reached = bool((run.reference_share[_seen(run)] > 0.5).any())
             caption = (
                 "White line: depth of investigation; under it more than half of a change of the "
                 "reference model would show up in the section."
+                if reached
+                else "Nowhere in view would half of a change of the reference model show up."
             )
         parts.append(_picture(figure, folder / name, caption))
     return parts
