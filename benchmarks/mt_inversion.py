@@ -19,7 +19,7 @@ from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.elements import Stencil
 from plait.magnetotellurics.file_meshes import mesh_of_modem, mesh_of_occam2d
 from plait.magnetotellurics.forward_2d import Problem, make_problem
-from plait.magnetotellurics.inversion import StepRecord, StoppingRule
+from plait.magnetotellurics.inversion import Checkpoint, StoppingRule
 from plait.magnetotellurics.jacobian import Linearization
 from plait.magnetotellurics.mesh_design import MeshDesign, mesh_from_skin_depths
 from plait.magnetotellurics.model_map import brick_map
@@ -53,8 +53,9 @@ def row(claim: str, value: float, unit: str, target: float | None) -> Row:
     return Row(claim=claim, unit=unit, target=target, better="lower", samples=[float(value)])
 
 
-def progress(record: StepRecord) -> None:
+def progress(checkpoint: Checkpoint) -> None:
     """Show one step on stderr."""
+    record = checkpoint.history[-1]
     print(
         f"  step {record.step:2d}  rms {record.rms:8.4f}  roughness {record.roughness:9.3f}  "
         f"{record.num_forward:3d} forward runs  {record.duration_s:6.1f} s",

@@ -98,6 +98,7 @@ def measure(quick: bool) -> list[Row]:
         LinearStep(
             jacobian=found.jacobian / observations.error[:, None],
             residual=(observations.value - found.values) / observations.error,
+            root_weight=np.ones(observations.num_data),
             roughness=roughness,
             departure=np.zeros(model_map.num_parameters),
             reference=np.zeros(model_map.num_parameters),

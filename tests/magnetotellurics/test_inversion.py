@@ -23,6 +23,7 @@ from plait.magnetotellurics.occam2d_model import (
     read_occam2d_mesh,
     read_occam2d_model,
 )
+from plait.magnetotellurics.penalty import RoughnessPenalty
 from plait.magnetotellurics.receivers import OnNode
 from plait.magnetotellurics.regularization import (
     Smoothness,
@@ -97,8 +98,7 @@ def run(small, rule, **changes):
     return invert(
         model,
         misfit=Misfit(observations=observations),
-        roughness=roughness,
-        reference=start,
+        penalty=RoughnessPenalty(matrix=roughness, reference=start),
         start=start,
         rule=rule,
         stopping=StoppingRule(target_rms=1.0, max_steps=8),
@@ -132,6 +132,16 @@ def test_a_start_outside_the_bounds_is_refused(small):
         run(small, OccamRule(), bounds=(0.0, 1.0))
 
 
+def test_a_run_that_was_cut_goes_on_bit_for_bit(small):
+    seen = []
+    whole = run(small, OccamRule(), on_step=seen.append)
+    middle = seen[1]
+    rest = run(small, OccamRule(), resume=middle)
+    assert len(seen) > 2
+    np.testing.assert_array_equal(rest.parameters, whole.parameters)
+    assert [r.num_forward for r in rest.history] == [r.num_forward for r in whole.history]
+
+
 def test_the_data_space_step_solves_the_normal_equations():
     generator = np.random.default_rng(0)
     jacobian, residual = generator.standard_normal((7, 11)), generator.standard_normal(7)
@@ -141,6 +151,7 @@ def test_the_data_space_step_solves_the_normal_equations():
     step = LinearStep(
         jacobian=jacobian,
         residual=residual,
+        root_weight=np.ones(7),
         roughness=sparse.csc_array(roughness),
         departure=present - reference,
         reference=reference,
@@ -198,8 +209,7 @@ def test_spoilt_data_do_not_spoil_the_fit_of_the_others_in_a_robust_section(smal
         result = invert(
             replace(model, observations=spoilt),
             misfit=Misfit(observations=spoilt, huber=huber),
-            roughness=roughness,
-            reference=start,
+            penalty=RoughnessPenalty(matrix=roughness, reference=start),
             start=start,
             rule=OccamRule(),
             stopping=StoppingRule(max_steps=8),
@@ -256,8 +266,9 @@ def test_static_shifts_of_the_data_are_found(small):
     result = invert(
         shifted,
         misfit=Misfit(observations=observations),
-        roughness=with_static_shifts(roughness, num_shifts=12, weight=0.05),
-        reference=start,
+        penalty=RoughnessPenalty(
+            matrix=with_static_shifts(roughness, num_shifts=12, weight=0.05), reference=start
+        ),
         start=start,
         rule=OccamRule(),
         stopping=StoppingRule(max_steps=8),
@@ -328,8 +339,7 @@ def test_paralana_is_fitted_in_ten_steps_where_occam_takes_twelve(paralana):
     result = invert(
         model,
         misfit=Misfit(observations=observations),
-        roughness=roughness,
-        reference=start,
+        penalty=RoughnessPenalty(matrix=roughness, reference=start),
         start=start,
         rule=OccamRule(),
         stopping=StoppingRule(),

@@ -12,7 +12,7 @@ import numpy as np
 from plait.magnetotellurics.arrays import IndexArray, RealArray
 from plait.magnetotellurics.forward_2d import Problem
 from plait.magnetotellurics.jacobian import DenseSensitivity, dense_sensitivity, predict
-from plait.magnetotellurics.model_map import ModelMap
+from plait.magnetotellurics.model_map import SectionMap
 from plait.magnetotellurics.observations import Component, Observations
 
 
@@ -35,11 +35,11 @@ class DataModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SectionModel:
-    """Data of a 2-D section whose log10 resistivity comes from a ModelMap."""
+    """Data of a 2-D section whose log10 resistivity comes from a SectionMap."""
 
     problem: Problem
     observations: Observations
-    model_map: ModelMap
+    model_map: SectionMap
     num_workers: int = 1
 
     @property
@@ -56,7 +56,7 @@ class SectionModel:
         """Give the predicted data and their Jacobian by the parameters."""
         rho = 10.0 ** self.model_map.log10_rho(parameters)
         full = dense_sensitivity(self.problem, rho, self.observations, num_workers=self.num_workers)
-        jacobian = np.asarray((self.model_map.spread().T @ full.jacobian.T).T)
+        jacobian = np.asarray((self.model_map.slope(parameters).T @ full.jacobian.T).T)
         return DenseSensitivity(values=full.values, jacobian=jacobian)
 
 

@@ -7,7 +7,7 @@ next one; the loop records every step and stops by StoppingRule.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,14 +16,18 @@ from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.data_model import DataModel
 from plait.magnetotellurics.linear_step import LinearStep
 from plait.magnetotellurics.misfit import Misfit
+from plait.magnetotellurics.penalty import Penalty
+
+Limit = float | RealArray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A model that was tried: its parameters, predicted values, RMS and roughness."""
+    """A model that was tried: parameters, predicted values, residual over error, RMS, roughness."""
 
     parameters: RealArray
     values: RealArray
+    residual: RealArray
     rms: float
     roughness: float
     trade_off: float
@@ -74,12 +78,22 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a run stands; invert goes on from it as if it had never stopped."""
+
+    parameters: RealArray
+    trade_off: float
+    history: tuple[StepRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InversionResult:
     """The last model, its predicted data, and how it was reached."""
 
     parameters: RealArray
     values: RealArray
     rms: float
+    trade_off: float
     history: tuple[StepRecord, ...]
     stopped_because: str
 
@@ -93,26 +107,26 @@ def invert(
     model: DataModel,
     *,
     misfit: Misfit,
-    roughness: Any,
-    reference: RealArray,
+    penalty: Penalty,
     start: RealArray,
     rule: StepRule,
     stopping: StoppingRule,
-    bounds: tuple[float, float] = (-2.0, 6.0),
-    on_step: Callable[[StepRecord], None] = lambda _: None,
+    bounds: tuple[Limit, Limit] = (-2.0, 6.0),
+    resume: Checkpoint | None = None,
+    on_step: Callable[[Checkpoint], None] = lambda _: None,
 ) -> InversionResult:
-    """Minimize roughness of (parameters - reference) subject to the misfit.
+    """Minimize the penalty subject to the misfit.
 
     Args:
         model: parameters to data.
         misfit: of the observations.
-        roughness: R, sparse symmetric positive definite, (n_parameters, n_parameters).
-        reference: (n_parameters,).
+        penalty: roughness, or a learnt prior's.
         start: (n_parameters,).
         rule: an Occam or a Gauss-Newton step.
         stopping: when to stop.
-        bounds: every parameter is kept between these, in log10 ohm m.
-        on_step: called after every step, to show progress or to save.
+        bounds: every parameter is kept between these, numbers or (n_parameters,).
+        resume: a checkpoint of the same problem, in the place of the start.
+        on_step: called with the checkpoint after every step, to show progress or to save.
 
     Returns:
         The best model found. RMS never rises from one step to the next, except that an Occam step
@@ -121,67 +135,89 @@ def invert(
     Raises:
         InversionError: vectors of the wrong length, a start outside the bounds.
     """
-    for name, vector in (("reference", reference), ("start", start)):
-        if vector.shape != (model.num_parameters,):
-            raise InversionError(f"{name} has shape {vector.shape}, not ({model.num_parameters},)")
-    if start.min() < bounds[0] or start.max() > bounds[1]:
-        raise InversionError(f"the start lies outside the bounds {bounds}")
-    began = time.perf_counter()
-    num_forward = 0
+    began = time.perf_counter() - (resume.history[-1].duration_s if resume else 0.0)
+    num_forward = resume.history[-1].num_forward - 1 if resume else 0
 
     def attempt(parameters: RealArray, trade_off: float) -> Trial:
         nonlocal num_forward
         num_forward += 1
         inside = np.clip(parameters, *bounds)
         values = model.predict(inside)
-        return _trial(inside, values, trade_off)
-
-    def _trial(parameters: RealArray, values: RealArray, trade_off: float) -> Trial:
-        change = parameters - reference
         return Trial(
-            parameters=parameters,
+            parameters=inside,
             values=values,
+            residual=misfit.residual(values),
             rms=misfit.rms(values),
-            roughness=float(change @ (roughness @ change)),
+            roughness=penalty.value(inside),
             trade_off=trade_off,
         )
 
-    now = attempt(start, float("nan"))
-    history = [_record(0, now, num_forward, began)]
-    on_step(history[0])
-    reason = f"{stopping.max_steps} steps are done"
-    for number in range(1, stopping.max_steps + 1):
-        if now.rms <= stopping.target_rms:
-            reason = "the target RMS is reached"
-            break
-        sensitivity = model.linearize(now.parameters)
-        weight = misfit.root_weight(sensitivity.values)
-        step = LinearStep(
-            jacobian=misfit.whitened(sensitivity.jacobian) * weight[:, None],
-            residual=misfit.residual(sensitivity.values) * weight,
-            roughness=roughness,
-            departure=now.parameters - reference,
-            reference=reference,
-        )
+    _check_start(resume.parameters if resume else start, model, bounds)
+    if resume:
+        now = attempt(resume.parameters, resume.trade_off)
+        history = list(resume.history)
+    else:
+        now = attempt(start, float("nan"))
+        history = [_record(0, now, num_forward, began)]
+        on_step(_checkpoint(now, history))
+    while (reason := _reason_to_stop(history, stopping)) is None:
+        step = linear_step(model, misfit, penalty, now.parameters)
         then = rule.next_trial(step, now=now, attempt=attempt, target_rms=stopping.target_rms)
-        drop = 1 - then.rms / now.rms
         if then.rms < now.rms:
             now = then
-        history.append(_record(number, now, num_forward, began))
-        on_step(history[-1])
-        if now.rms > stopping.target_rms and drop < stopping.min_relative_drop:
-            reason = f"the last step lowered RMS by {100 * max(drop, 0):.2g} % only"
-            break
-    else:
-        if now.rms <= stopping.target_rms:
-            reason = "the target RMS is reached"
+        history.append(_record(len(history), now, num_forward, began))
+        on_step(_checkpoint(now, history))
     return InversionResult(
         parameters=now.parameters,
         values=now.values,
         rms=now.rms,
+        trade_off=now.trade_off,
         history=tuple(history),
         stopped_because=reason,
     )
+
+
+def _check_start(start: RealArray, model: DataModel, bounds: tuple[Limit, Limit]) -> None:
+    if start.shape != (model.num_parameters,):
+        raise InversionError(f"the start has shape {start.shape}, not ({model.num_parameters},)")
+    if (start < bounds[0]).any() or (start > bounds[1]).any():
+        raise InversionError(
+            f"the start lies outside the bounds {np.min(bounds[0]):g} to {np.max(bounds[1]):g}"
+        )
+
+
+def linear_step(
+    model: DataModel, misfit: Misfit, penalty: Penalty, parameters: RealArray
+) -> LinearStep:
+    """Linearize a model's data and its penalty at these parameters, (n_parameters,)."""
+    sensitivity = model.linearize(parameters)
+    weight = misfit.root_weight(sensitivity.values)
+    quadratic = penalty.near(parameters)
+    return LinearStep(
+        jacobian=misfit.whitened(sensitivity.jacobian) * weight[:, None],
+        residual=misfit.residual(sensitivity.values) * weight,
+        root_weight=weight,
+        roughness=quadratic.matrix,
+        departure=parameters - quadratic.reference,
+        reference=quadratic.reference,
+    )
+
+
+def _reason_to_stop(history: list[StepRecord], stopping: StoppingRule) -> str | None:
+    """Give the reason, or None to go on; a resumed run asks the same of the same history."""
+    if history[-1].rms <= stopping.target_rms:
+        return "the target RMS is reached"
+    if len(history) > 1:
+        drop = 1 - history[-1].rms / history[-2].rms
+        if drop < stopping.min_relative_drop:
+            return f"the last step lowered RMS by {100 * drop:.2g} % only"
+    if len(history) > stopping.max_steps:
+        return f"{stopping.max_steps} steps are done"
+    return None
+
+
+def _checkpoint(now: Trial, history: list[StepRecord]) -> Checkpoint:
+    return Checkpoint(parameters=now.parameters, trade_off=now.trade_off, history=tuple(history))
 
 
 def _record(number: int, trial: Trial, num_forward: int, began: float) -> StepRecord:

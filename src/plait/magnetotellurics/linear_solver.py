@@ -1,4 +1,4 @@
-"""Sparse complex symmetric solves: the only file that imports SciPy.
+"""Sparse complex symmetric solves: the only file that uses SciPy by name.
 
 SuperLU needs an ordering that keeps its factors small. On our rectangles of nodes nested dissection
 is simple to state and fills less than minimum degree, so the order is made here once for a mesh.
@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from plait.errors import MissingExtraError
 from plait.magnetotellurics.arrays import AnyArray, IndexArray
+from plait.magnetotellurics.optional_module import OptionalModule
 
-try:
-    import scipy.linalg as dense
-    import scipy.sparse as sparse
-    from scipy.sparse.linalg import splu
-except ImportError as error:  # pragma: no cover
-    raise MissingExtraError(
-        "2-D magnetotelluric modelling needs SciPy: pip install 'plait[magnetotellurics]'"
-    ) from error
+_FOR = "2-D magnetotelluric modelling"
+dense: Any = OptionalModule("scipy.linalg", needed_for=_FOR)
+sparse: Any = OptionalModule("scipy.sparse", needed_for=_FOR)
+_sparse_linalg: Any = OptionalModule("scipy.sparse.linalg", needed_for=_FOR)
 
 __all__ = ["Factor", "dense", "dissection_order", "factorize", "factorize_real", "sparse"]
 
@@ -45,7 +41,7 @@ def factorize(matrix: Any, order: IndexArray) -> Factor:
     permuted = sparse.csc_array(matrix.tocsr()[order][:, order])
     # The matrices are diagonally strong (stiffness plus i times mass), so that pivoting off the
     # diagonal is not needed and would destroy the order.
-    lu = splu(
+    lu = _sparse_linalg.splu(
         permuted,
         permc_spec="NATURAL",
         diag_pivot_thresh=0.0,
@@ -56,7 +52,7 @@ def factorize(matrix: Any, order: IndexArray) -> Factor:
 
 def factorize_real(matrix: Any) -> Any:
     """Factorize a real sparse symmetric positive definite matrix; the result has solve(b)."""
-    return splu(
+    return _sparse_linalg.splu(
         sparse.csc_array(matrix),
         permc_spec="MMD_AT_PLUS_A",
         diag_pivot_thresh=0.0,

@@ -22,6 +22,7 @@ class LinearStep:
     Attributes:
         jacobian: (n_data, n_parameters), rows divided by the errors.
         residual: (n_data,) in units of the errors.
+        root_weight: (n_data,) by which rows of both were multiplied, for robust misfits.
         roughness: R, sparse symmetric positive definite.
         departure: (n_parameters,) present model minus reference.
         reference: (n_parameters,).
@@ -29,6 +30,7 @@ class LinearStep:
 
     jacobian: RealArray
     residual: RealArray
+    root_weight: RealArray
     roughness: Any
     departure: RealArray
     reference: RealArray
@@ -51,7 +53,23 @@ class LinearStep:
 
     def model(self, trade_off: float) -> RealArray:
         """Give the minimizing model, (n_parameters,), for one trade-off t > 0."""
-        wanted = self.residual + self.jacobian @ self.departure
+        return self._solve(self.residual + self.jacobian @ self.departure, trade_off)
+
+    def corrected(self, parameters: RealArray, residual: RealArray, trade_off: float) -> RealArray:
+        """Give the minimizing model if the data curve away from this step's Jacobian.
+
+        The Jacobian stays, the residual is that of another model near the end of the step: the
+        simplified Newton method [Deuflhard 2004, section 2.1], which needs forward runs only.
+
+        Args:
+            parameters: (n_parameters,) of that model.
+            residual: (n_data,) its residual in units of the errors, not reweighted.
+            trade_off: t > 0.
+        """
+        ahead = self.jacobian @ (parameters - self.reference)
+        return self._solve(self.root_weight * residual + ahead, trade_off)
+
+    def _solve(self, wanted: RealArray, trade_off: float) -> RealArray:
         matrix = self._gram + trade_off * np.eye(len(wanted))
         factor = dense.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
         return self.reference + self._smoothed @ dense.cho_solve(factor, wanted)

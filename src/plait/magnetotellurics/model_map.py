@@ -1,7 +1,7 @@
 """From a vector of parameters to log10 resistivity of cells: pixels, bricks, fixed cells."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -9,6 +9,23 @@ from plait.errors import InversionError
 from plait.magnetotellurics.arrays import IndexArray, RealArray
 from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.linear_solver import sparse
+
+
+class SectionMap(Protocol):
+    """A way to describe a section by parameters: pixels, bricks, or codes of a learnt prior."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the vector of parameters."""
+        ...
+
+    def log10_rho(self, parameters: RealArray) -> RealArray:
+        """Give log10 rho of the cells, mesh.ground_shape."""
+        ...
+
+    def slope(self, parameters: RealArray) -> Any:
+        """Give d log10 rho / d parameters, sparse (n_cells, n_parameters)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +55,9 @@ class ModelMap:
         free = self.parameter_of_cell >= 0
         return np.where(free, parameters[self.parameter_of_cell], self.fixed_log10_rho)
 
-    def spread(self) -> Any:
-        """Give the sparse matrix (n_cells, n_parameters) of log10_rho without its fixed part."""
+    def slope(self, parameters: RealArray) -> Any:
+        """Give d log10 rho / d parameters, sparse (n_cells, n_parameters), the same everywhere."""
+        del parameters
         cells = np.flatnonzero(self.parameter_of_cell.ravel() >= 0)
         columns = self.parameter_of_cell.ravel()[cells]
         shape = (self.parameter_of_cell.size, self.num_parameters)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from plait.errors import InversionError
-from plait.magnetotellurics.arrays import IndexArray, RealArray
+from plait.magnetotellurics.arrays import BoolArray, IndexArray, RealArray
+from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.linear_solver import sparse
 from plait.magnetotellurics.model_map import ModelMap
 
@@ -74,3 +75,41 @@ def with_static_shifts(roughness: Any, *, num_shifts: int, weight: float) -> Any
     """Append a penalty weight * s^2 for each static shift parameter."""
     shifts = weight * sparse.eye_array(num_shifts, format="csr")
     return sparse.csc_array(sparse.block_diag((roughness, shifts)))
+
+
+def cell_roughness(
+    mesh: Mesh, *, smoothness: Smoothness, inside: BoolArray, inside_smoothness: Smoothness
+) -> Any:
+    """Build R of a mesh's cells with other weights inside a region.
+
+    A pair of neighbours counts as inside if both cells are; terrain air has no neighbours.
+
+    Args:
+        mesh: of the section.
+        smoothness: weights outside.
+        inside: mesh.ground_shape, the region.
+        inside_smoothness: weights inside; its closeness is not used there, since codes have theirs.
+
+    Returns:
+        Sparse (n_cells, n_cells), in row-major order of mesh.ground_shape.
+    """
+    index = np.arange(mesh.is_ground.size).reshape(mesh.ground_shape)
+    count = index.size
+    close = np.where(mesh.is_ground & ~inside, smoothness.closeness, 0.0)
+    total = sparse.diags_array(close.ravel(), format="csr")
+    for name, first, second in (
+        ("horizontal", index[:, :-1], index[:, 1:]),
+        ("vertical", index[:-1], index[1:]),
+    ):
+        both = inside.ravel()[first] & inside.ravel()[second]
+        ground = mesh.is_ground.ravel()[first] & mesh.is_ground.ravel()[second]
+        weight = np.where(both, getattr(inside_smoothness, name), getattr(smoothness, name))
+        weight = (weight * ground).ravel()
+        pairs = np.arange(len(weight))
+        ends = (first.ravel(), second.ravel())
+        step = sparse.csr_array(
+            (np.repeat([-1.0, 1.0], len(pairs)), (np.tile(pairs, 2), np.concatenate(ends))),
+            shape=(len(pairs), count),
+        )
+        total = total + step.T @ sparse.diags_array(weight) @ step
+    return sparse.csc_array(total)

@@ -10,15 +10,18 @@ from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.data_model import DataModel, SectionModel, StaticShiftModel
 from plait.magnetotellurics.forward_2d import Problem
 from plait.magnetotellurics.inversion import (
+    Checkpoint,
     InversionResult,
-    StepRecord,
     StepRule,
     StoppingRule,
     invert,
 )
+from plait.magnetotellurics.layered_model import LayeredModel
+from plait.magnetotellurics.layered_start import Start, layered_start
 from plait.magnetotellurics.misfit import Misfit
 from plait.magnetotellurics.model_map import ModelMap, pixel_map
 from plait.magnetotellurics.observations import Observations
+from plait.magnetotellurics.penalty import RoughnessPenalty
 from plait.magnetotellurics.regularization import (
     Smoothness,
     roughness_matrix,
@@ -33,6 +36,7 @@ class SmoothInversion:
 
     Attributes:
         start_log10_rho: uniform start, and reference unless a reference model is given.
+        start: UNIFORM, or LAYERED to fit each column alone first.
         smoothness: weights of the roughness.
         rule: OccamRule or GaussNewtonRule.
         stopping: target RMS and steps.
@@ -44,6 +48,7 @@ class SmoothInversion:
     """
 
     start_log10_rho: float = 2.0
+    start: Start = Start.UNIFORM
     smoothness: Smoothness = field(default_factory=Smoothness)
     rule: StepRule = field(default_factory=OccamRule)
     stopping: StoppingRule = field(default_factory=StoppingRule)
@@ -79,7 +84,8 @@ def invert_smoothly(
     settings: SmoothInversion,
     model_map: ModelMap | None = None,
     reference_log10_rho: RealArray | None = None,
-    on_step: Callable[[StepRecord], None] = lambda _: None,
+    resume: Checkpoint | None = None,
+    on_step: Callable[[Checkpoint], None] = lambda _: None,
 ) -> SmoothSection:
     """Find the smoothest section that fits.
 
@@ -89,6 +95,7 @@ def invert_smoothly(
         settings: how.
         model_map: bricks, as of an Occam2D model file; one parameter per cell by default.
         reference_log10_rho: (n_parameters,), where roughness is measured from.
+        resume: where an earlier run of the same problem stood.
         on_step: called after each step.
     """
     model_map = model_map or pixel_map(problem.mesh)
@@ -97,6 +104,9 @@ def invert_smoothly(
         observations=observations,
         model_map=model_map,
         num_workers=settings.num_workers,
+    )
+    layered: DataModel = LayeredModel(
+        problem=problem, observations=observations, model_map=model_map
     )
     roughness = roughness_matrix(
         model_map,
@@ -110,20 +120,27 @@ def invert_smoothly(
     reference = start if reference_log10_rho is None else reference_log10_rho
     if settings.static_shift_weight is not None:
         model = StaticShiftModel(section=model, observations=observations)
+        layered = StaticShiftModel(section=layered, observations=observations)
         roughness = with_static_shifts(
             roughness, num_shifts=2 * num_rx, weight=settings.static_shift_weight
         )
         start = np.concatenate([start, np.zeros(2 * num_rx)])
         reference = np.concatenate([reference, np.zeros(2 * num_rx)])
+    misfit = Misfit(observations=observations, huber=settings.huber)
+    penalty = RoughnessPenalty(matrix=roughness, reference=reference)
+    if settings.start is Start.LAYERED:
+        start = layered_start(
+            layered, misfit=misfit, penalty=penalty, start=start, bounds=settings.bounds
+        )
     result = invert(
         model,
-        misfit=Misfit(observations=observations, huber=settings.huber),
-        roughness=roughness,
-        reference=reference,
+        misfit=misfit,
+        penalty=penalty,
         start=start,
         rule=settings.rule,
         stopping=settings.stopping,
         bounds=settings.bounds,
+        resume=resume,
         on_step=on_step,
     )
     shifts = np.zeros(2 * num_rx)

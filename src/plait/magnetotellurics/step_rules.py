@@ -24,12 +24,15 @@ class OccamRule:
         target_share: how far under its goal a step may end, as a share of the goal.
         max_drop: a step need not lower RMS by more than this factor; big early steps leave the
             linear range.
+        max_corrections: how often a step that misses its goal is bent with new residuals and the
+            same Jacobian; for models that are curved functions of their parameters.
     """
 
     search_factor: float = 10.0
     max_trials: int = 10
     target_share: float = 0.01
     max_drop: float = 3.0
+    max_corrections: int = 0
 
     def __post_init__(self) -> None:
         if self.search_factor <= 1 or self.max_trials < 3 or self.max_drop <= 1:
@@ -48,6 +51,14 @@ class OccamRule:
             return trials[-1]
 
         best = self._descend(trials, go, goal)
+        for _ in range(self.max_corrections):
+            if best.rms <= goal:
+                break
+            bent = step.corrected(best.parameters, best.residual, best.trade_off)
+            trials.append(attempt(bent, best.trade_off))
+            if trials[-1].rms > 0.99 * best.rms:
+                break
+            best = trials[-1]
         if best.rms <= goal:
             best = self._smoothest(trials, go, goal)
         elif best.rms >= now.rms:

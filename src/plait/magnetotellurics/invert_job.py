@@ -1,0 +1,111 @@
+"""Settings of `plait invert`: what to read, how to grade the mesh, when to stop."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from plait.errors import InversionError
+from plait.magnetotellurics.forward_2d import Problem, make_problem
+from plait.magnetotellurics.mesh_design import MeshDesign, mesh_from_skin_depths
+from plait.magnetotellurics.observations import Observations, with_error_floor
+from plait.magnetotellurics.prior_network import Training
+from plait.magnetotellurics.profile import ProfileSettings
+from plait.magnetotellurics.survey_files import read_observations
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertJob:
+    """One run of `plait invert`.
+
+    Attributes:
+        survey: a data file, or a folder of stations.
+        prior: a TOML file, or None for a conventional inversion only.
+        other_prior: a second one, deliberately different; None makes the layers of the first
+            thicker than it allows.
+        profile: strike, modes and floors of a folder of stations.
+        log10_rho_floor: errors of log10 rho are raised to this.
+        phase_floor_rad: errors of phases are raised to this.
+        mesh: grading.
+        min_resistivity_ohm_m, max_resistivity_ohm_m: expected in the ground, for the mesh.
+        start_log10_rho: of the half-space at the beginning, and the reference.
+        start: "layered" fits each column alone first.
+        target_rms: where all inversions stop.
+        max_steps: of each inversion.
+        static_shift_weight: None, or the penalty on (log10 gain)^2 of each station and mode.
+        huber: None, or the residual in errors beyond which data count less.
+        columns_per_code: of a sub-region; 0 gives the whole region one code.
+        region_depth_m: how deep the prior speaks; None: a third deeper than its deepest interface.
+        training: of the network.
+        num_seeds: networks in the ensemble; the first one's section is the result.
+        max_depth_m: of the pictures; None: from the data.
+        num_workers: threads.
+    """
+
+    survey: str
+    prior: str | None = None
+    other_prior: str | None = None
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
+    log10_rho_floor: float = 0.0
+    phase_floor_rad: float = 0.0
+    mesh: MeshDesign = field(
+        default_factory=lambda: MeshDesign(
+            cells_per_skin_depth=6, growth=1.2, num_pad_skin_depths=3
+        )
+    )
+    min_resistivity_ohm_m: float = 2.0
+    max_resistivity_ohm_m: float = 300.0
+    start_log10_rho: float = 1.5
+    start: Literal["layered", "uniform"] = "layered"
+    target_rms: float = 1.0
+    max_steps: int = 12
+    static_shift_weight: float | None = None
+    huber: float | None = None
+    columns_per_code: int = 1
+    region_depth_m: float | None = None
+    training: Training = field(default_factory=Training)
+    num_seeds: int = 1
+    max_depth_m: float | None = None
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_seeds < 1 or self.num_seeds > 100:
+            raise InversionError(f"num_seeds={self.num_seeds} must be 1 to 100")
+        if self.columns_per_code < 0:
+            raise InversionError("columns_per_code must be positive, or 0 for one code")
+        if self.other_prior and not self.prior:
+            raise InversionError("other_prior needs a prior to differ from")
+
+
+def read_data(job: InvertJob) -> Observations:
+    """Read the survey and raise its errors to the floors."""
+    observations = read_observations(job.survey, settings=job.profile)
+    if job.log10_rho_floor > 0 or job.phase_floor_rad > 0:
+        observations = with_error_floor(
+            observations, log10_rho=job.log10_rho_floor, phase_rad=job.phase_floor_rad
+        )
+    return observations
+
+
+def lay_out(job: InvertJob, observations: Observations) -> Problem:
+    """Grade the mesh for the data and place the receivers."""
+    mesh = mesh_from_skin_depths(
+        observations.position_m,
+        frequency_hz=observations.frequency_hz,
+        min_resistivity_ohm_m=job.min_resistivity_ohm_m,
+        max_resistivity_ohm_m=job.max_resistivity_ohm_m,
+        design=job.mesh,
+    )
+    return make_problem(
+        mesh, position_m=observations.position_m, frequency_hz=observations.frequency_hz
+    )
+
+
+def shown_depth_m(job: InvertJob, observations: Observations) -> float:
+    """Depth of the pictures: two penetration depths [Schmucker 1970] of the longest period."""
+    if job.max_depth_m is not None:
+        return job.max_depth_m
+    longest = float(np.argmin(observations.frequency_hz))
+    log_rho = (observations.frequency_index == longest) & (observations.component % 4 == 0)
+    level = float(np.median(observations.value[log_rho])) if log_rho.any() else job.start_log10_rho
+    return 2 * 356 * float(np.sqrt(10**level / observations.frequency_hz.min()))

@@ -1,0 +1,337 @@
+"""One run of `plait invert`: the conventional section, the learnt ones, and how they differ.
+
+The folder holds resolved.json, a state for each inversion (from which a cut run goes on), the
+learnt networks with their priors, and at the end what report_page.py writes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from plait.config import to_json
+from plait.errors import InversionError
+from plait.magnetotellurics.arrays import RealArray
+from plait.magnetotellurics.coded_section import CodedSection, Region
+from plait.magnetotellurics.data_model import SectionModel
+from plait.magnetotellurics.forward_2d import Problem
+from plait.magnetotellurics.influence import Influence, deliberately_different, influence_of
+from plait.magnetotellurics.inversion import Checkpoint, InversionResult, StoppingRule
+from plait.magnetotellurics.invert_job import InvertJob, lay_out, read_data
+from plait.magnetotellurics.layered_start import Start
+from plait.magnetotellurics.linear_step import LinearStep
+from plait.magnetotellurics.misfit import Misfit
+from plait.magnetotellurics.model_map import pixel_map
+from plait.magnetotellurics.observations import Observations
+from plait.magnetotellurics.posterior import posterior_of
+from plait.magnetotellurics.prior import Prior
+from plait.magnetotellurics.prior_file import read_prior
+from plait.magnetotellurics.prior_inversion import PriorInversion, invert_with_prior
+from plait.magnetotellurics.prior_network import PriorNetwork, learn_prior
+from plait.magnetotellurics.prior_store import load_network, save_network
+from plait.magnetotellurics.regularization import Smoothness, roughness_matrix
+from plait.magnetotellurics.run_files import load_state, open_run, save_state
+from plait.magnetotellurics.smooth_inversion import SmoothInversion, invert_smoothly
+from plait.magnetotellurics.step_rules import OccamRule
+
+# Closer to the reference than the inversion itself: with the inversion's tiny weight the posterior
+# would extrapolate smoothness for ever downwards.
+_RESOLUTION = Smoothness(closeness=0.05)
+_SAME_RMS = 1.03  # sections whose RMS differ by less than this factor fit equally well
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One section of a run.
+
+    Attributes:
+        title: how it was found.
+        log10_rho: mesh.ground_shape.
+        static_shift_log10: (2, n_rx).
+        result: history, predicted values, reason to stop.
+    """
+
+    title: str
+    log10_rho: RealArray
+    static_shift_log10: RealArray
+    result: InversionResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvertRun:
+    """All that a run found.
+
+    Attributes:
+        job: its settings.
+        observations: its data.
+        problem: mesh and receivers.
+        smooth: the conventional section, at the misfit of the learnt one where there is one.
+        learnt: with the prior, one for each seed; empty without a prior.
+        other: under the deliberately different prior; None without a prior.
+        priors: the prior and the other one.
+        deviation: mesh.ground_shape, of the smooth section's linearized posterior.
+        reference_share: mesh.ground_shape, the depth-of-investigation index.
+        region: where the prior speaks.
+        influence: what came from the prior, judged by the sections that fit as well as the learnt
+            one; None if none does.
+    """
+
+    job: InvertJob
+    observations: Observations
+    problem: Problem
+    smooth: Found
+    learnt: tuple[Found, ...]
+    other: Found | None
+    priors: tuple[Prior, ...]
+    deviation: RealArray
+    reference_share: RealArray
+    region: Region | None
+    influence: Influence | None
+
+    @property
+    def best(self) -> Found:
+        """The section to look at first."""
+        return self.learnt[0] if self.learnt else self.smooth
+
+    @property
+    def other_fits(self) -> bool:
+        """Whether the data allow the different prior: its RMS is as good as the learnt one's."""
+        if self.other is None:
+            return False
+        limit = _SAME_RMS * max(self.best.result.rms, self.job.target_rms)
+        return self.other.result.rms <= limit
+
+    @property
+    def ensemble_deviation(self) -> RealArray | None:
+        """Standard deviation of log10 rho over the seeds, mesh.ground_shape."""
+        if len(self.learnt) < 2:
+            return None
+        return np.std([found.log10_rho for found in self.learnt], axis=0, ddof=1)
+
+
+Progress = Callable[[str], None]
+
+
+def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> InvertRun:
+    """Invert a survey; a folder with a cut run of the same settings is continued.
+
+    Raises:
+        InversionError: a folder with another run, a prior that cannot be read.
+        SurveyError: data that cannot be read.
+    """
+    priors = _priors(job)
+    observations = read_data(job)
+    problem = lay_out(job, observations)
+    num_rows, num_columns = problem.mesh.ground_shape
+    if open_run(folder, to_json(job)):
+        on_progress(f"continuing the run in {folder}")
+    on_progress(
+        f"{observations.num_data} data, {len(observations.position_m)} stations, "
+        f"{num_columns} x {num_rows} cells"
+    )
+    tools = _Tools(job, folder, problem, observations, on_progress)
+    smooth = tools.smooth("smooth", target_rms=job.target_rms)
+    learnt: list[Found] = []
+    other, region = None, None
+    if priors:
+        region = region_of(job, problem, priors[0])
+        goal = max(job.target_rms, smooth.result.rms)
+        for seed in range(job.num_seeds):
+            learnt.append(tools.learnt(f"prior_{seed}", priors[0], region, goal, seed=seed))
+        other = tools.learnt("other_prior", priors[1], region, goal, seed=0)
+        reached = learnt[0].result.rms
+        if reached > _SAME_RMS * smooth.result.rms:
+            smooth = tools.smooth("smooth_at_same_rms", target_rms=reached)
+    deviation, share = _resolution(problem, observations, smooth, job)
+    influence = None
+    if learnt and other is not None:
+        limit = _SAME_RMS * max(learnt[0].result.rms, job.target_rms)
+        equals = [found for found in (smooth, other) if found.result.rms <= limit]
+        if equals:
+            influence = influence_of(
+                learnt[0].log10_rho,
+                others=[found.log10_rho for found in equals],
+                deviation=deviation,
+            )
+    return InvertRun(
+        job=job,
+        observations=observations,
+        problem=problem,
+        smooth=smooth,
+        learnt=tuple(learnt),
+        other=other,
+        priors=priors,
+        deviation=deviation,
+        reference_share=share,
+        region=region,
+        influence=influence,
+    )
+
+
+def region_of(job: InvertJob, problem: Problem, prior: Prior) -> Region:
+    """Take the columns from half a station spacing before the line to half behind it.
+
+    The first row is the one under the terrain, the last one lies a third below the prior's reach.
+
+    Raises:
+        InversionError: codes of several columns that do not fill the line.
+    """
+    mesh = problem.mesh
+    stations = problem.receivers.column
+    left, right = int(stations.min()), int(stations.max()) + 1
+    depth = mesh.z_m[mesh.num_air :] - mesh.z_m[mesh.num_air]
+    reach = job.region_depth_m or prior.reach_m() * 4 / 3
+    first = int(mesh.terrain_row[left:right].max()) - mesh.num_air
+    last = min(int(np.searchsorted(depth, reach)), mesh.ground_shape[0] - 1)
+    if last - first < 4:
+        raise InversionError(
+            f"the prior reaches {reach:g} m, only {last - first} rows of the mesh; "
+            "refine the mesh, or give its depths in metres"
+        )
+    return Region(rows=(first, last), columns=(left, right))
+
+
+def _priors(job: InvertJob) -> tuple[Prior, ...]:
+    if job.prior is None:
+        return ()
+    prior = read_prior(job.prior)
+    other = read_prior(job.other_prior) if job.other_prior else deliberately_different(prior)
+    return prior, other
+
+
+class _Tools:
+    """The two kinds of inversion with a run's settings, each with its own state file."""
+
+    def __init__(
+        self,
+        job: InvertJob,
+        folder: Path,
+        problem: Problem,
+        observations: Observations,
+        on_progress: Progress,
+    ) -> None:
+        self._job = job
+        self._folder = folder
+        self._problem = problem
+        self._observations = observations
+        self._say = on_progress
+
+    def smooth(self, name: str, *, target_rms: float) -> Found:
+        """Run the conventional inversion."""
+        job = self._job
+        found = invert_smoothly(
+            self._problem,
+            self._observations,
+            settings=SmoothInversion(
+                start_log10_rho=job.start_log10_rho,
+                start=Start(job.start),
+                rule=OccamRule(max_drop=10, max_corrections=4),
+                stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
+                static_shift_weight=job.static_shift_weight,
+                huber=job.huber,
+                num_workers=job.num_workers,
+            ),
+            resume=load_state(self._state(name)),
+            on_step=self._watch(name),
+        )
+        return Found(
+            title="smooth (conventional)",
+            log10_rho=found.log10_rho,
+            static_shift_log10=found.static_shift_log10,
+            result=found.result,
+        )
+
+    def learnt(
+        self, name: str, prior: Prior, region: Region, target_rms: float, *, seed: int
+    ) -> Found:
+        """Learn a prior and run the inversion with it."""
+        job = self._job
+        found = invert_with_prior(
+            self._problem,
+            self._observations,
+            section=CodedSection(
+                mesh=self._problem.mesh,
+                region=region,
+                network=self._network(name, prior, region, seed),
+            ),
+            settings=PriorInversion(
+                start_log10_rho=job.start_log10_rho,
+                start=Start(job.start),
+                stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
+                static_shift_weight=job.static_shift_weight,
+                huber=job.huber,
+                num_workers=job.num_workers,
+            ),
+            resume=load_state(self._state(name)),
+            on_step=self._watch(name),
+        )
+        return Found(
+            title=f"learnt prior: {prior.name}" + (f", seed {seed}" if job.num_seeds > 1 else ""),
+            log10_rho=found.log10_rho,
+            static_shift_log10=found.static_shift_log10,
+            result=found.result,
+        )
+
+    def _network(self, name: str, prior: Prior, region: Region, seed: int) -> PriorNetwork:
+        folder = self._folder / name
+        if (folder / "prior.json").is_file():
+            return load_network(folder)
+        per_code = self._job.columns_per_code or region.columns[1] - region.columns[0]
+        grid = region.grid(self._problem.mesh, columns_per_code=per_code)
+        training = replace(self._job.training, seed=self._job.training.seed + seed)
+        self._say(f"{name}: learning {prior.name!r} on {grid.shape[0]} x {grid.shape[1]} cells")
+        network = learn_prior(prior, grid, training=training)
+        self._say(
+            f"{name}: learnt to {network.learnt.rmse:.3f} decades in "
+            f"{network.learnt.duration_s:.0f} s"
+        )
+        save_network(network, folder)
+        return network
+
+    def _state(self, name: str) -> Path:
+        return self._folder / f"state_{name}.npz"
+
+    def _watch(self, name: str) -> Callable[[Checkpoint], None]:
+        def on_step(state: Checkpoint) -> None:
+            save_state(self._state(name), state)
+            record = state.history[-1]
+            self._say(
+                f"{name}: step {record.step}, rms {record.rms:.3f}, "
+                f"{record.num_forward} forward runs, {record.duration_s:.0f} s"
+            )
+
+        return on_step
+
+
+def _resolution(
+    problem: Problem, observations: Observations, found: Found, job: InvertJob
+) -> tuple[RealArray, RealArray]:
+    """Give the deviation and the reference's share of every cell, at the smooth section."""
+    pixels = pixel_map(problem.mesh)
+    model = SectionModel(
+        problem=problem, observations=observations, model_map=pixels, num_workers=job.num_workers
+    )
+    at = found.log10_rho[problem.mesh.is_ground]
+    sensitivity = model.linearize(at)
+    misfit = Misfit(observations=observations, huber=job.huber)
+    weight = misfit.root_weight(found.result.values)
+    step = LinearStep(
+        jacobian=misfit.whitened(sensitivity.jacobian) * weight[:, None],
+        residual=misfit.residual(found.result.values) * weight,
+        root_weight=weight,
+        roughness=roughness_matrix(
+            pixels,
+            thickness_m=problem.mesh.ground_thickness_m,
+            width_m=problem.mesh.width_m,
+            smoothness=_RESOLUTION,
+        ),
+        departure=np.zeros_like(at),
+        reference=at,
+    )
+    trade_off = found.result.trade_off if np.isfinite(found.result.trade_off) else 1.0
+    posterior = posterior_of(step, trade_off=trade_off)
+    return tuple(
+        pixels.log10_rho(values) * problem.mesh.is_ground
+        for values in (posterior.deviation, posterior.reference_share)
+    )  # pyright: ignore[reportReturnType]

@@ -1,0 +1,49 @@
+"""Read a survey to invert, whatever it is: a profile's data file, or a folder of stations."""
+
+from pathlib import Path
+
+from plait.errors import SurveyError
+from plait.magnetotellurics.modem_data import read_modem_data
+from plait.magnetotellurics.mt2d_data import read_mt2d_data
+from plait.magnetotellurics.observations import Component, Observations, as_log_data
+from plait.magnetotellurics.occam2d_data import read_occam2d_data
+from plait.magnetotellurics.profile import ProfileSettings, observations_of
+from plait.magnetotellurics.read_station import READERS, read_survey
+
+_HEAD_BYTES = 2000
+
+
+def read_observations(path: str | Path, *, settings: ProfileSettings) -> Observations:
+    """Read log10 rho, phase and tipper data of a profile.
+
+    Args:
+        path: an MT2DData, Occam2D or ModEM 2-D data file, told apart by their first lines; or a
+            folder, all of whose station files (EDI, EMTF XML, Z, J) are taken.
+        settings: strike, modes and floors of a folder of stations; a data file has its own.
+
+    Raises:
+        SurveyError: nothing that can be read, or whatever the format's reader finds.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS)
+        if not files:
+            raise SurveyError(f"{path}: no station file in this folder ({', '.join(READERS)})")
+        return observations_of(read_survey(files), settings=settings)
+    if not path.is_file():
+        raise SurveyError(f"{path}: neither a data file nor a folder of stations")
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES).decode("latin-1").upper()
+    if "MT2DDATA" in head:
+        observations = read_mt2d_data(path)
+    elif "OCCAM2MTDATA" in head:
+        observations = read_occam2d_data(path)
+    elif "IMPEDANCE" in head and ">" in head:
+        observations = read_modem_data(path)
+    else:
+        raise SurveyError(
+            f"{path}: not an MT2DData, Occam2D or ModEM 2-D data file; give a folder of stations "
+            "for EDI, EMTF XML, Z or J files"
+        )
+    is_parts = (observations.component < Component.TIPPER_REAL) & (observations.component % 4 >= 2)
+    return as_log_data(observations) if is_parts.any() else observations
