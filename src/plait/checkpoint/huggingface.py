@@ -20,6 +20,7 @@ from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError
 from plait.models.decoder import Decoder
 from plait.models.registry import family_of_config, family_of_model
+from plait.nn.lora import lora_layers
 from plait.ops.numerics import Numerics
 
 CONFIG = "config.json"
@@ -56,6 +57,8 @@ def write_model(
 ) -> None:
     """Write `config.json`, with more settings if given, and `model.safetensors` into a folder."""
     family = family_of_model(model)
+    if any(lora_layers(model)):
+        raise CheckpointError("the model has adapters. Merge them first, or write them alone.")
     leaves = checkpoint_leaves(model)
     settings = family.write_config(model.config) | dict(more_settings or {})
     settings["dtype"] = str(next(iter(leaves.values())).dtype).removeprefix("torch.")

@@ -33,7 +33,13 @@ def linear_cross_entropy(
     """
     dtype = dtype or hidden_MD.dtype
     loss, _, _ = torch.ops.plait.linear_cross_entropy(
-        hidden_MD, weight_VD, targets_M, dtype, torch.is_grad_enabled(), soft_cap or 0.0
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        dtype,
+        torch.is_grad_enabled(),
+        soft_cap or 0.0,
+        weight_VD.requires_grad,
     )
     return loss
 
@@ -58,10 +64,11 @@ def _forward(
     dtype: torch.dtype,
     with_gradients: bool,
     soft_cap: float = 0.0,
+    with_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients)
+    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
     num_rows = max(1, _GROUP_ELEMENTS // weight.shape[0])
     for start in range(0, hidden_MD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
@@ -70,6 +77,7 @@ def _forward(
         loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
         if with_gradients:
             dhidden_MD[rows] = logits_mV @ weight
+        if with_gradients and with_weight:
             if start == 0:
                 dweight_VD.copy_(logits_mV.T @ hidden_mD)
             else:
@@ -113,29 +121,35 @@ def _(
     dtype: torch.dtype,
     with_gradients: bool,
     soft_cap: float = 0.0,
+    with_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
-    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients)
+    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
 
 
-def _empty_gradients(hidden_MD: Tensor, weight_VD: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    if wanted:
-        return torch.empty_like(hidden_MD), torch.empty_like(weight_VD)
-    return hidden_MD.new_empty(0), weight_VD.new_empty(0)
+def _empty_gradients(
+    hidden_MD: Tensor, weight_VD: Tensor, wanted: bool, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden_MD) if wanted else hidden_MD.new_empty(0),
+        torch.empty_like(weight_VD) if wanted and with_weight else weight_VD.new_empty(0),
+    )
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, dhidden_MD, dweight_VD = output
     ctx.save_for_backward(dhidden_MD, dweight_VD)
+    ctx.with_weight = inputs[-1]
     ctx.mark_non_differentiable(dhidden_MD, dweight_VD)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx, dloss: Tensor, *_: Tensor | None
-) -> tuple[Tensor, Tensor, None, None, None, None]:
+) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
     dhidden_MD, dweight_VD = ctx.saved_tensors
-    return dhidden_MD * dloss, dweight_VD * dloss, None, None, None, None
+    dweight = dweight_VD * dloss if ctx.with_weight else None
+    return dhidden_MD * dloss, dweight, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
