@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from plait.train.job import Job
+from plait.train.tuning_job import TuningJob
 
 _WIDTH, _HEIGHT = 900, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 48
@@ -14,7 +15,10 @@ Points = list[tuple[float, float]]
 
 
 def render_report(
-    job: Job, records: Sequence[dict[str, Any]], summary: Sequence[tuple[str, str]], sample: str
+    job: Job | TuningJob,
+    records: Sequence[dict[str, Any]],
+    summary: Sequence[tuple[str, str]],
+    sample: str,
 ) -> str:
     """Make the page. `summary` is shown as a table; `sample` as text."""
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]

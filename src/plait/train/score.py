@@ -51,7 +51,7 @@ def trained_model(path: Path) -> Path:
     if not folders:
         raise ConfigError(
             f"{path} has no model yet. "
-            f"Finish it with plait train {run.read_job().name} --resume {path}."
+            f"Finish it with plait train {run.read_any_job().name} --resume {path}."
         )
     return folders[-1]
 

@@ -51,12 +51,29 @@ def train_step(
 
     With a loss or gradient that is not finite nothing is updated, and the result says so.
     """
+    losses = (
+        summed_loss(model, inputs_BT, targets_BT, dtype=dtype) / num_targets
+        for inputs_BT, targets_BT in micro_batches
+    )
+    return update(model.parameters(), optimizers, losses, clip_norm=clip_norm)
+
+
+def update(
+    parameters: Iterable[nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    losses: Iterable[Tensor],
+    *,
+    clip_norm: float,
+) -> StepResult:
+    """Update the parameters once, from the sum of some losses; each is freed before the next.
+
+    With a loss or gradient that is not finite nothing is updated, and the result says so.
+    """
     loss = 0.0
-    for inputs_BT, targets_BT in micro_batches:
-        part = summed_loss(model, inputs_BT, targets_BT, dtype=dtype) / num_targets
+    for part in losses:
         part.backward()
         loss += part.item()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
     result = StepResult(loss, grad_norm)
     for optimizer in optimizers:
         if result.is_finite:
