@@ -107,7 +107,9 @@ def test_full_fine_tuning_memorizes_a_few_answers(job, tmp_path):
 
 
 def test_a_four_bit_base_learns(job, tmp_path):
-    run, result = _run(_longer(replace(job, lora=replace(job.lora, quantize=True))), tmp_path / "run")
+    run, result = _run(
+        _longer(replace(job, lora=replace(job.lora, quantize=True))), tmp_path / "run"
+    )
     losses = _losses(run)
     assert losses[-1] < 0.7 * losses[0]
     assert torch.isfinite(result.model(torch.arange(9)[None])).all()
