@@ -70,6 +70,7 @@ BAD = {
     "bytes": ('{"text": "\udcff"}', "no UTF-8"),
     "a field": ('{"txt": "a"}', "has no field 'text', but txt"),
     "a number": ('{"text": 7}', "'text' is 7, not a text"),
+    "half a pair": ('{"text": "\\ud800"}', "'text' holds half of a surrogate pair"),
     "too deep": ("[" * 100_000, "no JSON"),
 }
 

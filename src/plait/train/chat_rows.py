@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from plait.checkpoint.chat_template import ChatTemplate, Message
 from plait.errors import ModelError
 from plait.train.encode_rows import Sample
-from plait.train.rows import Problem, Row
+from plait.train.rows import Problem, Row, is_unicode
 
 
 class _Unusable(Exception):
@@ -93,6 +93,8 @@ class ChatEncoder:
 
     def _refuse_special(self, text: str) -> None:
         """A text must not end the conversation that it stands in."""
+        if not is_unicode(text):
+            raise _Unusable("a text holds half of a surrogate pair")
         for token in self.special:
             if token in text:
                 raise _Unusable(f"a text spells the special token {token!r}")

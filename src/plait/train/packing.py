@@ -172,6 +172,12 @@ class PackedRows:
         return Batch(tokens[:, :-1].contiguous(), targets.contiguous(), layout)
 
 
+def layout_of_stream(tokens_BT: Tensor, *, end_of_text: int) -> TokenLayout:
+    """Cut rows of a token stream into documents; `end_of_text` stands before each."""
+    segments_BT = (tokens_BT == end_of_text).cumsum(dim=1)
+    return TokenLayout(positions=positions_of(segments_BT), segments=segments_BT)
+
+
 def positions_of(segments_BT: Tensor) -> Tensor:
     """Count tokens from the start of their document, int64 (B, T)."""
     places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)

@@ -105,7 +105,18 @@ def text_field(row: Row, name: str) -> str | Problem:
     text = row.value[name]
     if not isinstance(text, str) or not text:
         return Problem(row.place, f"{name!r} is {text!r:.60}, not a text")
+    if not is_unicode(text):
+        return Problem(row.place, f"{name!r} holds half of a surrogate pair")
     return text
+
+
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be written; JSON may spell halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_lines(path: Path) -> Iterator[Row | Problem]:

@@ -48,6 +48,26 @@ class RunFolder:
         return self.path / "tokens" / "heldout.bin"
 
     @property
+    def environment(self) -> Path:
+        """Versions and hardware, one JSON object a line for each time the run was started."""
+        return self.path / "environment.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint with the lowest held-out loss."""
+        return self.checkpoints / "best"
+
+    def write_environment(self, facts: dict[str, Any]) -> None:
+        """Add what the run is made on."""
+        with self.environment.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+
+    @property
     def data(self) -> Path:
         """Names, sizes and hashes of the rows that a fine-tuning run reads."""
         return self.path / "data.json"

@@ -27,6 +27,7 @@ from plait.checkpoint.training_state import (
 from plait.errors import ConfigError, TrainingError
 from plait.nn.lora import add_lora, merge_lora
 from plait.train.data import shuffled
+from plait.train.environment import describe_environment
 from plait.train.loop import TrainResult
 from plait.train.optimizer import (
     make_optimizers,
@@ -82,6 +83,7 @@ class _Tuning:
             for name in ("train", *map(name_of, self.job.evaluation_data)):
                 self.references[name] = self._reference(name)
         self._resume()
+        self.run.write_environment(describe_environment(self.device))
         with self.run.metrics.open("a", encoding="utf-8") as self.metrics:
             if self.step == 0:
                 self._evaluate()
@@ -183,7 +185,7 @@ class _Tuning:
             self._record({"heldout_loss": first, **record})
             if self.job.keep_best and first < self.best:
                 self.best = first
-                self._save_to(self.run.checkpoints / "best")
+                self._save_to(self.run.best)
 
     def _parts(self, rows: PackedRows) -> Iterator[list[int]]:
         num = len(rows) // (2 if self.job.objective == "dpo" else 1)
@@ -252,9 +254,8 @@ class _Tuning:
 
     def _export(self) -> None:
         """Write the best or the last weights: the adapter by itself, and merged into a model."""
-        best = self.run.checkpoints / "best"
-        if self.job.keep_best and best.is_dir():
-            self._load(best)
+        if self.job.keep_best and self.run.best.is_dir():
+            self._load(self.run.best)
         self.watch.on_stage("saving the model")
         self.model.eval()
         if self.job.method == "lora":

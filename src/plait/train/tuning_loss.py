@@ -8,14 +8,12 @@ from torch.nn import functional
 
 from plait.models.decoder import Decoder
 from plait.train.packing import Batch
-from plait.train.step import autocast
+from plait.train.step import autocast, summed_loss
 
 
 def batch_loss(model: Decoder, batch: Batch, *, dtype: torch.dtype) -> Tensor:
     """Sum the losses of the learnt tokens [nats]."""
-    with autocast(batch.inputs.device.type, dtype):
-        hidden_BTD = model(batch.inputs, batch.layout)
-    return model.loss(hidden_BTD, batch.targets, dtype=dtype)
+    return summed_loss(model, batch.inputs, batch.targets, dtype=dtype, layout=batch.layout)
 
 
 def answer_logps(model: Decoder, batch: Batch, *, dtype: torch.dtype) -> Tensor:
