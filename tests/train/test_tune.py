@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from plait.checkpoint.huggingface import load_model, load_tokenizer
+from plait.cli.main import app
 from plait.errors import ConfigError, DataError
 from plait.nn.lora import LoraSettings
 from plait.recipes.catalog import find_recipe
@@ -188,3 +190,45 @@ def test_a_run_can_be_fine_tuned_further(job, tmp_path):
     again = replace(job, model=str(first.path), template="", num_steps=2)
     second, _ = _run(again, tmp_path / "second")
     assert load_model(second.model).config == load_model(first.model).config
+
+
+def _command(folder, data, *more):
+    settings = {
+        "model": folder,
+        "data": data,
+        "template": "plain",
+        "sequence_length": 96,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "num_steps": 3,
+        "device": "cpu",
+    }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return CliRunner().invoke(app, ["train", "sft", *words, *more])
+
+
+def test_the_command_fine_tunes_and_says_what_came_out(folder, tmp_path):
+    data = write_rows(tmp_path / "chat.jsonl", chat_rows())
+    result = _command(folder, data, "--out", str(tmp_path / "run"), "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["step"] == 3
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert "<polyline" in (tmp_path / "run" / "report.html").read_text()
+    resumed = CliRunner().invoke(app, ["train", "sft", "--resume", str(tmp_path / "run"), "--json"])
+    assert json.loads(resumed.stdout)["loss"] == facts["loss"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora.rnak=4", "Did you mean 'rank'"),
+        ("templat=plain", "Did you mean 'template'"),
+        ("model=", "sft needs model"),
+    ],
+)
+def test_the_command_refuses_what_it_does_not_know(folder, tmp_path, setting, message):
+    data = write_rows(tmp_path / "chat.jsonl", chat_rows())
+    result = _command(folder, data, "--set", setting, "--out", str(tmp_path / "run"))
+    assert message in str(result.exception)
+    assert not (tmp_path / "run").exists()

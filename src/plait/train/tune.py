@@ -255,7 +255,8 @@ class _Tuning:
     def _export(self) -> None:
         """Write the best or the last weights: the adapter by itself, and merged into a model."""
         if self.job.keep_best and self.run.best.is_dir():
-            self._load(self.run.best)
+            step = self._load(self.run.best).facts["step"]
+            self.watch.on_stage(f"taking the weights of step {step}, the best on the first set")
         self.watch.on_stage("saving the model")
         self.model.eval()
         if self.job.method == "lora":
