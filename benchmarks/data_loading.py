@@ -2,7 +2,9 @@
 
 The rival's way is that of the standard training scripts: load the file, `map` the tokenizer over
 batches, `map` the concatenation into blocks of one length. Both sides write all blocks to disk,
-with one process and one thread of the tokenizer, in turn, each run in a process of its own.
+with one process and one thread of the tokenizer, in turn, each run in a process of its own. Time is
+taken by the clock, which other work on the machine disturbs, and as processor time, which it hardly
+does.
 """
 
 import json
@@ -35,11 +37,22 @@ def measure(quick: bool) -> list[Row]:
     small = [run["plait"]["memory_bytes"] for run in runs]
     return [
         Row(
-            claim="tokens/s per core, encoded and packed, ratio to datasets",
+            claim="tokens/s on one core, encoded and packed, ratio to datasets",
             unit="x",
             target=1.5,
             better="higher",
             samples=[_speed(run["plait"]) / _speed(run["datasets"]) for run in runs],
+        ),
+        Row(
+            claim="tokens per second of processor time, ratio to datasets",
+            unit="x",
+            target=1.5,
+            better="higher",
+            samples=[
+                (run["plait"]["tokens"] / run["plait"]["core_seconds"])
+                / (run["datasets"]["tokens"] / run["datasets"]["core_seconds"])
+                for run in runs
+            ],
         ),
         Row(
             claim="memory above the imports, four times the corpus, ratio to one",
@@ -122,11 +135,16 @@ def _measured(folder: Path, run) -> dict[str, float]:
     import psutil
 
     before = psutil.Process().memory_info().rss
-    started_s = time.perf_counter()
+    started_s, started_core_s = time.perf_counter(), time.process_time()
     tokens = run()
-    seconds = time.perf_counter() - started_s
+    seconds, core_seconds = time.perf_counter() - started_s, time.process_time() - started_core_s
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens": tokens, "seconds": seconds, "memory_bytes": peak - before}
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "core_seconds": core_seconds,
+        "memory_bytes": peak - before,
+    }
 
 
 def _run_plait(folder: Path) -> dict[str, float]:
