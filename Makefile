@@ -32,12 +32,14 @@ check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/architecture
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.strict
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.train_throughput
+	$(BIN)/python -m benchmarks.finetune
+	$(BIN)/python -m benchmarks.data_loading
 	$(BIN)/python -m benchmarks.bits_per_byte
 	$(BIN)/python -m benchmarks.fresh_clone
 	$(BIN)/python -m benchmarks.readme_table
@@ -66,6 +68,10 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .[test]
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .[bench]
 	touch $@
 
 $(VENV)/.check: $(VENV)/.core

@@ -1,59 +1,53 @@
 """Numbers and bytes against transformers: logits of random small models, round trips of weights."""
 
+from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.result import Row, run_benchmark
 from plait.checkpoint.huggingface import load_model, write_model
+from plait.models.registry import family_of_model
+from tests.models.tiny_families import CONFIGS, SMALL, make_reference
 
-SHAPE = {
-    "vocab_size": 997,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
-FAMILIES = {
-    "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
-}
+NUM_SEEDS = 10
 
 
 def measure(quick: bool) -> list[Row]:
-    """Compare each family over several seeds."""
-    rows: list[Row] = []
-    for name, make in FAMILIES.items():
-        results = [_compare(make, seed) for seed in range(2 if quick else 10)]
-        rows += [
-            Row(
-                claim=f"{name}: largest difference of a float32 logit",
-                unit="",
-                target=1e-4,
-                better="lower",
-                samples=[difference for difference, _ in results],
-            ),
-            Row(
-                claim=f"{name}: bytes that differ after import and export",
-                unit="bytes",
-                target=0.0,
-                better="lower",
-                samples=[differing for _, differing in results],
-            ),
-        ]
-    return rows
+    """Compare every kind of model in the tests over several seeds; one pair of rows a family."""
+    results: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name in CONFIGS:
+        for seed in range(2 if quick else NUM_SEEDS):
+            title, difference, differing = _compare(name, seed)
+            results[title].append((difference, differing))
+    return [row for title, pairs in results.items() for row in _rows(title, pairs)]
+
+
+def _rows(title: str, pairs: list[tuple[float, float]]) -> list[Row]:
+    return [
+        Row(
+            claim=f"{title}: largest difference of a float32 logit",
+            unit="",
+            target=1e-4,
+            better="lower",
+            samples=[max(difference for difference, _ in pairs)],
+        ),
+        Row(
+            claim=f"{title}: bytes that differ after import and export",
+            unit="bytes",
+            target=0.0,
+            better="lower",
+            samples=[sum(differing for _, differing in pairs)],
+        ),
+    ]
 
 
 @torch.no_grad()
-def _compare(make, seed: int) -> tuple[float, float]:
-    torch.manual_seed(seed)
-    theirs = make().eval()
-    tokens = torch.randint(0, SHAPE["vocab_size"], (2, 200))
+def _compare(name: str, seed: int) -> tuple[str, float, float]:
+    theirs = make_reference(name, seed=seed)
+    tokens = torch.randint(0, SMALL["vocab_size"], (2, SMALL["max_position_embeddings"]))
     with TemporaryDirectory() as folder:
         before, after = Path(folder) / "before", Path(folder) / "after"
         theirs.save_pretrained(before)
@@ -67,7 +61,7 @@ def _compare(make, seed: int) -> tuple[float, float]:
     differing = sum(
         (first[k].view(torch.uint8) != second[k].view(torch.uint8)).sum().item() for k in first
     )
-    return difference, float(differing)
+    return family_of_model(ours).title, difference, float(differing)
 
 
 if __name__ == "__main__":

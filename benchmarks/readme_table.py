@@ -1,10 +1,12 @@
-"""Write the README's table of figures from `benchmarks/results`."""
+"""Write the README's tables: figures from `benchmarks/results`, models from the registry."""
 
 import json
 from typing import Any
 
 from benchmarks.result import ROOT
+from plait.models.registry import FAMILIES
 
+MODELS_START, MODELS_END = "<!-- models -->", "<!-- end of models -->"
 START, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
@@ -20,11 +22,24 @@ def table() -> str:
     return "\n".join([*lines, "", "Measured on:", "", *(f"- {m}" for m in sorted(machines))])
 
 
+def model_table() -> str:
+    """Lay out the families that the registry knows."""
+    lines = ["| family | architecture in `config.json` | what sets it apart |", "|---|---|---|"]
+    for family in FAMILIES.values():
+        lines.append(f"| {family.title} | `{family.architecture}` | {family.features} |")
+    return "\n".join(lines)
+
+
 def with_table(text: str) -> str:
-    """Put the table between the marks of the README's text."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    """Put both tables between their marks in the README's text."""
+    text = _between(text, START, END, table())
+    return _between(text, MODELS_START, MODELS_END, model_table())
+
+
+def _between(text: str, start: str, end: str, content: str) -> str:
+    before, rest = text.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}\n{content}\n{end}{after}"
 
 
 def _line(benchmark: str, row: dict[str, Any]) -> str:

@@ -12,8 +12,10 @@ from plait.recipes.catalog import RECIPES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+ARGUMENTS = {"full_flow": ["4"]}  # steps; all of them take minutes
 VERBS = {
-    "train", "evaluate", "sample", "chat", "explain", "debug", "doctor", "invert", "forward",
+    "train", "runs", "evaluate", "sample", "chat", "explain", "debug", "doctor", "invert",
+    "forward",
 }  # fmt: skip
 
 
@@ -21,7 +23,11 @@ VERBS = {
 def test_an_example_is_short_runs_and_prints_its_result(path, tmp_path):
     assert len(path.read_text().splitlines()) <= 60
     result = subprocess.run(
-        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, str(path), *ARGUMENTS.get(path.stem, [])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()

@@ -12,6 +12,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from plait.models.decoder import Decoder, DecoderConfig
+from plait.nn.experts import ExpertSettings
+from plait.nn.latent_attention import LatentSettings
+from plait.nn.rotary import Rope
 from plait.train.step import summed_loss
 
 Family = tuple[nn.Module, dict[str, Tensor]]
@@ -71,6 +74,60 @@ def plait_qwen3() -> Family:
 def plait_qwen3_autocast() -> Family:
     """Qwen3 under bfloat16 autocast."""
     return _plait("qwen3", torch.bfloat16)
+
+
+def plait_gemma2() -> Family:
+    """Gemma 2: local and global layers in turn, soft caps on scores and logits."""
+    caps = {"attention_soft_cap": 3.0, "logit_soft_cap": 4.0}
+    gemma = {"norm": "rms_plus_one", "norm_placement": "both", "activation": "gelu_tanh"}
+    windows = {"sliding_window": 8, "full_layers": (1, 3), "scale_embeddings": True}
+    return _plait("gemma2", torch.float32, **caps, **gemma, **windows, tie_embeddings=True)
+
+
+def plait_gemma3_autocast() -> Family:
+    """Gemma 3 under bfloat16 autocast: two rotations."""
+    gemma = {"norm": "rms_plus_one", "norm_placement": "both", "activation": "gelu_tanh"}
+    windows = {"sliding_window": 8, "full_layers": (2,), "local_rope": Rope(theta=100.0)}
+    return _plait("gemma3_text", torch.bfloat16, **gemma, **windows, scale_embeddings=True)
+
+
+def plait_gpt2() -> Family:
+    """GPT-2: learned positions, fused projections, layer norms."""
+    kinds = {"norm": "layer", "positions": "learned", "feed_forward": "plain"}
+    biases = dict.fromkeys(("attention_bias", "output_bias", "feed_forward_bias"), True)
+    fused = {"fused_attention": True, "num_kv_heads": 4, "activation": "gelu_tanh"}
+    return _plait("gpt2", torch.float32, **kinds, **biases, **fused, tie_embeddings=True)
+
+
+def plait_mixtral() -> Family:
+    """Mixtral: experts in every layer."""
+    experts = ExpertSettings(num_experts=4, experts_per_token=2, intermediate_size=96)
+    return _plait("mixtral", torch.float32, experts=experts)
+
+
+def plait_mixtral_autocast() -> Family:
+    """Mixtral under bfloat16 autocast."""
+    experts = ExpertSettings(num_experts=4, experts_per_token=2, intermediate_size=96)
+    return _plait("mixtral", torch.bfloat16, experts=experts)
+
+
+def plait_deepseek_v3() -> Family:
+    """DeepSeek-V3: latent attention, a dense layer, groups of experts, a shared one."""
+    latent = LatentSettings(
+        query_rank=24, rank=16, plain_size=12, rotary_size=8, value_size=12, interleaved=True
+    )
+    experts = ExpertSettings(
+        num_experts=8,
+        experts_per_token=2,
+        intermediate_size=32,
+        router="sigmoid",
+        num_groups=4,
+        groups_per_token=2,
+        router_float32=True,
+        shared_intermediate_size=32,
+        dense_layers=(0,),
+    )
+    return _plait("deepseek_v3", torch.float32, latent=latent, experts=experts)
 
 
 def llama() -> Family:
@@ -183,6 +240,12 @@ FAMILIES: Mapping[str, Callable[[], Family]] = {
         plait_llama_autocast,
         plait_qwen3,
         plait_qwen3_autocast,
+        plait_gemma2,
+        plait_gemma3_autocast,
+        plait_gpt2,
+        plait_mixtral,
+        plait_mixtral_autocast,
+        plait_deepseek_v3,
         llama,
         qwen3,
         mistral,
@@ -208,11 +271,10 @@ def _plait(family: str, dtype: torch.dtype, **options: Any) -> Family:
         intermediate_size=96,
         num_layers=4,
         num_heads=4,
-        num_kv_heads=2,
         head_size=16,
         max_positions=64,
-        qk_norm=family == "qwen3",
-        **options,
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        **{"num_kv_heads": 2, **options},
     )
     return TrainingLoss(config, dtype), {"tokens": _tokens(2, 18)}
 

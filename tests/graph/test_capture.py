@@ -290,8 +290,13 @@ def test_inputs_of_another_shape_than_captured_are_refused(step):
         plait.run(schedule, model, x[:5], target[:5])
 
 
-def test_a_plan_over_several_ranks_is_refused_until_models_are_placed(step):
-    with pytest.raises(PlanError, match="4 ranks"):
+def test_a_plan_over_axes_that_capture_cannot_place_is_refused(step):
+    with pytest.raises(PlanError, match="leave pp, dp and fsdp at 1"):
+        plait.capture(*step, plan=plait.ParallelPlan(fsdp=4), loss=loss)
+
+
+def test_a_model_without_rules_of_placement_is_refused_under_tp(step):
+    with pytest.raises(PlanError, match="rules"):
         plait.capture(*step, plan=plait.ParallelPlan(tp=4), loss=loss)
 
 

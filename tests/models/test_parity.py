@@ -1,69 +1,49 @@
 """Our models against transformers: random tiny configs, the same weights, the same numbers."""
 
+import copy
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from plait.checkpoint.huggingface import load_model, write_model
 from plait.errors import CheckpointError, ModelError
 from plait.models.decoder import DecoderConfig
-from plait.models.registry import check_family
+from plait.models.registry import FAMILIES, check_family
 from plait.nn.token_layout import TokenLayout
 
-SMALL = {
-    "vocab_size": 199,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-LLAMA_3_1 = {
-    "rope_type": "llama3",
-    "rope_theta": 10_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-CONFIGS = {
-    "llama2": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
-    "llama3-grouped": lambda: LlamaConfig(**SMALL, rope_theta=500_000.0, rms_norm_eps=1e-5),
-    "llama3.1-scaled": lambda: LlamaConfig(**SMALL, rope_parameters=LLAMA_3_1),
-    "llama-linear": lambda: LlamaConfig(
-        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    ),
-    "llama-biases-tied": lambda: LlamaConfig(
-        **SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-    ),
-    "llama-wide-heads": lambda: LlamaConfig(**SMALL, head_dim=32),
-    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
-    "qwen3-tied": lambda: Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=True),
-}
+from .tiny_families import CONFIGS, SMALL, make_reference
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Transformers models with random weights by name, and the folders they were saved to."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, folder = make_reference(name), tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder)
+            made[name] = model, folder
+        return made[name]
+
+    return make
 
 
 @pytest.fixture(params=CONFIGS)
-def reference(request, tmp_path):
-    """A transformers model with random weights, and the folder it was saved to."""
-    torch.manual_seed(0)
-    config = CONFIGS[request.param]()
-    kind = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
-    model = kind(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases must matter too
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "reference")
-    return model, tmp_path / "reference"
+def reference(request, saved):
+    """A model of each kind and its folder, which is not to be changed."""
+    return saved(request.param)
+
+
+@pytest.fixture
+def llama(saved, tmp_path):
+    """A Llama, and a folder of its own."""
+    model, _ = saved("llama3-grouped")
+    model.save_pretrained(tmp_path / "llama")
+    return model, tmp_path / "llama"
 
 
 @pytest.fixture
@@ -104,12 +84,13 @@ def test_transformers_loads_our_export_and_computes_the_same(reference, tokens, 
 
 def test_half_precision_weights_survive_import_and_export(reference, tmp_path):
     theirs, _ = reference
-    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    copy.deepcopy(theirs).to(torch.bfloat16).save_pretrained(tmp_path / "half")
     (tmp_path / "export").mkdir()
     write_model(load_model(tmp_path / "half"), tmp_path / "export")
     before = load_file(tmp_path / "half" / "model.safetensors")
     after = load_file(tmp_path / "export" / "model.safetensors")
-    assert all(after[name].dtype == torch.bfloat16 for name in after)
+    assert all(after[name].dtype == before[name].dtype for name in after)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "export" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -145,14 +126,14 @@ def test_packed_documents_equal_separate_ones(reference, tokens):
     torch.testing.assert_close(packed, separate, atol=1e-4, rtol=0)
 
 
-def test_more_tokens_than_the_model_has_positions_are_refused(reference):
-    model = load_model(reference[1])
+def test_more_tokens_than_the_model_has_positions_are_refused(llama):
+    model = load_model(llama[1])
     with pytest.raises(ModelError, match="65 tokens are more than the model's limit of 64"):
         model(torch.zeros(1, 65, dtype=torch.long))
 
 
-def test_a_full_cache_is_refused(reference, tokens):
-    model = load_model(reference[1])
+def test_a_full_cache_is_refused(llama, tokens):
+    model = load_model(llama[1])
     cache = model.make_cache(batch_size=2, capacity=10)
     with pytest.raises(ModelError, match="11 tokens do not fit into a cache of 10"):
         model(tokens[:, :11], cache=cache)
@@ -163,28 +144,34 @@ def _edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_an_unknown_architecture_offers_the_nearest(reference):
-    _edit_config(reference[1], architectures=["LlamaForCausalLMs"])
+def test_an_unknown_architecture_offers_the_nearest(llama):
+    _edit_config(llama[1], architectures=["LlamaForCausalLMs"])
     with pytest.raises(ModelError, match="Did you mean 'LlamaForCausalLM'"):
-        load_model(reference[1])
+        load_model(llama[1])
 
 
-def test_a_misspelt_config_key_offers_the_nearest(reference):
-    _edit_config(reference[1], num_hidden_layer=2)
+def test_a_misspelt_config_key_offers_the_nearest(llama):
+    _edit_config(llama[1], num_hidden_layer=2)
     with pytest.raises(ModelError, match=r"'num_hidden_layer'\. Did you mean 'num_hidden_layers'"):
-        load_model(reference[1])
+        load_model(llama[1])
 
 
-def test_a_strange_config_key_is_named_in_a_warning(reference):
-    _edit_config(reference[1], zzz=1)
+def test_a_strange_config_key_is_named_in_a_warning(llama):
+    _edit_config(llama[1], zzz=1)
     with pytest.warns(UserWarning, match="without effect: zzz"):
-        load_model(reference[1])
+        load_model(llama[1])
 
 
-def test_somebodys_own_config_key_that_only_resembles_one_is_no_error(reference):
-    _edit_config(reference[1], rope_interleaved=False)
+def test_somebodys_own_config_key_that_only_resembles_one_is_no_error(llama):
+    _edit_config(llama[1], rope_interleaved=False)
     with pytest.warns(UserWarning, match="without effect: rope_interleaved"):
-        load_model(reference[1])
+        load_model(llama[1])
+
+
+def test_every_family_has_its_place_here():
+    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING[type(make())] for make in CONFIGS.values())
+    tested = {kind.__name__ for kind in kinds}
+    assert tested == {name for name, family in FAMILIES.items() if family.is_in_transformers}
 
 
 def test_a_config_that_its_family_cannot_express_is_refused():
@@ -195,8 +182,8 @@ def test_a_config_that_its_family_cannot_express_is_refused():
         check_family(DecoderConfig(family="lama"))
 
 
-def test_the_rotation_tables_of_old_llama_checkpoints_are_left_out(reference, tokens):
-    theirs, folder = reference
+def test_the_rotation_tables_of_old_llama_checkpoints_are_left_out(llama, tokens):
+    theirs, folder = llama
     leaves = load_file(folder / "model.safetensors")
     leaves["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(leaves, folder / "model.safetensors", metadata={"format": "pt"})
@@ -205,27 +192,27 @@ def test_the_rotation_tables_of_old_llama_checkpoints_are_left_out(reference, to
         assert (ours.logits(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-4
 
 
-def test_an_unsupported_rope_type_is_refused(reference):
-    _edit_config(reference[1], rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
-    with pytest.raises(ModelError, match="rope type 'longrope' is not supported"):
-        load_model(reference[1])
+def test_an_unsupported_rope_type_is_refused(llama):
+    _edit_config(llama[1], rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4})
+    with pytest.raises(ModelError, match="rope type 'dynamic' is not supported"):
+        load_model(llama[1])
 
 
-def test_weights_cut_in_half_are_refused(reference):
-    path = reference[1] / "model.safetensors"
+def test_weights_cut_in_half_are_refused(llama):
+    path = llama[1] / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        load_model(reference[1])
+        load_model(llama[1])
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(reference):
-    _edit_config(reference[1], num_hidden_layers=4)
+def test_weights_that_do_not_fit_the_config_are_refused(llama):
+    _edit_config(llama[1], num_hidden_layers=4)
     with pytest.raises(CheckpointError, match="missing"):
-        load_model(reference[1])
+        load_model(llama[1])
 
 
-def test_sharded_weights_are_read(reference, tokens, tmp_path):
-    theirs, _ = reference
+def test_sharded_weights_are_read(llama, tokens, tmp_path):
+    theirs, _ = llama
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     ours = load_model(tmp_path / "shards")

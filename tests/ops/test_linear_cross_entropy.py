@@ -1,5 +1,7 @@
 """Fused linear cross-entropy against PyTorch's two steps."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -35,6 +37,15 @@ def test_loss_and_gradients_equal_the_reference(sizes):
     inputs = _inputs(sizes)
     loss, gradients = _run(linear_cross_entropy, inputs)
     expected, expected_gradients = _run(reference_linear_cross_entropy, inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_soft_cap_bounds_the_logits_and_their_gradients(sizes):
+    inputs = _inputs(sizes)
+    loss, gradients = _run(partial(linear_cross_entropy, soft_cap=3.0), inputs)
+    reference = partial(reference_linear_cross_entropy, soft_cap=3.0)
+    expected, expected_gradients = _run(reference, inputs)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 
+from plait.checkpoint.chat_template import ChatTemplate, Message, read_chat_template
 from plait.checkpoint.huggingface import end_tokens, load_tokenizer
 from plait.errors import ConfigError, ModelError
 from plait.models.decoder import Decoder, DecoderConfig
-from plait.serve.chat_template import ChatTemplate, Message, read_chat_template
 from plait.serve.generate import generate, stream_text
 from plait.serve.sampling import Sampling, sample_token
 from plait.train.corpus import CorpusSettings, find_corpus

@@ -4,6 +4,7 @@ Reads single and sharded weight files; writes what `AutoModelForCausalLM.from_pr
 Tensors keep their dtype and every byte in both directions.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError
 from plait.models.decoder import Decoder
 from plait.models.registry import family_of_config, family_of_model
+from plait.nn.lora import lora_layers
 from plait.ops.numerics import Numerics
 
 CONFIG = "config.json"
@@ -55,13 +57,14 @@ def write_model(
 ) -> None:
     """Write `config.json`, with more settings if given, and `model.safetensors` into a folder."""
     family = family_of_model(model)
+    if any(lora_layers(model)):
+        raise CheckpointError("the model has adapters. Merge them first, or write them alone.")
     leaves = checkpoint_leaves(model)
     settings = family.write_config(model.config) | dict(more_settings or {})
     settings["dtype"] = str(next(iter(leaves.values())).dtype).removeprefix("torch.")
     write_json(folder / CONFIG, settings)
-    tensors = {
-        family.to_checkpoint_name(name): leaf.detach().contiguous() for name, leaf in leaves.items()
-    }
+    laid_out = family.naming.to_checkpoint({k: leaf.detach() for k, leaf in leaves.items()})
+    tensors = {name: tensor.contiguous() for name, tensor in laid_out.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -111,11 +114,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def read_leaves(folder: Path, model: Decoder) -> dict[str, Tensor]:
     """Read the tensors of a folder under our names; raises CheckpointError if they do not fit."""
     family = family_of_model(model)
-    leaves = {
-        family.from_checkpoint_name(name): tensor
-        for name, tensor in read_tensors(folder).items()
-        if not name.endswith(_DERIVED)
-    }
+    tensors = {k: v for k, v in read_tensors(folder).items() if not k.endswith(_DERIVED)}
+    leaves = _leave_out_further_layers(folder, family.naming.from_checkpoint(tensors), model)
     expected = checkpoint_leaves(model)
     _match(folder, found=leaves, expected=expected)
     return {name: leaves[name] for name in expected}
@@ -140,9 +140,25 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def checkpoint_leaves(model: Decoder) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, a shared one once, under its first name."""
-    return dict(model.named_parameters())
+def checkpoint_leaves(model: Decoder) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a shared one once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _leave_out_further_layers(
+    folder: Path, leaves: dict[str, Tensor], model: Decoder
+) -> dict[str, Tensor]:
+    """Drop the layers behind the last, with which DeepSeek-V3 predicts further tokens ahead."""
+    if model.config.family != "deepseek_v3":
+        return leaves
+    own = tuple(f"layers.{number}." for number in range(model.config.num_layers))
+    further = [name for name in leaves if name.startswith("layers.") and not name.startswith(own)]
+    if further:
+        warnings.warn(
+            f"{folder}: {len(further)} tensors of layers that predict further tokens are left out",
+            stacklevel=3,
+        )
+    return {name: leaf for name, leaf in leaves.items() if name not in further}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -161,9 +177,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _match(
-    folder: Path, *, found: dict[str, Tensor], expected: dict[str, torch.nn.Parameter]
-) -> None:
+def _match(folder: Path, *, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     missing, surplus = (
         sorted(expected.keys() - found.keys()),
         sorted(found.keys() - expected.keys()),

@@ -60,6 +60,22 @@ def load_training_state(folder: Path, model: Decoder) -> TrainingState:
     return TrainingState(read_tensor_file(folder / _LEAVES), read_json_object(folder / _FACTS))
 
 
+def save_leaves(target: Path, state: TrainingState) -> None:
+    """Write named leaves and facts alone, whole or not at all."""
+
+    def write(folder: Path) -> None:
+        save_file({k: v.contiguous() for k, v in state.leaves.items()}, folder / _LEAVES)
+        write_json(folder / _FACTS, state.facts)
+
+    commit_folder(target, write)
+
+
+def load_leaves(folder: Path) -> TrainingState:
+    """Read what `save_leaves` wrote; raises CheckpointError if any byte has changed."""
+    check_folder(folder)
+    return TrainingState(read_tensor_file(folder / _LEAVES), read_json_object(folder / _FACTS))
+
+
 def export_model(target: Path, model: Decoder, tokenizer: Path) -> None:
     """Write a model folder that `transformers` loads, whole or not at all."""
 

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from tokenizers import Tokenizer
 
+from plait.checkpoint.chat_template import ChatTemplate, Message, read_chat_template
 from plait.checkpoint.huggingface import end_tokens, load_model, load_tokenizer
 from plait.cli.output import say, show
 from plait.config import override
-from plait.serve.chat_template import ChatTemplate, Message, read_chat_template
 from plait.serve.generate import generate, stream_text
 from plait.serve.sampling import Sampling
 from plait.train.score import trained_model

@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from plait.cli import chat, debug, doctor, evaluate, explain, forward, invert, sample, train
+from plait.cli import chat, debug, doctor, evaluate, explain, forward, invert, runs, sample, train
 from plait.cli.output import say
 from plait.errors import PlaitError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.train_command)
+app.command("runs")(runs.runs_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("sample")(sample.sample_command)
 app.command("chat")(chat.chat_command)

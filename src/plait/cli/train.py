@@ -26,6 +26,8 @@ from plait.train.loop import TrainResult, train
 from plait.train.report import render_report
 from plait.train.run_folder import RunFolder
 from plait.train.score import score_run, scoring_of
+from plait.train.tune import tune
+from plait.train.tuning_job import TuningJob
 from plait.train.watch import Record, Watch
 
 _STOPPED = 130
@@ -49,30 +51,36 @@ def train_command(
     say(f"run folder: {run.path}")
     how_to_resume = f"  plait train {recipe} --resume {shlex.quote(str(run.path))}"
     try:
-        with _stop_on_interrupt() as stop, _Display(job) as display:
+        with _stop_on_interrupt() as stop, _Display(job.num_steps) as display:
 
             def on_record(record: Record) -> None:
                 stop.defer()
                 display.on_record(record)
 
             watch = Watch(on_record=on_record, on_stage=display.on_stage, should_stop=stop.is_set)
-            result = train(job, run, watch)
+            is_tuning = isinstance(job, TuningJob)
+            result = tune(job, run, watch) if is_tuning else train(job, run, watch)
         if result.finished:
-            _finish(job, run, result, as_json=as_json)
+            if isinstance(job, TuningJob):
+                _finish_tuning(job, run, result, as_json=as_json)
+            else:
+                _finish(job, run, result, as_json=as_json)
             return
     except KeyboardInterrupt:
         say("interrupted. Continue with:")
     else:
         _report(job, run, [], "")
-        say(f"stopped at step {result.step} of {job.num_steps}, saved. Continue with:")
+        say(f"stopped after step {result.step}, saved. Continue with:")
     say(how_to_resume)
     raise typer.Exit(_STOPPED)
 
 
 def _open_run(
     recipe: str, settings: list[str], out: Path | None, resume: Path | None
-) -> tuple[Job, RunFolder]:
+) -> tuple[Job | TuningJob, RunFolder]:
     job = override(find_recipe(recipe), settings)
+    if isinstance(job, TuningJob) and resume is None:
+        job.check_ready()
     if job.name != recipe:
         raise ConfigError("--set name: the name of a job is that of its recipe.")
     if resume is None:
@@ -85,7 +93,7 @@ def _open_run(
             "or start a new run."
         )
     run = RunFolder(resume)
-    job = run.read_job()
+    job = run.read_any_job()
     if job.name != recipe:
         raise ConfigError(
             f"{resume} is a run of {job.name}, not of {recipe}. Continue it with its own name."
@@ -127,7 +135,30 @@ def _finish(job: Job, run: RunFolder, result: TrainResult, *, as_json: bool) -> 
     show(f"\nsample:\n{sample}")
 
 
-def _report(job: Job, run: RunFolder, rows: list[tuple[str, str]], sample: str) -> None:
+def _finish_tuning(job: TuningJob, run: RunFolder, result: TrainResult, *, as_json: bool) -> None:
+    records = run.read_metrics()
+    losses = [record["loss"] for record in records if "loss" in record]
+    rows = [
+        ("steps", f"{result.step} in {duration(result.elapsed_s)}"),
+        ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"),
+    ]
+    for key in (key for key in _last(records, "heldout_loss") if "/" in key):
+        values = [record[key] for record in records if key in record]
+        rows.append((key.replace("/", ", "), f"{values[0]:.4f} -> {min(values):.4f}"))
+    _report(job, run, rows, "")
+    if as_json:
+        facts = {"run": str(run.path), "step": result.step, "train_s": result.elapsed_s}
+        show_json(facts | {"loss": losses[-1], **_last(records, "heldout_loss")})
+        return
+    adapter = [("adapter", str(run.adapter))] if job.method == "lora" else []
+    show_table([*rows, *adapter, ("model", str(run.model)), ("report", str(run.report))])
+
+
+def _last(records: list[Record], key: str) -> Record:
+    return next((record for record in reversed(records) if key in record), {})
+
+
+def _report(job: Job | TuningJob, run: RunFolder, rows: list[tuple[str, str]], sample: str) -> None:
     write_text(run.report, render_report(job, run.read_metrics(), rows, sample))
 
 
@@ -163,8 +194,8 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
 class _Display:
     """Progress on stderr: a live bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
         self._live = sys.stderr.isatty()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -174,9 +205,10 @@ class _Display:
             console=progress_console(),
             disable=not self._live,
         )
-        self._task = self._progress.add_task("starting", total=job.num_steps, facts="")
+        self._task = self._progress.add_task("starting", total=num_steps, facts="")
         self._heldout = ""
-        self._mean_tokens_per_s = 0.0
+        self._mean_tokens_per_s = self._mean_step_s = 0.0
+        self._elapsed_s: float | None = None
 
     def __enter__(self) -> "_Display":
         self._progress.start()
@@ -197,28 +229,30 @@ class _Display:
         else:
             self._heldout = f"held-out {record['heldout_loss']:.3f}"
             if not self._live:
-                say(
-                    f"step {record['step']}: {self._heldout} nats/token, "
-                    f"{record['heldout_bits_per_byte']:.3f} bits/byte"
-                )
+                bits = record.get("heldout_bits_per_byte")
+                behind = "" if bits is None else f" nats/token, {bits:.3f} bits/byte"
+                say(f"step {record['step']}: {self._heldout}{behind}")
 
     def _on_step(self, record: dict[str, Any]) -> None:
-        step, job = record["step"], self._job
+        step, num_steps = record["step"], record.get("num_steps", self._num_steps)
+        if self._elapsed_s is not None:
+            seconds, mean_s = record["elapsed_s"] - self._elapsed_s, self._mean_step_s
+            self._mean_step_s = 0.9 * mean_s + 0.1 * seconds if mean_s else seconds
+        self._elapsed_s = record["elapsed_s"]
         speed = record["tokens_per_s"]
         self._mean_tokens_per_s = (
             0.9 * self._mean_tokens_per_s + 0.1 * speed if self._mean_tokens_per_s else speed
         )
-        left_s = (
-            (job.num_steps - step) * job.batch_size * job.sequence_length / self._mean_tokens_per_s
-        )
+        left_s = (num_steps - step) * self._mean_step_s
         speed = f"{self._mean_tokens_per_s:,.0f} tokens/s"
         facts = f"loss {record['loss']:.3f}  {speed}  {duration(left_s)} left"
         if self._live:
             self._progress.update(
                 self._task,
                 completed=step,
+                total=num_steps,
                 description="training",
                 facts=f"{facts}  {self._heldout}",
             )
-        elif step == 1 or step % max(1, job.num_steps // 20) == 0:
-            say(f"step {step} of {job.num_steps}: {facts}")
+        elif step == 1 or step % max(1, num_steps // 20) == 0:
+            say(f"step {step} of {num_steps}: {facts}")

@@ -1,14 +1,16 @@
-"""What a family must say: how its `config.json` and parameter names map to a `Decoder`."""
+"""What a family must say: how its `config.json` and its checkpoints map to a `Decoder`."""
 
 import difflib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from plait.errors import ModelError, nearest_name
-from plait.models.decoder import DecoderConfig
-from plait.nn.rotary import Rope
+from plait.models.decoder_config import DecoderConfig
+from plait.models.naming import Naming
+from plait.models.rope_settings import parse_rope, unparse_rope
+from plait.nn.feed_forward import Activation
 
 _TYPO_SIMILARITY = 0.9
 """A key this close to a known one is a slip of the pen; keys further away are somebody's own."""
@@ -19,24 +21,38 @@ _NEUTRAL_KEYS = frozenset(
     | {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tokenizer_class", "auto_map"}
     | {"return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"}
     | {"is_encoder_decoder", "id2label", "label2id", "problem_type", "task_specific_params"}
-    | {"pretraining_tp", "initializer_range", "attention_dropout"}
+    | {"pretraining_tp", "initializer_range"}
     | {"_attn_implementation", "attn_implementation"}
 )
+# Regularizers of a past training run, which our models do not have.
+_DROPOUTS = frozenset({"attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"})
+# Values of keys that stand for something we do not compute; with other values they are neutral.
+_REFUSED = {
+    "quantization_config": "quantized weights are not read here; load the unquantized model.",
+    "output_router_logits": "the router's loss is not computed; set it to false.",
+    "router_jitter_noise": "the router's noise is not computed; set it to 0.",
+    "use_bidirectional_attention": "attention is causal here; set it to false.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One entry of the registry.
 
-    architecture: the name in `config.json`'s "architectures". own_keys: keys of `config.json` that
-    `read_config` understands. Checkpoint names differ from ours by the leading "model." only.
+    name: its "model_type" in `config.json`; architecture: the name in "architectures". title: for
+    people; features: what sets it apart, in a few words. own_keys: keys of `config.json` that
+    `read_config` understands. is_in_transformers: whether `AutoModelForCausalLM` knows it.
     """
 
     name: str
     architecture: str
+    title: str
+    features: str
     own_keys: frozenset[str]
     parse: Callable[[Mapping[str, Any]], DecoderConfig]
     unparse: Callable[[DecoderConfig], dict[str, Any]]
+    naming: Naming = field(default_factory=Naming)
+    is_in_transformers: bool = True
 
     def read_config(self, settings: Mapping[str, Any]) -> DecoderConfig:
         """Make the `DecoderConfig` of a parsed `config.json`.
@@ -44,7 +60,17 @@ class Family:
         Raises ModelError for a key that is missing, looks misspelt, or asks for what is not
         supported; warns of keys that are unknown.
         """
-        unknown = [key for key in settings if key not in self.own_keys | _NEUTRAL_KEYS]
+        for key, advice in _REFUSED.items():
+            if settings.get(key):
+                raise ModelError(f"config.json of {self.architecture}: {key} is set, but {advice}")
+        if dropouts := sorted(key for key in _DROPOUTS if settings.get(key)):
+            warnings.warn(
+                f"config.json of {self.architecture}: there is no dropout here, so training goes "
+                f"without {', '.join(dropouts)}",
+                stacklevel=2,
+            )
+        known = self.own_keys | _NEUTRAL_KEYS | _DROPOUTS | _REFUSED.keys()
+        unknown = [key for key in settings if key not in known]
         for key in unknown:
             if difflib.get_close_matches(key, self.own_keys, n=1, cutoff=_TYPO_SIMILARITY):
                 hint = nearest_name(key, self.own_keys)
@@ -66,16 +92,9 @@ class Family:
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
+            "pad_token_id": None,  # some defaults lie beyond a small vocabulary
             **self.unparse(config),
         }
-
-    def to_checkpoint_name(self, name: str) -> str:
-        """Name of one of our parameters in a checkpoint."""
-        return name if name.startswith("lm_head.") else f"model.{name}"
-
-    def from_checkpoint_name(self, name: str) -> str:
-        """Undo `to_checkpoint_name`."""
-        return name.removeprefix("model.")
 
 
 COMMON_KEYS = frozenset(
@@ -86,12 +105,31 @@ COMMON_KEYS = frozenset(
 )
 """Keys that Llama-like families share; `parse_common` and `unparse_common` handle them."""
 
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
-def parse_common(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the common keys into arguments of `DecoderConfig`."""
-    if (activation := settings.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ModelError(f"hidden_act={activation!r} is not supported; this family has silu.")
+
+def parse_activation(name: str) -> Activation:
+    """Translate a name of transformers; raises ModelError for one that is not known."""
+    if name not in _ACTIVATIONS:
+        raise ModelError(f"hidden_act={name!r} is not known. {nearest_name(name, _ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def unparse_activation(activation: Activation) -> str:
+    """Undo `parse_activation`."""
+    return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation
+
+
+def parse_common(settings: Mapping[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
+    """Translate the common keys into arguments of `DecoderConfig`; theta: default of the family."""
     num_heads = settings["num_attention_heads"]
+    bias = settings.get("attention_bias", False)
     return {
         "vocab_size": settings["vocab_size"],
         "hidden_size": settings["hidden_size"],
@@ -102,9 +140,11 @@ def parse_common(settings: Mapping[str, Any]) -> dict[str, Any]:
         "head_size": settings.get("head_dim") or settings["hidden_size"] // num_heads,
         "max_positions": settings["max_position_embeddings"],
         "norm_eps": settings.get("rms_norm_eps", 1e-6),
-        "rope": parse_rope(settings),
+        "rope": parse_rope(settings, theta=theta),
         "tie_embeddings": settings.get("tie_word_embeddings", False),
-        "attention_bias": settings.get("attention_bias", False),
+        "attention_bias": bias,
+        "output_bias": bias,
+        "activation": parse_activation(settings.get("hidden_act", "silu")),
         "init_std": settings.get("initializer_range", 0.02),
     }
 
@@ -126,47 +166,20 @@ def unparse_common(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
         "initializer_range": config.init_std,
-        "hidden_act": "silu",
+        "hidden_act": unparse_activation(config.activation),
     }
 
 
-def parse_rope(settings: Mapping[str, Any]) -> Rope:
-    """Read the rotation from `rope_parameters` (transformers 5), or from the keys before it."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    theta = given.get("rope_theta") or settings.get("rope_theta") or 10_000.0
-    kind = given.get("rope_type") or given.get("type") or "default"
-    match kind:
-        case "default":
-            return Rope(theta=theta)
-        case "linear":
-            return Rope(theta=theta, kind="linear", factor=given["factor"])
-        case "llama3":
-            return Rope(
-                theta=theta,
-                kind="llama3",
-                factor=given["factor"],
-                low_freq_factor=given["low_freq_factor"],
-                high_freq_factor=given["high_freq_factor"],
-                original_max_positions=given["original_max_position_embeddings"],
-            )
-    raise ModelError(
-        f"rope type {kind!r} is not supported. "
-        f"{nearest_name(str(kind), ['default', 'linear', 'llama3'])}"
-    )
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def unparse_rope(rope: Rope) -> dict[str, Any] | None:
-    """Undo `parse_rope`, in the form that all versions of transformers read; theta goes beside."""
-    match rope.kind:
-        case "default":
-            return None
-        case "linear":
-            return {"rope_type": "linear", "factor": rope.factor}
-        case "llama3":
-            return {
-                "rope_type": "llama3",
-                "factor": rope.factor,
-                "low_freq_factor": rope.low_freq_factor,
-                "high_freq_factor": rope.high_freq_factor,
-                "original_max_position_embeddings": rope.original_max_positions,
-            }
+def parse_full_layers(layer_types: list[str]) -> tuple[int, ...]:
+    """Numbers of the layers that see everything, from a list of layer types."""
+    if unknown := set(layer_types) - set(LAYER_TYPES):
+        raise ModelError(f"layer_types has {sorted(unknown)}; known: {', '.join(LAYER_TYPES)}.")
+    return tuple(i for i, kind in enumerate(layer_types) if kind == LAYER_TYPES[0])
+
+
+def unparse_layer_types(config: DecoderConfig) -> list[str]:
+    """Undo `parse_full_layers`."""
+    return [LAYER_TYPES[config.has_window(layer)] for layer in range(config.num_layers)]

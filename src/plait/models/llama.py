@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from plait.models.decoder import DecoderConfig
+from plait.models.decoder_config import DecoderConfig
 from plait.models.family import COMMON_KEYS, Family, parse_common, unparse_common
 
 
@@ -20,6 +20,8 @@ def _unparse(config: DecoderConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="llama",
     architecture="LlamaForCausalLM",
+    title="Llama 2, 3, 3.1",
+    features="grouped queries, stretched rotary positions",
     own_keys=COMMON_KEYS | {"mlp_bias"},
     parse=_parse,
     unparse=_unparse,

@@ -5,13 +5,40 @@ from dataclasses import replace
 from typing import Any
 
 from plait.errors import ModelError, nearest_name
-from plait.models import llama, qwen3
-from plait.models.decoder import Decoder, DecoderConfig
+from plait.models import (
+    deepseek,
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    pangu,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
+from plait.models.decoder import Decoder
+from plait.models.decoder_config import DecoderConfig
 from plait.models.family import Family
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": llama.FAMILY,
+    "MistralForCausalLM": mistral.FAMILY,
+    "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Qwen3MoeForCausalLM": qwen3.WITH_EXPERTS,
+    "Gemma2ForCausalLM": gemma.GEMMA_2,
+    "Gemma3ForCausalLM": gemma.GEMMA_3,
+    "Phi3ForCausalLM": phi3.FAMILY,
+    "Olmo2ForCausalLM": olmo2.FAMILY,
+    "GPT2LMHeadModel": gpt2.FAMILY,
+    "MixtralForCausalLM": mixtral.FAMILY,
+    "SmolLM3ForCausalLM": smollm3.FAMILY,
+    "DeepseekV2ForCausalLM": deepseek.DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": deepseek.DEEPSEEK_V3,
+    "PanguEmbeddedForCausalLM": pangu.FAMILY,
 }
 
 

@@ -1,6 +1,6 @@
 """Keys and values of the tokens seen so far, one pair of tensors a layer."""
 
-# Shapes: B batch, T new tokens, S tokens held, K key-value heads, H head size.
+# Shapes: B batch, T new tokens, S tokens held, K key-value heads, H size of a key, V of a value.
 
 import torch
 from torch import Tensor
@@ -21,19 +21,21 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        value_size: int | None = None,
     ) -> None:
-        """Reserve memory for `capacity` tokens a row."""
-        shape = (num_layers, 2, batch_size, num_kv_heads, capacity, head_size)
-        self._kv_L2BKSH = torch.zeros(shape, dtype=dtype, device=device)
+        """Reserve memory for `capacity` tokens a row; values have the size of keys by default."""
+        shape = (num_layers, batch_size, num_kv_heads, capacity)
+        self._k_LBKSH = torch.zeros(*shape, head_size, dtype=dtype, device=device)
+        self._v_LBKSV = torch.zeros(*shape, value_size or head_size, dtype=dtype, device=device)
         self.length = 0
 
     @property
     def capacity(self) -> int:
         """Tokens that fit in a row."""
-        return self._kv_L2BKSH.shape[4]
+        return self._k_LBKSH.shape[3]
 
-    def append(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens of one layer; returns all its keys and values, (B, K, S, H).
+    def append(self, layer: int, k_BKTH: Tensor, v_BKTV: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new tokens of one layer; returns all its keys and values, (B, K, S, H or V).
 
         They go behind `length`, which itself moves in `advance`, once every layer has written.
         """
@@ -43,10 +45,10 @@ class KVCache:
                 f"{end} tokens do not fit into a cache of {self.capacity}. "
                 "Make the cache larger, or generate fewer tokens."
             )
-        kv_2BKSH = self._kv_L2BKSH[layer]
-        kv_2BKSH[0, :, :, self.length : end] = k_BKTH
-        kv_2BKSH[1, :, :, self.length : end] = v_BKTH
-        return kv_2BKSH[0, :, :, :end], kv_2BKSH[1, :, :, :end]
+        k_BKSH, v_BKSV = self._k_LBKSH[layer], self._v_LBKSV[layer]
+        k_BKSH[:, :, self.length : end] = k_BKTH
+        v_BKSV[:, :, self.length : end] = v_BKTV
+        return k_BKSH[:, :, :end], v_BKSV[:, :, :end]
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more as held."""

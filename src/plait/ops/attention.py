@@ -30,6 +30,32 @@ def causal_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, scale: f
     )
 
 
+def soft_capped_attention(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    scale: float,
+    soft_cap: float,
+    mask_B1TS: Tensor | None,
+) -> Tensor:
+    """Attend with scores cap * tanh(score / cap) [Gemma 2, arXiv:2408.00118, section 2].
+
+    mask: True where a query may look; None = the queries are the last tokens and look back. The
+    softmax is float32. Scores are held whole: B * N * T * S of them.
+    """
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH = k_BKSH.repeat_interleave(groups, dim=1) if groups > 1 else k_BKSH
+    v_BNSH = v_BKSH.repeat_interleave(groups, dim=1) if groups > 1 else v_BKSH
+    scores_BNTS = torch.tanh(q_BNTH @ k_BNSH.transpose(-1, -2) * (scale / soft_cap)) * soft_cap
+    if mask_B1TS is None:
+        num_tokens, num_held = scores_BNTS.shape[-2:]
+        ones_TS = torch.ones(num_tokens, num_held, dtype=torch.bool, device=q_BNTH.device)
+        mask_B1TS = ones_TS.tril(num_held - num_tokens)
+    scores_BNTS = scores_BNTS.masked_fill(~mask_B1TS, float("-inf"))
+    return scores_BNTS.softmax(dim=-1, dtype=torch.float32).to(v_BNSH.dtype) @ v_BNSH
+
+
 def uses_blocked_kernel(q_BNTH: Tensor) -> bool:
     """Say whether `causal_attention` takes the blocked kernel for these queries."""
     return q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.bfloat16 and blocked_kernel_pays()

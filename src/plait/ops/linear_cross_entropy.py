@@ -18,25 +18,39 @@ _BLOCK_ELEMENTS = 2**20
 
 
 def linear_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *, dtype: torch.dtype | None = None
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the rows, float32 scalar [nats].
 
     The products run in `dtype` (default: that of `hidden_MD`), the softmax in float32. The weight
-    keeps its own dtype, and so does its gradient. Targets below 0 are left out.
+    keeps its own dtype, and so does its gradient. Targets below 0 are left out. soft_cap: take
+    cap * tanh(logits / cap) for the logits.
     """
     dtype = dtype or hidden_MD.dtype
     loss, _, _ = torch.ops.plait.linear_cross_entropy(
-        hidden_MD, weight_VD, targets_M, dtype, torch.is_grad_enabled()
+        hidden_MD,
+        weight_VD,
+        targets_M,
+        dtype,
+        torch.is_grad_enabled(),
+        soft_cap or 0.0,
+        weight_VD.requires_grad,
     )
     return loss
 
 
 def reference_linear_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor
+    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *, soft_cap: float | None = None
 ) -> Tensor:
     """Compute the same sum from the whole logits."""
     logits_MV = torch.nn.functional.linear(hidden_MD, weight_VD).float()
+    if soft_cap is not None:
+        logits_MV = soft_cap * torch.tanh(logits_MV / soft_cap)
     return torch.nn.functional.cross_entropy(
         logits_MV, targets_M, reduction="sum", ignore_index=-100
     )
@@ -49,18 +63,21 @@ def _forward(
     targets_M: Tensor,
     dtype: torch.dtype,
     with_gradients: bool,
+    soft_cap: float = 0.0,
+    with_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients)
+    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
     num_rows = max(1, _GROUP_ELEMENTS // weight.shape[0])
     for start in range(0, hidden_MD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         hidden_mD = hidden_MD[rows].to(dtype)
         logits_mV = torch.nn.functional.linear(hidden_mD, weight)
-        loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients)
+        loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
         if with_gradients:
             dhidden_MD[rows] = logits_mV @ weight
+        if with_gradients and with_weight:
             if start == 0:
                 dweight_VD.copy_(logits_mV.T @ hidden_mD)
             else:
@@ -68,7 +85,9 @@ def _forward(
     return loss, dhidden_MD, dweight_VD
 
 
-def _losses_to_gradients(logits_mV: Tensor, targets_m: Tensor, with_gradients: bool) -> Tensor:
+def _losses_to_gradients(
+    logits_mV: Tensor, targets_m: Tensor, with_gradients: bool, soft_cap: float
+) -> Tensor:
     """Return the summed loss; with gradients, overwrite the logits by its gradient."""
     loss = torch.zeros((), dtype=torch.float32, device=logits_mV.device)
     num_rows = max(1, _BLOCK_ELEMENTS // logits_mV.shape[1])
@@ -76,15 +95,20 @@ def _losses_to_gradients(logits_mV: Tensor, targets_m: Tensor, with_gradients: b
         rows = slice(start, start + num_rows)
         is_counted_b1 = (targets_m[rows] >= 0)[:, None]
         index_b1 = targets_m[rows].clamp(min=0)[:, None]
-        p_bV = torch.softmax(logits_mV[rows].float(), dim=-1)
+        logits_bV = logits_mV[rows].float()
+        if soft_cap:
+            logits_bV = torch.tanh_(logits_bV / soft_cap).mul_(soft_cap)
+        p_bV = torch.softmax(logits_bV, dim=-1)
         logp_b1 = p_bV.gather(1, index_b1).log()
         # A probability below float32's range asks for the slower formula. (On a GPU always: looking
         # would make the host wait for the device.)
         if p_bV.is_cuda or logp_b1.isinf().any():
-            logp_b1 = torch.log_softmax(logits_mV[rows].float(), dim=-1).gather(1, index_b1)
+            logp_b1 = torch.log_softmax(logits_bV, dim=-1).gather(1, index_b1)
         loss -= torch.where(is_counted_b1, logp_b1, 0.0).sum()
         if with_gradients:
             p_bV.scatter_add_(1, index_b1, p_bV.new_full((), -1.0).expand(index_b1.shape))
+            if soft_cap:  # the derivative of the tanh
+                p_bV.mul_(1 - (logits_bV / soft_cap).square_())
             logits_mV[rows] = p_bV.mul_(is_counted_b1)
     return loss
 
@@ -96,27 +120,36 @@ def _(
     targets_M: Tensor,
     dtype: torch.dtype,
     with_gradients: bool,
+    soft_cap: float = 0.0,
+    with_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
-    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients)
+    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
 
 
-def _empty_gradients(hidden_MD: Tensor, weight_VD: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    if wanted:
-        return torch.empty_like(hidden_MD), torch.empty_like(weight_VD)
-    return hidden_MD.new_empty(0), weight_VD.new_empty(0)
+def _empty_gradients(
+    hidden_MD: Tensor, weight_VD: Tensor, wanted: bool, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden_MD) if wanted else hidden_MD.new_empty(0),
+        torch.empty_like(weight_VD) if wanted and with_weight else weight_VD.new_empty(0),
+    )
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, dhidden_MD, dweight_VD = output
     ctx.save_for_backward(dhidden_MD, dweight_VD)
+    ctx.with_weight = inputs[-1]
     ctx.mark_non_differentiable(dhidden_MD, dweight_VD)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+def _backward(
+    ctx, dloss: Tensor, *_: Tensor | None
+) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
     dhidden_MD, dweight_VD = ctx.saved_tensors
-    return dhidden_MD * dloss, dweight_VD * dloss, None, None, None
+    dweight = dweight_VD * dloss if ctx.with_weight else None
+    return dhidden_MD * dloss, dweight, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)

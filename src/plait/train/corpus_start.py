@@ -39,6 +39,7 @@ _MATCH_SCORE = 11.0  # score of a place whose previous token is the current one 
 _COPY_GAIN = 7.0  # what copying adds to a token's logit [nats]
 _ROW_WEIGHT_POWER = 0.25  # how much more the factorization cares for frequent tokens
 _MOST_TOKENS = 64_000_000
+_FAMILIES = ("llama", "mistral", "qwen2")
 _NUM_FAST_PAIRS = 6  # rotation pairs that tell neighbouring positions apart
 
 
@@ -75,9 +76,9 @@ def start_from_corpus(model: Decoder, tokens: NDArray[np.integer], *, seed: int)
     device = model.embed_tokens.weight.device
     model.cpu()
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
     first_tokens = torch.from_numpy(tokens[:_MOST_TOKENS].astype(np.int64))
     _write_bigrams(model, first_tokens, parts, seed=seed, generator=generator)
     code = torch.randn(model.config.head_size // 2, parts.rank, generator=generator)
@@ -91,6 +92,7 @@ def check_room(config: DecoderConfig) -> None:
     """Raise ConfigError if `start_from_corpus` cannot write its circuit into such a model."""
     rank = _divide(config).rank
     problems = {
+        "model.family must be llama, mistral or qwen2": config.family not in _FAMILIES,
         "model.num_layers must be at least 2": config.num_layers < 2,
         "model.hidden_size must be more than 2.5 times model.head_size": rank < config.head_size,
         "model.head_size must be a multiple of 4, at least 16": config.head_size % 4 > 0
@@ -159,7 +161,7 @@ def _factor_bigrams(
 
 def _write_previous_token_head(model: Decoder, parts: _Parts, code_CR: Tensor) -> None:
     """Layer 0, head 0: leave `code @ token` of the previous token in the previous part."""
-    attention = model.layers[0].self_attn
+    attention = _attention(model, 0)
     size = attention.head_size
     _clear_head(attention)
     scale = parts.root_mean_square(with_previous=False)
@@ -182,7 +184,7 @@ def _write_induction_head(
     model: Decoder, parts: _Parts, code_CR: Tensor, *, generator: torch.Generator
 ) -> None:
     """Layer 1, head 0: find places whose previous token is the current one, copy their token."""
-    attention = model.layers[1].self_attn
+    attention = _attention(model, 1)
     size = attention.head_size
     _clear_head(attention)
     scale = parts.root_mean_square(with_previous=True)
@@ -198,6 +200,12 @@ def _write_induction_head(
     attention.o_proj.weight[parts.copied, :size] = torch.eye(size)
     tokens_VR = model.embed_tokens.weight[:, parts.token]
     model.lm_head.weight[:, parts.copied] = tokens_VR @ copy_HR.T * (_COPY_GAIN * scale / size)
+
+
+def _attention(model: Decoder, layer: int) -> Attention:
+    attention = model.layers[layer].self_attn
+    assert isinstance(attention, Attention), "check_room lets no other kind through"
+    return attention
 
 
 def _clear_head(attention: Attention) -> None:

@@ -32,7 +32,7 @@ def write_tokens(
     complete.
     """
     tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
-    dtype = _token_dtype(tokenizer.get_vocab_size())
+    dtype = token_dtype(tokenizer.get_vocab_size())
     temporary = path.with_name(f"{path.name}.incomplete")
     num_tokens = 0
     with temporary.open("wb") as file:
@@ -53,7 +53,7 @@ def write_tokens(
 
 def read_tokens(path: Path, *, vocab_size: int) -> NDArray[np.integer]:
     """Map a file of `write_tokens` into memory; `vocab_size` is its tokenizer's."""
-    return np.memmap(path, dtype=_token_dtype(vocab_size), mode="r")
+    return np.memmap(path, dtype=token_dtype(vocab_size), mode="r")
 
 
 class PackedSamples:
@@ -125,5 +125,6 @@ def _mix(value: int, round_number: int, seed: int, epoch: int) -> int:
     return value
 
 
-def _token_dtype(vocab_size: int) -> np.dtype[np.integer]:
+def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
+    """Type of a token on disk."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")

@@ -11,6 +11,7 @@ from plait.models.registry import check_family
 from plait.train.corpus import STDLIB, CorpusSettings
 from plait.train.corpus_start import check_room
 from plait.train.optimizer import OptimizerSettings
+from plait.train.rows import OnBadRow
 
 Dtype = Literal["bfloat16", "float32"]
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -24,11 +25,13 @@ class EvaluationSettings:
     samples: how many samples those score, spread evenly over the held-out side.
     stride: tokens that the final evaluation advances its window by; each token is scored with at
     least sequence_length - stride tokens before it.
+    more: further files or folders to score, each by itself, under its name without the ending.
     """
 
     every: int = 250
     samples: int = 64
     stride: int = 256
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,11 @@ class Job:
     dtype: of the matrix products; weights and optimizer are float32.
     device: "auto" takes a GPU if there is one.
     prompt: completed at the end of the run.
+    document_boundaries: let tokens see those of their own document only.
+    text_field: where the text stands in data that come in rows; on_bad_row: what to do with rows
+    that have none.
+    keep_best: keep the checkpoint with the lowest held-out loss as well.
+    tensorboard: write TensorBoard's event files too.
     """
 
     name: str
@@ -61,6 +69,11 @@ class Job:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     save_every: int = 250
     keep_checkpoints: int = 2
+    keep_best: bool = False
+    document_boundaries: bool = False
+    text_field: str = "text"
+    on_bad_row: OnBadRow = "error"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Check what the parts cannot check alone."""

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from plait.checkpoint.huggingface import end_tokens
 from plait.checkpoint.json_file import write_text
 from plait.checkpoint.training_state import (
     TrainingState,
@@ -26,7 +26,8 @@ from plait.errors import TrainingError
 from plait.models.decoder import Decoder
 from plait.train.corpus_start import start_from_corpus
 from plait.train.data import PackedSamples
-from plait.train.evaluate import Scoring, evaluate
+from plait.train.environment import describe_environment
+from plait.train.evaluate import Evaluation, Scoring, evaluate
 from plait.train.job import Job
 from plait.train.optimizer import (
     make_optimizers,
@@ -34,9 +35,12 @@ from plait.train.optimizer import (
     restore_optimizers,
     set_learning_rate,
 )
-from plait.train.prepare import prepare, tokens_of
+from plait.train.packing import Batch, layout_of_stream
+from plait.train.prepare import HeldOut, prepare, prepare_more, tokens_of
 from plait.train.run_folder import RunFolder
 from plait.train.step import StepResult, train_step
+from plait.train.tensorboard import TensorBoardWriter
+from plait.train.utilization import utilization_on
 from plait.train.watch import Record, Watch
 
 
@@ -77,11 +81,28 @@ class _Loop:
         self.model = Decoder(job.model)
         self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, job.optimizer)
+        self.more = prepare_more(job, run, watch)
+        (self.end_of_text,) = end_tokens(run.tokenizer)
+        self.utilization = utilization_on(
+            self.device, self.model, job.model, length=job.sequence_length
+        )
+        self.events: TensorBoardWriter | None = None
+        self.best = math.inf
         self.step = 0
         self.elapsed_s = 0.0
 
     def run_to_end(self) -> TrainResult:
         self._resume()
+        self.run.write_environment(describe_environment(self.device))
+        if self.job.tensorboard:
+            self.events = TensorBoardWriter(self.run.events, after=self.step)
+        try:
+            return self._run_steps()
+        finally:
+            if self.events is not None:
+                self.events.close()
+
+    def _run_steps(self) -> TrainResult:
         self.model.train()
         with self.run.metrics.open("a", encoding="utf-8") as self.metrics:
             while self.step < self.job.num_steps:
@@ -124,43 +145,60 @@ class _Loop:
         self.step += 1
         duration_s = time.perf_counter() - started_s
         self.elapsed_s += duration_s
-        self._record(
-            {
-                "step": self.step,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": rate,
-                "tokens_per_s": job.batch_size * job.sequence_length / duration_s,
-                "elapsed_s": self.elapsed_s,
-            }
-        )
+        tokens_per_s = job.batch_size * job.sequence_length / duration_s
+        record: Record = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "tokens_per_s": tokens_per_s,
+            "elapsed_s": self.elapsed_s,
+        }
+        if self.utilization is not None:
+            record["mfu"] = self.utilization.of(tokens_per_s)
+        self._record(record)
 
-    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self) -> Iterator[Batch]:
         first = self.step * self.job.batch_size
         for start in range(first, first + self.job.batch_size, self.job.micro_batch_size):
             inputs, targets = self.samples.batch(range(start, start + self.job.micro_batch_size))
-            yield inputs.to(self.device), targets.to(self.device)
+            layout = None
+            if self.job.document_boundaries:
+                layout = layout_of_stream(inputs, end_of_text=self.end_of_text)
+            yield Batch(inputs, targets, layout).to(self.device)
 
     def _evaluate(self) -> None:
+        own = self._score(HeldOut(self.heldout, self.heldout_bytes))
+        loss = own.nats / own.num_tokens
+        record: Record = {
+            "step": self.step,
+            "heldout_loss": loss,
+            "heldout_bits_per_byte": own.bits_per_byte,
+        }
+        for name, data in self.more.items():
+            result = self._score(data)
+            record[f"heldout_loss/{name}"] = result.nats / result.num_tokens
+            record[f"heldout_bits_per_byte/{name}"] = result.bits_per_byte
+        self._record(record)
+        if self.job.keep_best and loss < self.best:
+            self.best = loss
+            save_training_state(self.run.best, self.model, self._state(), self.run.tokenizer)
+
+    def _score(self, data: HeldOut) -> Evaluation:
         length = self.job.sequence_length
-        result = evaluate(
+        return evaluate(
             self.model,
-            self.heldout,
-            num_bytes=self.heldout_bytes,
+            data.tokens,
+            num_bytes=data.num_bytes,
             scoring=Scoring(context=length, stride=length, dtype=self.job.dtype),
             most_windows=self.job.evaluation.samples,
-        )
-        self._record(
-            {
-                "step": self.step,
-                "heldout_loss": result.nats / result.num_tokens,
-                "heldout_bits_per_byte": result.bits_per_byte,
-            }
         )
 
     def _record(self, record: Record) -> None:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
+        if self.events is not None:
+            self.events.write(record)
         self.watch.on_record(record)
 
     def _state(self) -> TrainingState:
@@ -172,6 +210,7 @@ class _Loop:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "num_threads": torch.get_num_threads(),
+            "best": None if math.isinf(self.best) else self.best,
         }
         return TrainingState(leaves, facts)
 
@@ -194,6 +233,8 @@ class _Loop:
             if self.device.type == "cuda" and "random.cuda" in state.leaves:
                 torch.cuda.set_rng_state(state.leaves["random.cuda"], self.device)
             self.step, self.elapsed_s = state.facts["step"], state.facts["elapsed_s"]
+            best = state.facts.get("best")
+            self.best = math.inf if best is None else best
             if (before := state.facts["num_threads"]) != (now := torch.get_num_threads()):
                 warnings.warn(
                     f"this run was started with {before} threads and goes on with {now}: "

@@ -13,18 +13,23 @@ from plait.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW or Muon under a cosine schedule with linear warm-up.
+    """AdamW or Muon, and the schedule of their rate.
 
     kind "adamw" [Loshchilov & Hutter 2019] updates everything. kind "muon" [Jordan et al. 2024]
     updates the matrices inside the layers by orthogonalized momentum, scaled to the size of AdamW's
     steps [Liu et al. 2025, arXiv:2502.16982, section 2.2], all else by AdamW.
 
-    The rate rises to `learning_rate` over `warmup_steps`, then falls to `final_fraction` of it.
+    The rate rises to `learning_rate` over `warmup_steps`, then falls to `final_fraction` of it: by
+    a "cosine", in a straight line ("linear"), not at all ("constant"), or in a straight line over
+    the last `decay_fraction` of all steps ("wsd": warm-up, stable, decay [Hu et al. 2024,
+    arXiv:2404.06395, section 4]).
     Gradients are scaled down to a total norm of `clip_norm`. Matrices decay, vectors do
     not. Betas and epsilon are AdamW's, `momentum` is Muon's.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_fraction: float = 0.2
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     final_fraction: float = 0.05
@@ -44,6 +49,8 @@ class OptimizerSettings:
                 "optimizer.warmup_steps and weight_decay must not be negative, "
                 "final_fraction lies in 0..1."
             )
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError("optimizer.decay_fraction lies in 0..1, 0 excluded.")
         if not all(0 <= value < 1 for value in (self.beta1, self.beta2, self.momentum)):
             raise ConfigError("optimizer.beta1, beta2 and momentum lie in 0..1, 1 excluded.")
 
@@ -52,13 +59,22 @@ class OptimizerSettings:
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+        match self.schedule:
+            case "cosine":
+                height = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            case "linear":
+                height = 1 - min(1.0, progress)
+            case "constant":
+                height = 1.0
+            case "wsd":
+                decay_steps = max(1.0, self.decay_fraction * num_steps)
+                height = min(1.0, (num_steps - step) / decay_steps)
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * height)
 
 
 def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[Optimizer]:
-    """Make PyTorch's optimizers over all parameters; each parameter belongs to one of them."""
-    named = list(model.named_parameters())
+    """Make PyTorch's optimizers; each parameter that learns belongs to one of them."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = {
         name for name, p in named if settings.kind == "muon" and p.dim() == 2 and "layers." in name
     }

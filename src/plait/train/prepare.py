@@ -1,6 +1,8 @@
 """From files to tokens on disk: what a run does once, before its first step."""
 
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,12 +11,21 @@ from tokenizers import Tokenizer
 from plait.checkpoint.huggingface import end_tokens, load_tokenizer
 from plait.checkpoint.json_file import write_json
 from plait.errors import CheckpointError, ConfigError
-from plait.train.corpus import find_corpus, num_bytes
+from plait.train.corpus import CorpusSettings, find_corpus, num_bytes
 from plait.train.data import read_tokens, write_tokens
 from plait.train.job import Job
+from plait.train.prepare_rows import holds_rows, prepare_rows
 from plait.train.run_folder import RunFolder
 from plait.train.tokenizer import save_tokenizer, train_tokenizer
 from plait.train.watch import Watch
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tokens to score, and the bytes of text that they stand for."""
+
+    tokens: NDArray[np.integer]
+    num_bytes: int
 
 
 def prepare(job: Job, run: RunFolder, watch: Watch) -> None:
@@ -24,6 +35,33 @@ def prepare(job: Job, run: RunFolder, watch: Watch) -> None:
     """
     if run.corpus.exists():
         return
+    if holds_rows(job.data):
+        prepare_rows(job, run, watch)
+        _check(load_tokenizer(run.tokenizer), job)
+    else:
+        _prepare_files(job, run, watch)
+
+
+def prepare_more(job: Job, run: RunFolder, watch: Watch) -> dict[str, HeldOut]:
+    """Encode the further evaluation sets, unless the run has them; returns them by name."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    (end_of_text,) = end_tokens(run.tokenizer)
+    sets: dict[str, HeldOut] = {}
+    for data in job.evaluation.more:
+        name = Path(data).stem
+        if name in sets:
+            raise ConfigError(f"evaluation.more has two sets called {name!r}.")
+        documents = find_corpus(data, CorpusSettings(), split=False).heldout
+        path = run.heldout_tokens.with_name(f"more-{name}.bin")
+        if not path.exists():
+            watch.on_stage(f"encoding {data}")
+            write_tokens(documents, tokenizer, path, end_of_text=end_of_text)
+        tokens = read_tokens(path, vocab_size=tokenizer.get_vocab_size())
+        sets[name] = HeldOut(tokens, num_bytes(documents))
+    return sets
+
+
+def _prepare_files(job: Job, run: RunFolder, watch: Watch) -> None:
     watch.on_stage(f"reading {job.data}")
     corpus = find_corpus(job.data, job.corpus)
     watch.on_stage(f"learning a vocabulary of {job.model.vocab_size:,} tokens")

@@ -2,19 +2,25 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plait.train.job import Job
+from plait.train.tuning_job import TuningJob
 
 _WIDTH, _HEIGHT = 900, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 48
 _POINTS = 600
+_COLOURS = ("#3566c9", "#d9622b", "#2f9e62", "#9b4fc4", "#b8860b", "#c2334d", "#4a5568")
 Points = list[tuple[float, float]]
 
 
 def render_report(
-    job: Job, records: Sequence[dict[str, Any]], summary: Sequence[tuple[str, str]], sample: str
+    job: Job | TuningJob,
+    records: Sequence[dict[str, Any]],
+    summary: Sequence[tuple[str, str]],
+    sample: str,
 ) -> str:
     """Make the page. `summary` is shown as a table; `sample` as text."""
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
@@ -28,13 +34,47 @@ def render_report(
     )
 
 
+def draw_curves(runs: Mapping[str, Sequence[dict[str, Any]]], tables: Sequence[str]) -> str:
+    """Make a page that compares runs: their losses in one picture, train thin, held-out thick."""
+    series: list[_Series] = []
+    for number, (name, records) in enumerate(runs.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        heldout = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
+        title = f"<title>{html.escape(name)}</title>"
+        thin = f'style="stroke:{colour};stroke-width:1"'
+        series += [_Series(thin, _thin(_smooth(train)), title)] if train else []
+        series += [_Series(f'style="stroke:{colour}"', heldout, title)] if heldout else []
+    keys = "".join(
+        f'<span style="background:{_COLOURS[i % len(_COLOURS)]}"></span>{html.escape(name)}'
+        for i, name in enumerate(runs)
+    )
+    return _COMPARISON.format(tables="".join(tables), chart=_draw(series), keys=keys)
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One line of a chart: its SVG attributes, its points, and what stands inside the element."""
+
+    attributes: str
+    points: Points
+    inside: str = ""
+
+
 def _chart(train: Points, heldout: Points) -> str:
     if not train:
+        return _draw([])
+    curve = _Series('class="train"', _thin(_smooth(train)))
+    return _draw([curve, _Series('class="heldout"', heldout)], marked=heldout)
+
+
+def _draw(series: Sequence[_Series], *, marked: Sequence[tuple[float, float]] = ()) -> str:
+    points = [point for line in series for point in line.points]
+    if not points:
         return "<p>No step was made.</p>"
-    smooth = _thin(_smooth(train))
-    losses = [y for _, y in smooth + heldout]
+    losses = [y for _, y in points]
     low, high = math.floor(min(losses) * 2) / 2, math.ceil(max(losses) * 2) / 2
-    last_step = max(x for x, _ in train)
+    last_step = max(1.0, *(x for x, _ in points))
 
     def place(x: float, y: float) -> str:
         across = _LEFT + x / last_step * (_WIDTH - _LEFT - _RIGHT)
@@ -49,9 +89,10 @@ def _chart(train: Points, heldout: Points) -> str:
     for value in _ticks(0, last_step):
         x, y = place(value, low).split(",")
         lines.append(f'<text x="{x}" y="{float(y) + 18:.1f}" class="below">{value:g}</text>')
-    lines.append(f'<polyline class="train" points="{" ".join(place(*p) for p in smooth)}"/>')
-    lines.append(f'<polyline class="heldout" points="{" ".join(place(*p) for p in heldout)}"/>')
-    for point in heldout:
+    for line in series:
+        places = " ".join(place(*point) for point in line.points)
+        lines.append(f'<polyline {line.attributes} points="{places}">{line.inside}</polyline>')
+    for point in marked:
         x, y = place(*point).split(",")
         lines.append(f'<circle class="heldout" cx="{x}" cy="{y}" r="3"/>')
     lines.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 8}" class="below">step</text>')
@@ -87,23 +128,36 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name} - plait</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2430 }}
-body {{ max-width: 960px; margin: 2rem auto; padding: 0 1rem }}
-h1 {{ font-size: 1.5rem; margin-bottom: .25rem }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th {{ text-align: left; font-weight: 500; color: #5a6272; padding: .15rem 2rem .15rem 0 }}
-td {{ font-variant-numeric: tabular-nums }}
-svg {{ width: 100%; height: auto; font-size: 12px }} .grid {{ stroke: #e3e6ec }}
-polyline {{ fill: none; stroke-width: 2 }}
-polyline.train {{ stroke: #3566c9 }} polyline.heldout {{ stroke: #d9622b }}
-circle.heldout {{ fill: #d9622b }} text {{ fill: #5a6272 }}
-text.left {{ text-anchor: end; dominant-baseline: middle }} text.below {{ text-anchor: middle }}
-.key span {{ display: inline-block; width: 1.5rem; height: 3px; vertical-align: middle }}
-.key span {{ margin: 0 .4rem 0 1rem }}
-pre {{ background: #f5f6f8; padding: 1rem; overflow-x: auto; border-radius: 4px }}
-</style></head><body><h1>{name}</h1><table>{rows}</table><h2>Loss</h2>{chart}
+_STYLE = """<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430 }
+body { max-width: 960px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+th { text-align: left; font-weight: 500; color: #5a6272; padding: .15rem 2rem .15rem 0 }
+td { font-variant-numeric: tabular-nums }
+svg { width: 100%; height: auto; font-size: 12px } .grid { stroke: #e3e6ec }
+polyline { fill: none; stroke-width: 2 }
+polyline.train { stroke: #3566c9 } polyline.heldout { stroke: #d9622b }
+circle.heldout { fill: #d9622b } text { fill: #5a6272 }
+text.left { text-anchor: end; dominant-baseline: middle } text.below { text-anchor: middle }
+.key span { display: inline-block; width: 1.5rem; height: 3px; vertical-align: middle }
+.key span { margin: 0 .4rem 0 1rem }
+pre { background: #f5f6f8; padding: 1rem; overflow-x: auto; border-radius: 4px }
+</style>"""
+_HEAD = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_STYLE}'.replace(
+    "{", "{{"
+).replace("}", "}}")
+_PAGE = (
+    _HEAD
+    + """<title>{name} - plait</title></head><body><h1>{name}</h1><table>{rows}</table>
+<h2>Loss</h2>{chart}
 <p class="key"><span style="background:#3566c9"></span>train (running mean)
 <span style="background:#d9622b"></span>held-out</p>{sample}</body></html>
 """
+)
+_COMPARISON = (
+    _HEAD
+    + """<title>runs - plait</title></head><body><h1>Runs</h1>{tables}<h2>Loss</h2>{chart}
+<p class="key">{keys} (thin: train, running mean; thick: held-out)</p></body></html>
+"""
+)

@@ -13,6 +13,7 @@ from plait.checkpoint.json_file import read_json_object, write_json
 from plait.config import from_json, to_json
 from plait.errors import CheckpointError, ConfigError
 from plait.train.job import Job
+from plait.train.tuning_job import TuningJob
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,40 @@ class RunFolder:
         return self.path / "tokens" / "heldout.bin"
 
     @property
+    def environment(self) -> Path:
+        """Versions and hardware, one JSON object a line for each time the run was started."""
+        return self.path / "environment.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def best(self) -> Path:
+        """Checkpoint with the lowest held-out loss."""
+        return self.checkpoints / "best"
+
+    def write_environment(self, facts: dict[str, Any]) -> None:
+        """Add what the run is made on."""
+        with self.environment.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+
+    @property
+    def data(self) -> Path:
+        """Names, sizes and hashes of the rows that a fine-tuning run reads."""
+        return self.path / "data.json"
+
+    def rows(self, name: str) -> Path:
+        """Packed rows of the train set or of an evaluation set."""
+        return self.path / "tokens" / f"{name}.rows"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in the layout of PEFT."""
+        return self.path / "adapter"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line: each step and each evaluation."""
         return self.path / "metrics.jsonl"
@@ -76,7 +111,7 @@ class RunFolder:
         """The page with the loss curve."""
         return self.path / "report.html"
 
-    def write_job(self, job: Job) -> None:
+    def write_job(self, job: Job | TuningJob) -> None:
         """Start a run. Raises ConfigError if there is something in the folder already."""
         if self.resolved.exists():
             raise ConfigError(
@@ -100,7 +135,17 @@ class RunFolder:
 
     def read_job(self) -> Job:
         """Return the job; raises CheckpointError if there is none, ConfigError if malformed."""
-        return from_json(Job, self._read_json(self.resolved))
+        job = self.read_any_job()
+        if isinstance(job, TuningJob):
+            raise ConfigError(
+                f"{self.path} is a run of fine-tuning; this needs one of pre-training."
+            )
+        return job
+
+    def read_any_job(self) -> Job | TuningJob:
+        """Return the job, of whichever kind."""
+        data = self._read_json(self.resolved)
+        return from_json(TuningJob if "objective" in data else Job, data)
 
     def read_corpus(self) -> dict[str, Any]:
         """Return the content of `corpus.json`."""

@@ -51,7 +51,7 @@ def trained_model(path: Path) -> Path:
     if not folders:
         raise ConfigError(
             f"{path} has no model yet. "
-            f"Finish it with plait train {run.read_job().name} --resume {path}."
+            f"Finish it with plait train {run.read_any_job().name} --resume {path}."
         )
     return folders[-1]
 
@@ -110,7 +110,7 @@ def _xz_of(run: RunFolder, watch: Watch) -> XzBaseline | None:
     watch.on_stage("compressing the same text with xz")
     corpus = _same_corpus(run)
     if corpus is None:
-        watch.on_stage("the files of this run have changed, so there is no xz baseline for it")
+        watch.on_stage("the data are rows, or have changed, so there is no xz baseline for them")
         return None
     baseline = compress_with_xz(corpus.train, corpus.heldout)
     write_json(run.xz, asdict(baseline))
@@ -119,6 +119,8 @@ def _xz_of(run: RunFolder, watch: Watch) -> XzBaseline | None:
 
 def _same_corpus(run: RunFolder) -> Corpus | None:
     job = run.read_job()
+    if run.read_corpus().get("rows"):
+        return None  # xz compresses files, and these are rows
     try:
         corpus = find_corpus(job.data, job.corpus)
     except DataError:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.models.decoder import Decoder
+from plait.nn.token_layout import TokenLayout
+from plait.train.packing import Batch
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,23 @@ class StepResult:
 
 
 def summed_loss(
-    model: Decoder, inputs_BT: Tensor, targets_BT: Tensor, *, dtype: torch.dtype
+    model: Decoder,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    *,
+    dtype: torch.dtype,
+    layout: TokenLayout | None = None,
 ) -> Tensor:
     """Sum the next-token losses [nats]; targets below 0 are left out, products run in `dtype`."""
     with autocast(inputs_BT.device.type, dtype):
-        hidden_BTD = model(inputs_BT)
+        hidden_BTD = model(inputs_BT, layout)
     return model.loss(hidden_BTD, targets_BT, dtype=dtype)
 
 
 def train_step(
     model: Decoder,
     optimizers: Sequence[torch.optim.Optimizer],
-    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    micro_batches: Iterable[Batch],
     *,
     num_targets: int,
     dtype: torch.dtype,
@@ -51,12 +58,30 @@ def train_step(
 
     With a loss or gradient that is not finite nothing is updated, and the result says so.
     """
+    losses = (
+        summed_loss(model, batch.inputs, batch.targets, dtype=dtype, layout=batch.layout)
+        / num_targets
+        for batch in micro_batches
+    )
+    return update(model.parameters(), optimizers, losses, clip_norm=clip_norm)
+
+
+def update(
+    parameters: Iterable[nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    losses: Iterable[Tensor],
+    *,
+    clip_norm: float,
+) -> StepResult:
+    """Update the parameters once, from the sum of some losses; each is freed before the next.
+
+    With a loss or gradient that is not finite nothing is updated, and the result says so.
+    """
     loss = 0.0
-    for inputs_BT, targets_BT in micro_batches:
-        part = summed_loss(model, inputs_BT, targets_BT, dtype=dtype) / num_targets
+    for part in losses:
         part.backward()
         loss += part.item()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
     result = StepResult(loss, grad_norm)
     for optimizer in optimizers:
         if result.is_finite:

@@ -23,6 +23,11 @@ _PIECES = (
 
 def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokenizer:
     """Learn up to `vocab_size` tokens, END_OF_TEXT being number 0; no text is lost by encoding."""
+    return train_tokenizer_on(_chunks(documents), vocab_size=vocab_size)
+
+
+def train_tokenizer_on(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Do as `train_tokenizer` does with texts from anywhere."""
     if vocab_size <= 256:
         raise DataError(
             f"model.vocab_size={vocab_size}: a byte-pair encoding needs more than 256 tokens."
@@ -41,7 +46,7 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_chunks(documents), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

@@ -1,0 +1,107 @@
+"""From rows to packed samples on disk: what a fine-tuning run does once, before its first step."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from plait.checkpoint.chat_template import ChatTemplate, choose_chat_template
+from plait.checkpoint.huggingface import end_tokens, load_tokenizer
+from plait.checkpoint.json_file import write_json, write_text
+from plait.errors import CheckpointError, DataError, ModelError
+from plait.train.chat_rows import ChatEncoder, PreferenceEncoder, special_tokens
+from plait.train.encode_rows import Encoder, encode_rows
+from plait.train.packing import write_packed
+from plait.train.row_files import file_hashes
+from plait.train.rows import Problems, read_rows
+from plait.train.run_folder import RunFolder
+from plait.train.tuning_job import TuningJob
+from plait.train.watch import Watch
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+
+
+def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Watch) -> None:
+    """Write tokenizer, packed rows and `data.json`, unless the run has them already.
+
+    Raises DataError naming file and line of a row that cannot be used, unless these are skipped.
+    """
+    if run.data.exists():
+        return
+    _copy_tokenizer(job, model_folder, run)
+    facts: dict[str, object] = {}
+    encoder, pad = _encoder(job, run)
+    sets = {"train": job.data, **{name_of(path): path for path in job.evaluation_data}}
+    if len(sets) != 1 + len(job.evaluation_data):
+        raise DataError("evaluation_data has two sets of one name, or one called train.")
+    run.train_tokens.parent.mkdir(exist_ok=True)
+    for name, data in sets.items():
+        watch.on_stage(f"reading {data}")
+        problems = Problems(job.on_bad_row)
+        packed = write_packed(
+            encode_rows(read_rows(data), encoder, problems, num_workers=job.num_workers),
+            run.rows(name),
+            sequence_length=job.sequence_length,
+            pack=job.pack and job.objective == "sft",
+            pad=pad,
+        )
+        if problems.count:
+            watch.on_stage(
+                f"{problems.count} rows of {data} were left out; {run.data.name} names them, "
+                f"first {problems.named[0]}"
+            )
+        facts[name] = {
+            "path": data,
+            "files": file_hashes(data),
+            **asdict(packed),
+            "left_out": problems.count,
+            "left_out_rows": problems.named,
+        }
+    write_json(run.data, facts)
+
+
+def name_of(path: str) -> str:
+    """What an evaluation set is called in the metrics: its file name without the ending."""
+    return Path(path).stem
+
+
+def _encoder(job: TuningJob, run: RunFolder) -> tuple[Encoder, int]:
+    tokenizer = load_tokenizer(run.tokenizer)
+    ends = end_tokens(run.tokenizer)
+    if not ends:
+        raise CheckpointError(f"{job.model} names no token that ends a text (eos_token).")
+    chat = ChatEncoder(
+        tokenizer=tokenizer,
+        template=_template(run.tokenizer, job.template),
+        end_of_text=ends[0],
+        max_tokens=job.sequence_length + 1,
+        special=special_tokens(tokenizer),
+    )
+    return (PreferenceEncoder(chat) if job.objective == "dpo" else chat), ends[0]
+
+
+def _template(folder: Path, name: str) -> ChatTemplate | None:
+    """None leaves it to the rows whether one is needed."""
+    try:
+        return choose_chat_template(folder, name)
+    except ModelError:
+        if name:
+            raise
+        return None
+
+
+def _copy_tokenizer(job: TuningJob, model_folder: Path, run: RunFolder) -> None:
+    """Take the tokenizer along; a template that was named becomes the model's own."""
+    run.tokenizer.mkdir(exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, run.tokenizer / name)
+    load_tokenizer(run.tokenizer)
+    if job.template:
+        source = choose_chat_template(model_folder, job.template).source
+        write_text(run.tokenizer / "chat_template.jinja", source)

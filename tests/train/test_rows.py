@@ -1,0 +1,146 @@
+"""Rows of every format: what is read, what is named, what is counted."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from plait.errors import DataError
+from plait.train.encode_rows import encode_rows
+from plait.train.row_files import file_hashes
+from plait.train.rows import Problem, Problems, Row, is_row_data, keep_rows, read_rows
+from plait.train.text_rows import TextEncoder
+from plait.train.tokenizer import train_tokenizer
+
+ROWS = [{"text": f"row number {i}"} for i in range(700)]
+
+
+def _json_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _values(path):
+    return [row.value for row in read_rows(path)]
+
+
+def test_json_lines_and_parquet_give_the_same_rows(tmp_path):
+    lines = _json_lines(tmp_path / "a.jsonl", ROWS)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet", row_group_size=300)
+    assert _values(lines) == _values(tmp_path / "b.parquet") == ROWS
+    places = [row.place for row in read_rows(tmp_path / "b.parquet")]
+    assert places[699] == f"{tmp_path / 'b.parquet'}:700"
+
+
+def test_a_folder_is_read_file_by_file_in_order(tmp_path):
+    for name in ("2", "1"):
+        (tmp_path / name).mkdir()
+        _json_lines(tmp_path / name / "x.jsonl", [{"text": name}])
+    (tmp_path / "notes.txt").write_text("not rows")
+    assert is_row_data(str(tmp_path))
+    assert _values(tmp_path) == [{"text": "1"}, {"text": "2"}]
+    assert len(file_hashes(str(tmp_path))) == 2
+
+
+def test_a_saved_dataset_is_read_without_its_library(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    for number, part in enumerate((table.slice(0, 400), table.slice(400))):
+        with pa.ipc.new_stream(tmp_path / f"data-{number}.arrow", table.schema) as stream:
+            stream.write_table(part)
+    files = [{"filename": f"data-{number}.arrow"} for number in range(2)]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": files}))
+    assert is_row_data(str(tmp_path))
+    assert _values(tmp_path) == ROWS
+
+
+def test_what_the_datasets_library_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert _values(tmp_path / "one") == ROWS
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    both.save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match=r"several splits\. Name one: .*splits/train"):
+        _values(tmp_path / "splits")
+
+
+BAD = {
+    "cut": ('{"text": "a', "no JSON"),
+    "a list": ("[1, 2]", "a JSON list, not an object"),
+    "bytes": ('{"text": "\udcff"}', "no UTF-8"),
+    "a field": ('{"txt": "a"}', "has no field 'text', but txt"),
+    "a number": ('{"text": 7}', "'text' is 7, not a text"),
+    "half a pair": ('{"text": "\\ud800"}', "'text' holds half of a surrogate pair"),
+    "too deep": ("[" * 100_000, "no JSON"),
+}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    (tmp_path / "words").write_text("row number one two three " * 50)
+    from plait.train.corpus import CorpusSettings, find_corpus
+
+    corpus = find_corpus(str(tmp_path / "words"), CorpusSettings(), split=False)
+    return TextEncoder(train_tokenizer(corpus.heldout, vocab_size=270), 0)
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD.values(), ids=BAD)
+def test_a_corrupt_row_is_named_with_file_and_line(tmp_path, encoder, line, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: {reason}.*on_bad_row=skip"):
+        list(encode_rows(read_rows(path), encoder, Problems()))
+    problems = Problems("skip")
+    samples = list(encode_rows(read_rows(path), encoder, problems))
+    assert [sample.place for sample in samples] == [f"{path}:1"]
+    assert problems.count == 1
+    assert problems.named[0].startswith(f"{path}:2: ")
+
+
+def test_files_cut_in_the_middle_are_problems_not_ends(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "cut.parquet")
+    whole = (tmp_path / "cut.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (problem,) = read_rows(tmp_path / "cut.parquet")
+    assert isinstance(problem, Problem)
+    assert "not a whole Parquet file" in problem.reason
+
+
+def test_all_problems_are_counted_and_the_first_hundred_named(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{\n" * 250)
+    problems = Problems("skip")
+    assert list(keep_rows(read_rows(path), problems)) == []
+    assert (problems.count, len(problems.named)) == (250, 100)
+
+
+def test_no_rows_at_all_are_said_so(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        list(read_rows(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="holds no files that end in"):
+        list(read_rows(tmp_path))
+
+
+def test_worker_processes_give_the_same_samples_in_the_same_order(tmp_path, encoder):
+    path = _json_lines(tmp_path / "a.jsonl", [*ROWS, {"text": ""}, *ROWS])
+    alone, together = Problems("skip"), Problems("skip")
+    expected = list(encode_rows(read_rows(path), encoder, alone))
+    found = list(encode_rows(read_rows(path), encoder, together, num_workers=2))
+    assert [s.place for s in found] == [s.place for s in expected]
+    assert all((a.tokens == b.tokens).all() for a, b in zip(found, expected, strict=True))
+    assert alone.named == together.named
+    assert alone.count == 1
+
+
+def test_rows_are_read_only_as_far_as_they_are_encoded(encoder):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield Row(f"{taken}", {"text": "row"})
+
+    samples = encode_rows(endless(), encoder, Problems())
+    next(samples)
+    assert taken <= 256
