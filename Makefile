@@ -17,10 +17,10 @@ demo: $(VENV)/.core
 	$(BIN)/plait train stdlib_demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not exhaustive"
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow and not exhaustive"
 
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest

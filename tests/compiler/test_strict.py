@@ -100,7 +100,7 @@ def threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("width", [64, 100, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [64, 100, pytest.param(1024, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_rows_do_not_depend_on_how_many_there_are(block, width, dtype, threads):
     model, x, dy = made(block, width, dtype)

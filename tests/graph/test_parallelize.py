@@ -26,7 +26,7 @@ def cases():
     for name in MODELS:
         for tp, sp in sorted(_QUICK | _ALL):
             is_slow = (tp, sp) not in _QUICK and not (name in _OFTEN and (tp, sp) == (2, False))
-            marks = [pytest.mark.slow] if is_slow else []
+            marks = [pytest.mark.exhaustive] if is_slow else []
             yield pytest.param(name, tp, sp, id=f"{name}-tp{tp}{'-sp' * sp}", marks=marks)
 
 

@@ -62,17 +62,17 @@ def of_step(name, plan, *, is_local):
 # sum for each weight or bias that sees own tokens only.
 @pytest.mark.parametrize(
     "is_local",
-    [pytest.param(False, id="dtensors", marks=pytest.mark.slow), pytest.param(True, id="local")],
+    [pytest.param(False, id="dtensors", marks=pytest.mark.exhaustive), pytest.param(True, id="local")],
 )
 @pytest.mark.parametrize(
     ("name", "sp", "expected"),
     [
         ("our_llama", False, {SUM: 8}),
         ("our_llama", True, {GATHER: 10, SCATTER: 8, SUM: 5}),
-        pytest.param("our_qwen3", False, {SUM: 8 + 4}, marks=pytest.mark.slow),
+        pytest.param("our_qwen3", False, {SUM: 8 + 4}, marks=pytest.mark.exhaustive),
         ("llama", True, {GATHER: 10, SCATTER: 8, SUM: 5}),
         ("gpt2", True, {GATHER: 10, SCATTER: 8, SUM: 2 * (4 + 2) + 2}),
-        pytest.param("phi3", False, {SUM: 8}, marks=pytest.mark.slow),
+        pytest.param("phi3", False, {SUM: 8}, marks=pytest.mark.exhaustive),
         ("olmo2", False, {SUM: 8 + 2 * 4}),
     ],
 )
