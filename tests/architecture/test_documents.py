@@ -12,7 +12,7 @@ from plait.recipes.catalog import RECIPES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-VERBS = {"train", "evaluate", "sample", "chat", "explain", "debug", "doctor"}
+VERBS = {"train", "evaluate", "sample", "chat", "explain", "debug", "overlap", "doctor"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

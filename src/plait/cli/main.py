@@ -5,7 +5,7 @@ import warnings
 
 import typer
 
-from plait.cli import chat, debug, doctor, evaluate, explain, sample, train
+from plait.cli import chat, debug, doctor, evaluate, explain, overlap, sample, train
 from plait.cli.output import say
 from plait.errors import PlaitError
 
@@ -25,6 +25,7 @@ app.command("sample")(sample.sample_command)
 app.command("chat")(chat.chat_command)
 app.command("explain")(explain.explain_command)
 app.command("debug")(debug.debug_command)
+app.command("overlap")(overlap.overlap_command)
 app.command("doctor")(doctor.doctor_command)
 
 
