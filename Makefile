@@ -37,6 +37,8 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.strict
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.overlap --price
+	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.train_throughput
 	$(BIN)/python -m benchmarks.bits_per_byte
 	$(BIN)/python -m benchmarks.fresh_clone
