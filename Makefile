@@ -37,6 +37,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.strict
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.overlap --price
+	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.train_throughput
 	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.data_loading

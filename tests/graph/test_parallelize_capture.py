@@ -62,7 +62,10 @@ def of_step(name, plan, *, is_local):
 # sum for each weight or bias that sees own tokens only.
 @pytest.mark.parametrize(
     "is_local",
-    [pytest.param(False, id="dtensors", marks=pytest.mark.exhaustive), pytest.param(True, id="local")],
+    [
+        pytest.param(False, id="dtensors", marks=pytest.mark.exhaustive),
+        pytest.param(True, id="local"),
+    ],
 )
 @pytest.mark.parametrize(
     ("name", "sp", "expected"),

@@ -14,7 +14,9 @@ _TIME_LIMIT_S = 500  # of which 30 are used on an idle machine
     ("world", "names"),
     [
         (2, "our_qwen3"),
-        pytest.param(2, "gpt2,our_llama,llama,phi3,olmo2,gemma2,mixtral", marks=pytest.mark.exhaustive),
+        pytest.param(
+            2, "gpt2,our_llama,llama,phi3,olmo2,gemma2,mixtral", marks=pytest.mark.exhaustive
+        ),
         pytest.param(4, "our_qwen3,gpt2,phi3", marks=pytest.mark.exhaustive),
     ],
 )

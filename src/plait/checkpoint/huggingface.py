@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError
-from plait.models.decoder import Decoder
+from plait.models.decoder import Decoder, DecoderConfig
 from plait.models.registry import family_of_config, family_of_model
 from plait.nn.lora import lora_layers
 from plait.ops.numerics import Numerics
@@ -39,10 +39,8 @@ def load_model(
     takes.
     """
     folder = Path(folder)
-    settings = _read_config(folder)
-    family = family_of_config(settings)
     with torch.device("meta"):
-        model = Decoder(replace(family.read_config(settings), numerics=numerics))
+        model = Decoder(replace(load_config(folder), numerics=numerics))
     leaves = read_leaves(folder, model)
     # Strict kernels want aligned weights; those of a safetensors file lie anywhere.
     copy = numerics == "strict"
@@ -50,6 +48,12 @@ def load_model(
     model.load_state_dict(cast, strict=False, assign=True)
     model.tie()
     return model.eval()
+
+
+def load_config(folder: Path) -> DecoderConfig:
+    """Read the shape of the model that `config.json` names; raises as `load_model` does."""
+    settings = _read_config(folder)
+    return family_of_config(settings).read_config(settings)
 
 
 def write_model(

@@ -5,7 +5,19 @@ import warnings
 
 import typer
 
-from plait.cli import chat, debug, doctor, evaluate, explain, forward, invert, runs, sample, train
+from plait.cli import (
+    chat,
+    debug,
+    doctor,
+    evaluate,
+    explain,
+    forward,
+    invert,
+    overlap,
+    runs,
+    sample,
+    train,
+)
 from plait.cli.output import say
 from plait.errors import PlaitError
 
@@ -26,6 +38,7 @@ app.command("sample")(sample.sample_command)
 app.command("chat")(chat.chat_command)
 app.command("explain")(explain.explain_command)
 app.command("debug")(debug.debug_command)
+app.command("overlap")(overlap.overlap_command)
 app.command("invert")(invert.invert_command)
 app.command("forward")(forward.forward_command)
 app.command("doctor")(doctor.doctor_command)

@@ -102,12 +102,15 @@ class OverlapReport:
     """What `plait overlap` found. axis: along what, "tokens" or "batch".
 
     times: by direction, "forward" and "backward". notes: hardware, links, and what was refused.
+    predicted: what the cost model says of the same runs. rounds: net hidden of each round.
     """
 
     model: str
     axis: str
     times: dict[str, OverlapTimes]
     notes: tuple[str, ...] = ()
+    predicted: dict[str, OverlapTimes] = field(default_factory=dict[str, OverlapTimes])
+    rounds: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
     @property
     def title(self) -> str:
@@ -122,6 +125,13 @@ class OverlapReport:
         for figure in figures[0] if figures else ():
             values = "".join(f"{_printed(figure, each[figure]):>12}" for each in figures)
             lines.append(f"{figure:<25}{values}")
+        if all(name in self.rounds for name in columns):
+            spans = [(min(self.rounds[name]), max(self.rounds[name])) for name in columns]
+            cells = "".join(f"{f'{low:.0%}..{high:.0%}':>12}" for low, high in spans)
+            lines.append(f"{'net hidden, rounds':<25}{cells}")
+        if all(name in self.predicted for name in columns):
+            cells = "".join(f"{self.predicted[name].net_hidden:>12.1%}" for name in columns)
+            lines.append(f"{'net hidden, predicted':<25}{cells}")
         lines.append("")
         for label, name in _RUNS.items():
             values = "".join(
@@ -133,14 +143,12 @@ class OverlapReport:
     def to_json(self) -> str:
         """Figures and times, without the timelines."""
         directions = {
-            name: {
-                "figures": each.figures(),
-                "seconds": {run: getattr(each, run) for run in _RUNS.values()},
-            }
+            name: _figures_and_times(each) | {"net hidden, rounds": self.rounds.get(name, ())}
             for name, each in self.times.items()
         }
+        predicted = {name: _figures_and_times(each) for name, each in self.predicted.items()}
         rest = {name: getattr(self, name) for name in ("model", "axis", "notes")}
-        return json.dumps(rest | {"directions": directions})
+        return json.dumps(rest | {"directions": directions, "predicted": predicted})
 
     def to_chrome_trace(self) -> dict[str, object]:
         """For Perfetto: a process for each run, unsplit above overlapped, two streams in each."""
@@ -212,6 +220,11 @@ _RUNS = {
     "Tn0  unsplit, free": "free_s",
     "Tn   split, free": "split_free_s",
 }
+
+
+def _figures_and_times(times: OverlapTimes) -> dict[str, object]:
+    seconds = {run: getattr(times, run) for run in _RUNS.values()}
+    return {"figures": times.figures(), "seconds": seconds}
 
 
 def _printed(figure: str, value: float | None) -> str:

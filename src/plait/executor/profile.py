@@ -25,12 +25,14 @@ class Profile:
     """A measured run: what it gave, and when.
 
     overhead_s: the host's time in observing, beside what was measured. The gaps between events are
-    mostly that; each duration holds one reading of the clock.
+    mostly that; each duration holds one reading of the clock. started_s: when the timeline starts,
+    by time.perf_counter.
     """
 
     outcome: Outcome
     timeline: Timeline
     overhead_s: float
+    started_s: float
 
     def __str__(self) -> str:
         """The table of operators, and what measuring cost."""
@@ -62,7 +64,12 @@ def profile(
     runnable = Runnable(schedule, profiler)
     clock.start()
     outcome = outcome_of(runnable, inputs, tangents=tangents)
-    return Profile(outcome=outcome, timeline=profiler.timeline(), overhead_s=profiler.overhead_s)
+    return Profile(
+        outcome=outcome,
+        timeline=profiler.timeline(),
+        overhead_s=profiler.overhead_s,
+        started_s=clock.started_s,
+    )
 
 
 def profile_step(
@@ -84,6 +91,8 @@ def profile_step(
 
 
 class _Clock(Protocol):
+    started_s: float
+
     def start(self) -> None: ...
 
     def now(self) -> object: ...
@@ -110,6 +119,7 @@ class _DeviceClock:
 
     def start(self) -> None:
         torch.cuda.synchronize()
+        self.started_s = time.perf_counter()
         self.started = self.now()
         self.is_done = False
 

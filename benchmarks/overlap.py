@@ -1,0 +1,397 @@
+"""What share of tensor-parallel communication replicas hide, in wall clock, and who hides more.
+
+A training step of a 4-layer Llama as rank 0 of 4 computes it, on one thread; messages take the time
+of a link whose bandwidth makes them a given share of the free step, and whose latency is 5 % of
+their mean time (`plait overlap` measures the same, once). Runs of a block take turns; net hidden is
+that of each round.
+
+    python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N]
+    python -m benchmarks.overlap --price        the paper machine instead (overlap_price)
+
+The causal split of attention is not built, so no row has its targets.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks import overlap_price
+from benchmarks.overlap_rivals import HalfBatches, Placed, alone, aot_eager, compiled, forget
+from benchmarks.result import Row, run_benchmark
+from plait.cost.clusters import Cluster, Link
+from plait.errors import PlanError
+from plait.executor.delayed_process_group import DelayedProcessGroup, registered
+from plait.executor.measure_overlap import calibrated_cluster, link_for
+from plait.executor.overlap_forms import DIRECTIONS, Forms, forms_of, prepared, unordered
+from plait.executor.run import Runnable
+from plait.executor.timed_rounds import (
+    FREE,
+    Samples,
+    Step,
+    example_inputs,
+    measure_rounds,
+    net_hidden,
+    timed_step,
+    with_twin,
+)
+from plait.graph.capture import capture
+from plait.graph.graph import Graph
+from plait.models.decoder import Decoder, DecoderConfig
+from plait.plan.parallel_plan import ParallelPlan
+
+TP = 4
+RATIOS = (0.5, 0.25, 1.0)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TARGETS = {
+    ("forward", 0.5): 0.70,
+    ("backward", 0.5): 0.92,
+    ("forward", 0.25): 0.80,
+    ("backward", 0.25): 0.95,
+}
+REPLICAS = (1, 2, 3, 4)
+_ANY_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Sizes of the model and its input. The vocabulary is small: layers are most of the step."""
+
+    width: int = 1024
+    layers: int = 4
+    batch: int = 1
+    tokens: int = 2048
+
+    @property
+    def config(self) -> DecoderConfig:
+        """A Llama of these sizes, in the proportions of Llama 3 8B but for fewer query heads."""
+        return DecoderConfig(
+            vocab_size=512,
+            hidden_size=self.width,
+            intermediate_size=self.width * 11 // 4,
+            num_layers=self.layers,
+            num_heads=self.width // 64,
+            num_kv_heads=self.width // 128,
+            head_size=64,
+            max_positions=self.tokens,
+        )
+
+    def captured(self, dtype: torch.dtype) -> Graph:
+        """The step of one rank, ready to be split."""
+        with torch.device("meta"):
+            model = Decoder(self.config).to(dtype)
+            tokens_BT = torch.empty((self.batch, self.tokens), dtype=torch.int64)
+        plan = ParallelPlan(tp=TP, replicas="auto")
+        return prepared(capture(model, tokens_BT, plan, loss=_loss))
+
+    def drawn(self) -> Tensor:
+        """Tokens."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 512, (self.batch, self.tokens), generator=generator)
+
+
+def _loss(model: Decoder, tokens_BT: Tensor) -> Tensor:
+    return model.loss(model(tokens_BT), tokens_BT) / tokens_BT.numel()
+
+
+class Bench:
+    """One size and dtype: its graph, its inputs, and what the cost model was fitted to."""
+
+    def __init__(
+        self, size: Size, dtype: torch.dtype, group: DelayedProcessGroup, num_rounds: int
+    ) -> None:
+        self.graph, self.group, self.num_rounds = size.captured(dtype), group, num_rounds
+        base = unordered(self.graph)
+        self.inputs = example_inputs(base, vocab_size=size.config.vocab_size)
+        self.unsplit = self.step(Runnable(base))
+        group.scale = 0.0
+        with registered({"tp": group}):
+            self.unsplit()
+            free_s: list[float] = []
+            for _ in range(3):
+                group.transfers.clear()
+                free_s.append(sum(self.unsplit().values()))
+            self.free_s = statistics.median(free_s)
+            self.link_of = {ratio: link_for(group, self.free_s, ratio) for ratio in RATIOS}
+            self.cluster = calibrated_cluster(base, self.inputs, {"tp": _ANY_LINK}, TP)
+
+    def step(self, runnable: Runnable) -> Step:
+        """A program of it."""
+        return lambda: timed_step(runnable, self.inputs)
+
+    def on(self, ratio: float) -> Cluster:
+        """The cost model's machine, with the link of that ratio."""
+        return replace(self.cluster, links={"tp": self.link_of[ratio]})
+
+    def forms(self, ratio: float, axis: str, replicas: tuple[int, ...] = REPLICAS) -> list[Forms]:
+        """Each number of replicas that can be had."""
+        found: list[Forms] = []
+        for number in replicas:
+            try:
+                found.append(forms_of(self.graph, number, self.on(ratio), axis=axis))
+            except PlanError:
+                if number == 1:
+                    raise
+        return found
+
+    def hiding(self, ratio: float, axis: str) -> "Hiding":
+        """Measure all numbers of replicas at a ratio."""
+        forms = self.forms(ratio, axis)
+        link = self.link_of[ratio]
+        programs = with_twin("unsplit", self.unsplit, self.group, link)
+        for each in forms:
+            number = each.num_replicas
+            ordered = self.step(Runnable(each.overlapped))
+            split = self.step(Runnable(each.split))
+            overlapped = with_twin(f"overlapped {number}", ordered, self.group, link)
+            serial = with_twin(f"split {number}", split, self.group, link)
+            programs[f"overlapped {number}"] = overlapped[f"overlapped {number}"]
+            if number > 1:
+                programs[f"split {number}{FREE}"] = serial[f"split {number}{FREE}"]
+        with registered({"tp": self.group}):
+            return Hiding(forms, measure_rounds(programs, self.num_rounds))
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """What was measured at one ratio."""
+
+    forms: list[Forms]
+    samples: Samples
+
+    def net(self, number: int, direction: str) -> list[float]:
+        """Net hidden, round by round."""
+        return net_hidden(self.samples, "unsplit", f"overlapped {number}", direction)
+
+    def best(self, direction: str) -> int:
+        """The number of replicas with the best median."""
+        numbers = [each.num_replicas for each in self.forms]
+        return max(numbers, key=lambda n: statistics.median(self.net(n, direction)))
+
+    def best_of_step(self) -> int:
+        """The number of replicas with which the step as a whole is shortest."""
+        numbers = [each.num_replicas for each in self.forms]
+        return min(numbers, key=lambda n: statistics.median(_steps(self.samples, _name(n))))
+
+    def ratio(self, direction: str) -> list[float]:
+        """Communication over compute of one direction, round by round."""
+        return [
+            whole_s / free_s - 1
+            for whole_s, free_s in zip(
+                self.samples.of("unsplit", direction),
+                self.samples.of("unsplit" + FREE, direction),
+                strict=True,
+            )
+        ]
+
+    def penalty(self, number: int, direction: str) -> list[float]:
+        """Split over unsplit, both with free communication, round by round."""
+        if number == 1:
+            return [1.0]
+        return [
+            split_s / free_s
+            for split_s, free_s in zip(
+                self.samples.of(f"split {number}{FREE}", direction),
+                self.samples.of("unsplit" + FREE, direction),
+                strict=True,
+            )
+        ]
+
+
+def _name(number: int) -> str:
+    return f"overlapped {number}"
+
+
+def _steps(samples: Samples, name: str) -> list[float]:
+    return [sum(seconds.values()) for seconds in samples.by_name[name]]
+
+
+def measure(quick: bool, size: Size, num_rounds: int) -> list[Row]:
+    """Hiding by ratio and dtype; batch axis; rivals. quick: a small size, fewer of each."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    if quick:
+        size, num_rounds = Size(width=512, layers=2, tokens=256), 2
+    group = DelayedProcessGroup(0, TP, _ANY_LINK)
+    for kind, dtype in list(DTYPES.items())[: 1 if quick else 2]:
+        name = f"{kind}, {size.tokens} tokens"
+        bench = Bench(size, dtype, group, num_rounds)
+        rows.append(_row(f"{name}: free unsplit step", "s", [bench.free_s], quick, 1.0))
+        for ratio in RATIOS[:1] if quick else RATIOS:
+            where = f"{name}, ratio {ratio:g}, token axis"
+            _say(where)
+            hiding = bench.hiding(ratio, "token")
+            rows += _hiding_rows(where, hiding, ratio, quick)
+            if ratio == RATIOS[0]:
+                _say(f"{name}: rivals")
+                rows += _rival_rows(name, size, dtype, bench, hiding.best_of_step(), quick)
+        for batch in (2,) if quick else (2, 4):
+            _say(f"{name}, batch {batch}")
+            smaller = replace(size, batch=batch, tokens=size.tokens // batch)
+            rows += _batch_rows(name, smaller, dtype, group, num_rounds, quick)
+        del bench
+        gc.collect()
+    load = os.getloadavg()[1]
+    return [*rows, _row("load average of this machine meanwhile (2 cores)", "", [load], quick)]
+
+
+def _hiding_rows(where: str, hiding: Hiding, ratio: float, quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    for direction in DIRECTIONS:
+        best = hiding.best(direction)
+        target = TARGETS.get((direction, ratio))
+        title = f"{where}: {direction} net hidden, R <= 4 (R = {best})"
+        rows.append(_row(title, "", hiding.net(best, direction), quick, target))
+        of_direction = hiding.ratio(direction)
+        rows.append(_row(f"{where}: {direction} communication / compute", "", of_direction, quick))
+        for forms in hiding.forms:
+            number, each = forms.num_replicas, f"{where}: {direction}, R = {forms.num_replicas}"
+            predicted = [forms.predicted[direction].net_hidden]
+            penalty = hiding.penalty(number, direction)
+            expected = forms.predicted[direction]
+            slower = [expected.split_free_s / expected.free_s]
+            rows += [
+                _row(f"{each}: net hidden", "", hiding.net(number, direction), quick),
+                _row(f"{each}: net hidden, predicted", "", predicted, quick),
+                _row(f"{each}: split / unsplit, free", "x", penalty, quick, better="lower"),
+                _row(f"{each}: split / unsplit, predicted", "x", slower, quick, better="lower"),
+            ]
+    return rows
+
+
+def _rival_rows(
+    name: str, size: Size, dtype: torch.dtype, bench: Bench, number: int, quick: bool
+) -> list[Row]:
+    link, group = bench.link_of[RATIOS[0]], bench.group
+    (ours,) = bench.forms(RATIOS[0], "token", (number,))
+    programs = with_twin("unsplit", bench.unsplit, group, link)
+    programs |= with_twin("ours", bench.step(Runnable(ours.overlapped)), group, link)
+    placed, tokens_BT = Placed(size.config, TP, dtype), size.drawn()
+    own = DelayedProcessGroup(0, TP, link, scale=0.0)
+    with alone(), registered({"tp": group, placed.group: own}):
+        functions = {
+            "aot_eager": aot_eager(placed),
+            "Inductor": compiled(placed, tokens_BT),
+            "Inductor with overlap": compiled(placed, tokens_BT, bench.on(RATIOS[0]), link),
+        }
+        for rival, function in functions.items():
+            run = _bound(placed, function, tokens_BT)
+            programs |= with_twin(rival, run, own, link)
+        samples = measure_rounds(programs, bench.num_rounds)
+    forget()
+    where = f"{name}, ratio {RATIOS[0]:g}, local batch 1"
+    rows = [
+        _against(f"{name}: T0 / aot_eager of the placed model, free", samples, "unsplit" + FREE,
+                 "aot_eager" + FREE, quick, 1.02, "lower"),
+        *(
+            _against(f"{where}: step of {rival} / ours (R = {number})", samples, rival, "ours",
+                     quick, 1.0, "higher")
+            for rival in ("aot_eager", "Inductor", "Inductor with overlap")
+        ),
+    ]  # fmt: skip
+    for direction in DIRECTIONS:
+        title = f"{where}: {direction} net hidden"
+        overlap = net_hidden(samples, "Inductor", "Inductor with overlap", direction)
+        rows.append(_row(f"{title}, Inductor with overlap over Inductor", "", overlap, quick))
+        rows.append(
+            _row(f"{title}, ours", "", net_hidden(samples, "unsplit", "ours", direction), quick)
+        )
+    return rows
+
+
+def _bound(placed: Placed, function: Callable[[Tensor], Tensor], tokens_BT: Tensor) -> Step:
+    return lambda: placed.step(function, tokens_BT)
+
+
+def _batch_rows(
+    name: str,
+    size: Size,
+    dtype: torch.dtype,
+    group: DelayedProcessGroup,
+    num_rounds: int,
+    quick: bool,
+) -> list[Row]:
+    bench = Bench(size, dtype, group, num_rounds)
+    ratio = RATIOS[0]
+    link = bench.link_of[ratio]
+    halves = HalfBatches(size.config, TP, dtype, size.drawn())
+    programs = with_twin("unsplit", bench.unsplit, group, link)
+    programs |= with_twin("Domino", lambda: halves.step(group), group, link)
+    forms = bench.forms(ratio, "batch", tuple(n for n in REPLICAS if n <= size.batch))
+    for each in forms:
+        program = with_twin(
+            _name(each.num_replicas), bench.step(Runnable(each.overlapped)), group, link
+        )
+        programs[_name(each.num_replicas)] = program[_name(each.num_replicas)]
+        if each.num_replicas > 1:
+            split = f"split {each.num_replicas}"
+            twin = with_twin(split, bench.step(Runnable(each.split)), group, link)
+            programs[split + FREE] = twin[split + FREE]
+    with registered({"tp": group}):
+        hiding = Hiding(forms, measure_rounds(programs, num_rounds))
+    where = f"{name}, ratio {ratio:g}, batch axis, local batch {size.batch}"
+    best = hiding.best_of_step()
+    title = f"{where}: step of half batches by hand / ours (R = {best})"
+    rows = [_against(title, hiding.samples, "Domino", _name(best), quick, 1.0, "higher")]
+    title = f"{where}: half batches by hand / T0, free"
+    rows.append(
+        _against(title, hiding.samples, "Domino" + FREE, "unsplit" + FREE, quick, None, "lower")
+    )
+    return rows + _hiding_rows(where, hiding, 0.0, quick)
+
+
+def _against(
+    claim: str,
+    samples: Samples,
+    above: str,
+    below: str,
+    quick: bool,
+    target: float | None,
+    better: Literal["higher", "lower"],
+) -> Row:
+    ratios = [a / b for a, b in zip(_steps(samples, above), _steps(samples, below), strict=True)]
+    return _row(claim, "x", ratios, quick, target, better)
+
+
+def _row(
+    claim: str,
+    unit: str,
+    samples: list[float],
+    quick: bool,
+    target: float | None = None,
+    better: Literal["higher", "lower"] = "higher",
+) -> Row:
+    """A row; a quick run is too small to hold or miss a target."""
+    rounded = [round(x, 5) for x in samples]
+    kept = None if quick else target
+    return Row(claim=claim, unit=unit, target=kept, better=better, samples=rounded)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--price", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=2048)
+    chosen, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
+    if chosen.price:
+        run_benchmark("overlap_price", overlap_price.measure)
+        return
+    size = Size(tokens=chosen.tokens)
+    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds))
+
+
+if __name__ == "__main__":
+    _main()
