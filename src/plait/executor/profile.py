@@ -87,7 +87,12 @@ def profile_step(
     clock.start()
     loss = run_loaded(runnable, model, *inputs, optimizer=optimizer)
     outcome = Outcome(outputs=(loss,) if isinstance(loss, Tensor) else loss, gradients={})
-    return Profile(outcome=outcome, timeline=profiler.timeline(), overhead_s=profiler.overhead_s)
+    return Profile(
+        outcome=outcome,
+        timeline=profiler.timeline(),
+        overhead_s=profiler.overhead_s,
+        started_s=clock.started_s,
+    )
 
 
 class _Clock(Protocol):

@@ -12,18 +12,19 @@ from torch import fx
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)\n\s*(?P<code>.+)'
 )
-_TORCH = str(Path(torch.__file__).parent)
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 def source_of(node: fx.Node) -> str:
     """The user's line behind a node: "file:line, in function: code", or "".
 
-    It is the innermost one outside of PyTorch: where a layer is called, not where it is defined.
+    It is the innermost one outside of PyTorch and of what spreads a model over ranks: where a layer
+    is called, not where it is defined.
     """
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     if not frames:
         return ""
-    own = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
+    own = [frame for frame in frames if not frame["file"].startswith(_LIBRARIES)]
     frame = (own or frames)[-1]
     return f"{frame['file']}:{frame['line']}, in {frame['where'].strip()}: {frame['code'].strip()}"
 
