@@ -115,8 +115,6 @@ def _check_bits(sides: dict[str, Callable], batch: tuple, parameters: list) -> N
 
 def _peak_bytes(workload: str, side: str) -> dict[str, float]:
     """Bytes that PyTorch's allocator holds at most during a warm step, less those before it."""
-    import torch
-
     import plait
 
     eager, batch, parameters = _workload(workload)
@@ -124,15 +122,22 @@ def _peak_bytes(workload: str, side: str) -> dict[str, float]:
     for _ in range(2):
         run(*batch).backward()
         _clear(parameters)
+    return {"peak_bytes": peak_bytes(lambda: run(*batch).backward())}
+
+
+def peak_bytes(step: Callable[[], object]) -> float:
+    """Bytes that PyTorch's allocator holds at most during a step, above those before it."""
+    import torch
+
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        run(*batch).backward()
+        step()
     events = list(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
     events.sort(key=lambda event: event.start_time_ns)
     first = events[0].typed[1]
     before = first.total_allocated - first.alloc_size
-    return {"peak_bytes": max(event.typed[1].total_allocated for event in events) - before}
+    return max(event.typed[1].total_allocated for event in events) - before
 
 
 def _allocations(events: list) -> Iterator[Any]:

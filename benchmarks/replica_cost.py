@@ -1,0 +1,136 @@
+"""What replicas cost beside the same plan without them: seconds to compile, and memory of a step.
+
+Each time is a process of its own, and the best of three, as other processes only ever add time.
+Memory is what PyTorch's allocator counts in a step of rank 0 with free communication.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.compile_time import llama_405b
+from benchmarks.result import ROOT, Row, run_benchmark
+from benchmarks.step_time import peak_bytes
+
+TP = 8
+LAYERS, QUICK_LAYERS = 80, 16
+REPEATS = 3
+
+
+def measure(quick: bool) -> list[Row]:
+    """Measure a deep small model with and without replicas, a large one, and memory."""
+    layers, repeats = (QUICK_LAYERS, 1) if quick else (LAYERS, REPEATS)
+    times = {n: _best(repeats, model="small", layers=layers, replicas=n) for n in (1, 2)}
+    name = f"Llama, {layers} layers, tp={TP}, sp"
+    rows = [
+        _row(f"{name}: R=2 adds to capture and compile", "s", 1.5, times[2] - times[1]),
+        *(_row(f"{name}: capture and compile, R={n}", "s", None, s) for n, s in times.items()),
+    ]
+    claim = f"Llama 3 405B, tp={TP}, sp, R=4: captured and ordered"
+    if quick:
+        rows.append(Row(claim=claim, unit="s", target=20.0, better="lower", full_only=True))
+    else:
+        rows.append(_row(claim, "s", 20.0, _best(repeats, model="405b", layers=126, replicas=4)))
+    return [*rows, *_memory_rows()]
+
+
+def _memory_rows() -> list[Row]:
+    peaks = {n: _child(model="memory", layers=4, replicas=n) for n in (1, 2, 4)}
+    return [
+        _row(f"step of width 1,024: peak memory, R={n} / unsplit", "x", 1.03, peaks[n] / peaks[1])
+        for n in (2, 4)
+    ]
+
+
+def _row(claim: str, unit: str, target: float | None, value: float) -> Row:
+    return Row(claim=claim, unit=unit, target=target, better="lower", samples=[value])
+
+
+def _best(repeats: int, **arguments: object) -> float:
+    return min(_child(**arguments) for _ in range(repeats))
+
+
+def _child(**arguments: object) -> float:
+    command = [sys.executable, "-m", "benchmarks.replica_cost", "--child", json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command} failed:\n{done.stderr}")
+    print(f"{arguments}: {done.stdout.strip()}", file=sys.stderr)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _work(*, model: str, layers: int, replicas: int) -> float:
+    """Seconds to capture and compile, or bytes of a step."""
+    import torch
+
+    import plait
+    from plait.models.decoder import Decoder, DecoderConfig
+
+    torch.set_num_threads(1)
+    if model == "memory":
+        return _peak(replicas)
+    if model == "405b":
+        decoder, tokens = llama_405b(layers)
+    else:
+        config = DecoderConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=layers,
+            num_heads=8,
+            num_kv_heads=8,
+            head_size=8,
+            max_positions=512,
+        )
+        decoder, tokens = Decoder(config), torch.zeros(1, 512, dtype=torch.int64)
+    plan = plait.ParallelPlan(tp=TP, sp=True, replicas=replicas)
+    start_s = time.perf_counter()
+    graph = plait.capture(decoder, tokens, plan, loss=_loss)
+    plait.compile(graph, plan)
+    return time.perf_counter() - start_s
+
+
+def _loss(model: Any, tokens: Any) -> Any:
+    return model.loss(model(tokens), tokens)
+
+
+def _peak(replicas: int) -> float:
+    import torch
+
+    import plait
+    from plait.cost import clusters
+    from plait.cost.clusters import Link
+    from plait.executor.delayed_process_group import delayed_groups
+    from plait.executor.overlap_forms import forms_of, prepared
+    from plait.executor.run import Runnable
+    from plait.executor.timed_rounds import example_inputs, timed_step
+    from plait.models.decoder import Decoder, DecoderConfig
+
+    config = DecoderConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_layers=4,
+        num_heads=16,
+        num_kv_heads=16,
+        max_positions=1024,
+    )
+    with torch.device("meta"):
+        model, tokens = Decoder(config), torch.zeros(1, 1024, dtype=torch.int64)
+    plan = plait.ParallelPlan(tp=4, replicas=max(replicas, 2))
+    graph = prepared(plait.capture(model, tokens, plan, loss=_loss))
+    forms = forms_of(graph, replicas, clusters.cpu(4))
+    runnable = Runnable(forms.overlapped)
+    inputs = example_inputs(forms.overlapped, vocab_size=512)
+    with delayed_groups({"tp": 4}, Link(latency_s=0.0, bandwidth_bytes_per_s=1e12), scale=0.0):
+        timed_step(runnable, inputs)
+        return peak_bytes(lambda: timed_step(runnable, inputs))
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        print(_work(**json.loads(sys.argv[-1])))
+    else:
+        run_benchmark("replica_cost", measure)
