@@ -192,7 +192,8 @@ def _eager_run(command: list[str]) -> EagerRun:
         process.join()
         if not path.exists():
             raise GraphError("the script ended early with eager PyTorch too; see above.")
-        return torch.load(path, weights_only=False)
+        stored = torch.load(path, weights_only=True)
+    return EagerRun(known={bytes.fromhex(x) for x in stored["known"]}, made=stored["made"])
 
 
 def _eager(command: list[str], path: Path) -> None:
@@ -206,7 +207,7 @@ def _eager(command: list[str], path: Path) -> None:
         except SystemExit as ended:
             if ended.code:
                 raise
-    torch.save(eager, path)
+    torch.save({"known": [x.hex() for x in eager.known], "made": eager.made}, path)
 
 
 def _seed() -> None:
