@@ -240,7 +240,10 @@ def measure(quick: bool, size: Size, num_rounds: int) -> list[Row]:
         del bench
         gc.collect()
     load = os.getloadavg()[1]
-    return [*rows, _row("load average of this machine meanwhile (2 cores)", "", [load], quick)]
+    title = (
+        "overlap: load average of the machine meanwhile (above 1.5, others disturbed the figures)"
+    )
+    return [*rows, _row(title, "", [load], quick, 1.5, "lower")]
 
 
 def _hiding_rows(where: str, hiding: Hiding, ratio: float, quick: bool) -> list[Row]:

@@ -199,6 +199,8 @@ def test_auto_never_predicts_worse_than_unsplit(graph, base, inputs, group):
     best = best_forms(graph, cluster)
     alone = forms_of(graph, 1, cluster)
     assert best.predicted_s <= alone.predicted_s
+    tried = [note for note in best.notes if "would take" in note]
+    assert [note.split()[0] for note in tried] == [f"replicas={n}" for n in (1, 2, 3, 4)]
     assert cluster.link("tp", size=TP) == SLOW
 
 

@@ -139,7 +139,7 @@ class Meter:
             model=self.name,
             axis={"token": "tokens"}.get(forms.axis, forms.axis),
             times=times,
-            notes=(*_notes(group, self.num_rounds), *forms.refusals),
+            notes=(*_notes(group, self.num_rounds), *forms.notes),
             predicted=forms.predicted,
             rounds={x: tuple(net_hidden(samples, _UNSPLIT, _OVERLAPPED, x)) for x in DIRECTIONS},
         )

@@ -4,7 +4,7 @@ Unsplit, split with every message waited for at once, split and ordered. Beside 
 model says of each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plait.compiler.choose_replicas import noted
 from plait.compiler.compile import compile
@@ -27,8 +27,8 @@ CANDIDATES = (1, 2, 3, 4)
 class Forms:
     """One number of replicas, of a graph as `prepared` returns it.
 
-    axis: "token" or "batch". With one replica, split is unsplit. predicted: by direction. refusals:
-    what is not split, and why.
+    axis: "token" or "batch". With one replica, split is unsplit. predicted: by direction. notes:
+    what is not split, and why; what other numbers would take.
     """
 
     num_replicas: int
@@ -36,7 +36,7 @@ class Forms:
     split: Schedule
     overlapped: Schedule
     predicted: dict[str, OverlapTimes]
-    refusals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def predicted_s(self) -> float:
@@ -79,20 +79,26 @@ def forms_of(
         split=unordered(split),
         overlapped=unordered(ordered),
         predicted=_predicted(graph, split, pieces, machine, num_replicas),
-        refusals=refusals,
+        notes=refusals,
     )
 
 
 def best_forms(graph: Graph, cluster: Cluster, *, axis: str | None = None) -> Forms:
     """The number of replicas that the cost model finds best; the smaller of equals."""
     tried: list[Forms] = []
+    notes: list[str] = []
     for number in CANDIDATES:
         try:
-            tried.append(forms_of(graph, number, cluster, axis=axis))
-        except PlanError:
+            forms = forms_of(graph, number, cluster, axis=axis)
+        except PlanError as error:
             if number == 1:
                 raise
-    return min(tried, key=lambda each: each.predicted_s)
+            notes.append(str(error))
+            continue
+        tried.append(forms)
+        notes.append(f"replicas={number} would take {forms.predicted_s * 1e3:.4g} ms (predicted)")
+    best = min(tried, key=lambda each: each.predicted_s)
+    return replace(best, notes=(*notes, *best.notes))
 
 
 def _predicted(
