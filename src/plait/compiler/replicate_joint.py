@@ -134,9 +134,17 @@ class _Writer:
 
     def seen_by(self, node: Node) -> Node:
         """What a view of the region looks at in the end."""
-        while node in self.certificate.region and is_view(node):
+        while node in self.certificate.region and self.is_seen_through(node):
             node = node.args[0]
         return node
+
+    def is_seen_through(self, node: Node) -> bool:
+        """Whether the whole of a node is a view of the whole of its operand."""
+        if not is_view(node):
+            return False
+        tokens = self.certificate.tokens.get(node.args[0])
+        each = tokens if isinstance(tokens, tuple) else (tokens,)
+        return all(x.is_row for x in each if isinstance(x, Tokens))
 
     def placeholder(self, node: Node) -> None:
         if node not in self.certificate.region:
@@ -214,11 +222,12 @@ class _Writer:
 
     def whole_of(self, node: Node) -> Node:
         if node not in self.whole:
-            if is_view(node):
+            if self.is_seen_through(node):
                 self.whole[node] = self.copy(node, self.whole_of)
             else:
                 tokens = self.certificate.tokens[node]
                 assert isinstance(tokens, Tokens)
+                assert tokens.is_row, node.format_node()
                 self.whole[node] = self.put_together(node, tokens.dim)
         return self.whole[node]
 

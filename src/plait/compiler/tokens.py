@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from plait.compiler.token_moves import Stop, Tokens
-from plait.compiler.token_rules import is_order_free, rule_of
+from plait.compiler.token_rules import is_order_free, place_of_whole, rule_of
 from plait.graph.graph import Module, Node
 from plait.graph.partition import is_view
 from plait.graph.source import source_of
@@ -78,6 +78,7 @@ def prove(
     found = Certificate(tokens=dict(given), region=set(parts))
     stops: dict[Node, str] = {}
     waiting = dict(tangents or {})
+    total = max((tokens.total for tokens in given.values()), default=0)
     for node in joint.graph.nodes:
         if node.op == "call_function":
             for tangent in [t for t, source in waiting.items() if source in found.tokens]:
@@ -85,7 +86,7 @@ def prove(
                 if whole_outputs is None and not _are_natural(tokens):
                     found.region.add(tangent)
                     parts = parts | {tangent}
-            _take(node, found, stops)
+            _take(node, found, stops, total)
     _drop_escaping(joint, found, stops, parts, whole_outputs or ())
     found.refusals = [
         Refusal(node.name, str(node.target), reason, source_of(node))
@@ -94,10 +95,16 @@ def prove(
     return found
 
 
-def _take(node: Node, found: Certificate, stops: dict[Node, str]) -> None:
+def _take(node: Node, found: Certificate, stops: dict[Node, str], total: int) -> None:
     sources = node.all_input_nodes
     if not any(source in found.tokens for source in sources):
-        return
+        place = place_of_whole(node, total)
+        if place is None:
+            return
+        labelled, tokens = place
+        found.tokens[labelled] = tokens
+        if labelled is node:
+            return
     is_whole = not any(source in found.region for source in sources)
     if is_whole and _has_sharded(node, found):
         is_whole = False  # a shard that is whole has no place here: the rule will say so
