@@ -88,6 +88,7 @@ class _Writer:
         self.whole: dict[Node, Node] = {}
         self.split: dict[Node, list[Node]] = {}
         self.slices: dict[tuple[Node, int, int], Node] = {}
+        self.masks: dict[Node, Node] = {}
         self.mode = next(
             node.meta["val"].fake_mode
             for node in placeholders
@@ -179,6 +180,8 @@ class _Writer:
         region, tokens = self.certificate.region, self.certificate.tokens
         if takes_whole(node, source, tokens):
             return self.whole_of(source)
+        if source in self.certificate.drawn:
+            return self.drawn_part(source, i)
         if source in region:
             late = node in self.backward and source not in self.backward
             if late and self.seen_by(source) in self.needed:
@@ -189,6 +192,23 @@ class _Writer:
             return self.whole_of(source)
         length = source.meta["val"].shape[dim]
         return self.slice(source, Tokens(dim, length, self.parts.total), i)
+
+    def drawn_part(self, source: Node, i: int) -> Node:
+        """The mask of the tokens that the rank has of replica i: each keeps its mask."""
+        drawn = self.certificate.drawn[source]
+        tokens = drawn.tokens
+        key = (source, tokens.dim, i)
+        if key not in self.slices:
+            size = tokens.total // tokens.length
+            if source not in self.masks:  # of all tokens, in their order: every rank drew the same
+                masks = [self.whole_of(source)] * size
+                self.masks[source] = self.call(_aten.cat.default, (masks, tokens.dim), {}, source)
+            start, stop = self.parts.bounds(tokens.total)[i]
+            args = (self.masks[source], tokens.dim, start, stop)
+            part = self.call(_aten.slice.Tensor, args, {}, source)
+            args = (part, tokens.dim, size, 0, drawn.axis)
+            self.slices[key] = self.call(torch.ops.plait.own_part.default, args, {}, source)
+        return self.slices[key]
 
     def parts_of(self, node: Node) -> list[Node]:
         """Parts as they leave: laid out like the whole, without what lies between the parts."""

@@ -57,16 +57,25 @@ def place_of_whole(node: Node, total: int) -> tuple[Node, Tokens] | None:
     A slice's gradient has them in the dim that was cut, and of what ranks share they are that dim.
     Either is whole, and may be parted along any dim.
     """
+    args: Any = node.args
     if node.target is _aten.slice_backward.default:
-        value, dim = node, node.args[2]
+        value, dim = node, args[2]
     elif node.target is _plait.own_part.default:
-        value, dim = node.args[0], node.args[1]
+        value, dim = args[0], args[1]
     else:
         return None
     shape = shape_of(value)
     dim %= len(shape)
     is_last = dim == len(shape) - 1
     return None if is_last or shape[dim] != total else (value, Tokens(dim, total, total))
+
+
+def is_mask(node: Node) -> bool:
+    """Whether it is the mask of a dropout, drawn for nothing but a shape (see `separate.py`)."""
+    drawn: Any = node.args[0] if node.target is operator.getitem else None
+    if drawn is None or drawn.target is not _aten.native_dropout.default:
+        return False
+    return drawn.args[0].target is _aten.ones.default
 
 
 def _kept_in_place(node: Node, tokens: Known) -> object:
