@@ -89,6 +89,12 @@ def replicate(graph: Graph, num_replicas: int, *, axis: str | None = None) -> Re
     axis: "batch" or "token"; by default the batch if it is large enough. Raises PlanError if there
     is nothing to split along, or if a shard would have to be put together.
     """
+    if not graph.templates:
+        raise PlanError(
+            f"replicas={num_replicas}: the model was captured as one piece, and replicas are made "
+            "piece by piece. A buffer that a layer changes, or a DTensor between layers, makes it "
+            "one. Use replicas=1."
+        )
     axis, total = _axis_of(graph, num_replicas, axis)
     parts = parts_of(total, num_replicas, _share(graph) if axis == "token" else 1)
     try:
@@ -96,7 +102,8 @@ def replicate(graph: Graph, num_replicas: int, *, axis: str | None = None) -> Re
     except NotSplit as error:
         raise PlanError(f"replicas={num_replicas} along the {axis}: {error}") from error
     if num_replicas > 1 and not found.collectives:
-        reasons = "; ".join(dict.fromkeys(map(str, found.refusals))) or "the graph has none"
+        refusals = dict.fromkeys(map(str, found.refusals)) if graph.groups else ()
+        reasons = "; ".join(refusals) or "the graph has none"
         raise PlanError(
             f"replicas={num_replicas} along the {axis}: no collective can be split, so there is "
             f"nothing to hide: {reasons}. Use replicas=1."

@@ -295,8 +295,11 @@ class _Writer:
 
     def call(self, target: Any, args: tuple, kwargs: dict, like: Node) -> Node:
         """Write a node, and find out what it makes."""
-        value = self.value_of(target, args, kwargs)
-        if value is None:  # the part of a value may lie otherwise than the whole
+        try:
+            value = self.value_of(target, args, kwargs)
+        except (RuntimeError, ValueError):  # the part of a value may lie otherwise than the whole
+            if target not in _VIEWS:
+                raise
             target = _aten.reshape.default
             value = self.value_of(target, args, kwargs)
         node = self.graph.call_function(target, args, kwargs)
@@ -308,13 +311,8 @@ class _Writer:
         values = _map_nodes((args, kwargs), lambda node: node.meta["val"])
         if target is operator.getitem:
             return values[0][0][values[0][1]]
-        try:
-            with self.mode:
-                return target(*values[0], **values[1])
-        except (RuntimeError, ValueError):
-            if target in _VIEWS:
-                return None
-            raise
+        with self.mode:
+            return target(*values[0], **values[1])
 
 
 def _order(value: Tensor) -> list[int]:

@@ -24,8 +24,8 @@ from plait.graph.graph import Module, Node
 from plait.graph.partition import is_view
 from plait.graph.source import source_of
 
-
 _NO_TOKENS = "what it sends has no tokens, as the sum of a weight's gradient over the ranks"
+_LOST = "its tokens cannot be told apart behind an operator that mixes them"
 _NOT_SPLIT = "what it sends is not split"
 
 
@@ -106,12 +106,19 @@ def prove(
     _drop_escaping(joint, found, stops, parts, whole_outputs or ())
     for node in joint.graph.nodes:
         if is_collective(node) and node not in found.region and node not in stops:
-            stops[node] = _NOT_SPLIT if node in found.tokens else _NO_TOKENS
+            stops[node] = _reason_of(node, found, total)
     found.refusals = [
         Refusal(node.name, str(node.target), reason, source_of(node))
         for node, reason in stops.items()
     ]
     return found
+
+
+def _reason_of(node: Node, found: Certificate, total: int) -> str:
+    if node in found.tokens:
+        return _NOT_SPLIT
+    is_lost = len(node.meta["val"].shape) > 1 and total in node.meta["val"].shape
+    return _LOST if is_lost else _NO_TOKENS
 
 
 def _take(
