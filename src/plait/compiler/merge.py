@@ -123,7 +123,7 @@ def _scatter(node: Node, groups: dict[str, Group]) -> bool:
     wait = next(iter(node.users))
     if group is None or node.args[1] != "sum" or len(node.users) != 1 or len(wait.users) != 1:
         return False
-    kept = _own_share(next(iter(wait.users)), group)
+    kept = _own_share(next(iter(wait.users)), group, group_of(node))
     if kept is None:
         return False
     dim, taken = kept
@@ -142,12 +142,12 @@ def _scatter(node: Node, groups: dict[str, Group]) -> bool:
     return True
 
 
-def _own_share(node: Node, group: Group) -> tuple[int, Node] | None:
+def _own_share(node: Node, group: Group, name: str) -> tuple[int, Node] | None:
     """The dim along which a rank keeps its own share, and the node that is that share."""
     if node.target is torch.ops.plait.own_part.default:
-        dim, size, rank = node.args[1:4]
+        dim, size, _, own_name = node.args[1:]
         found = (dim % node.args[0].meta["val"].dim(), node)
-        return found if Group(size, rank) == group else None
+        return found if (size, own_name) == (group.size, name) else None
     if node.target is not _aten.split.Tensor or len(node.meta["val"]) != group.size:
         return None
     kept = [user for user in node.users if user.users]

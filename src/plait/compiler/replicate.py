@@ -41,6 +41,9 @@ _ALIGNMENT = 64
 """Parts start at multiples of it where they can: kernels treat the rest of a vector apart."""
 
 
+_NUM_REASONS = 4
+
+
 class NotSplit(Exception):
     """The graph cannot be split in this way; the message says why."""
 
@@ -87,12 +90,26 @@ def replicate(graph: Graph, num_replicas: int, *, axis: str | None = None) -> Re
     axis: "batch" or "token"; by default the batch if it is large enough. Raises PlanError if there
     is nothing to split along, or if a shard would have to be put together.
     """
+    if not graph.templates:
+        raise PlanError(
+            f"replicas={num_replicas}: the model was captured as one piece, and replicas are made "
+            "piece by piece. A buffer that a layer changes, or a DTensor between layers, makes it "
+            "one. Use replicas=1."
+        )
     axis, total = _axis_of(graph, num_replicas, axis)
     parts = parts_of(total, num_replicas, _share(graph) if axis == "token" else 1)
     try:
-        return _Replicator(graph, axis, parts).run()
+        found = _Replicator(graph, axis, parts).run()
     except NotSplit as error:
         raise PlanError(f"replicas={num_replicas} along the {axis}: {error}") from error
+    if num_replicas > 1 and not found.collectives:
+        refusals = dict.fromkeys(map(str, found.refusals)) if graph.groups else ()
+        reasons = "; ".join(refusals) or "the graph has none"
+        raise PlanError(
+            f"replicas={num_replicas} along the {axis}: no collective can be split, so there is "
+            f"nothing to hide: {reasons}. Use replicas=1."
+        )
+    return found
 
 
 def parts_of(total: int, num_replicas: int, share: int) -> Parts:
@@ -146,6 +163,7 @@ def _share(graph: Graph) -> int:
 class _Replicator:
     def __init__(self, graph: Graph, axis: str, parts: Parts) -> None:
         self.graph, self.axis, self.parts = graph, axis, parts
+        self.axes = {name: group.size for name, group in graph.groups.items()}
         self.certificates: dict[str, Certificate] = {}
         self.proofs: dict[tuple, Certificate] = {}
         self.templates: dict[Use, Template] = {}
@@ -233,7 +251,11 @@ class _Replicator:
             found = {x: t for x, t in zip(placeholders, given, strict=False) if t is not None}
             parts = {x for x, t in found.items() if not t.is_natural}
             self.proofs[key] = prove(
-                _joint(template), found, parts, tangents=_tangents_of(template)
+                _joint(template),
+                found,
+                parts,
+                tangents=_tangents_of(template),
+                axes=self.axes,
             )
         return self.proofs[key]
 
@@ -265,7 +287,12 @@ class _Replicator:
         if template.joint is not None:
             flags += [*use.arguments_in_parts]
         certificate = prove(
-            joint, given, parts, tangents=tangents, whole_outputs=_whole(outputs, flags)
+            joint,
+            given,
+            parts,
+            tangents=tangents,
+            whole_outputs=_whole(outputs, flags),
+            axes=self.axes,
         )
         labels = [*(None for _ in template.results), *use.tokens][: len(flags)]
         for node, is_parted, label in zip(outputs, flags, labels, strict=True):
@@ -289,7 +316,11 @@ class _Replicator:
         tokens = certificate.tokens.setdefault(node, label)
         if node in certificate.region or (isinstance(tokens, Tokens) and tokens.is_natural):
             return
-        raise NotSplit(f"{node.name} ({node.target}) must pass in parts, and cannot be split.")
+        reasons = "; ".join(map(str, certificate.refusals[:_NUM_REASONS]))
+        raise NotSplit(
+            f"{node.name} ({node.target}) must pass in parts, and cannot be split: {reasons}. "
+            "Use replicas=1, or sp=False where ranks share the tokens."
+        )
 
     def described(self, template: Template, use: Use, module: Module, name: str) -> Template:
         """The template of the split joint graph."""

@@ -89,6 +89,7 @@ class _Writer:
         self.whole: dict[Node, Node] = {}
         self.split: dict[Node, list[Node]] = {}
         self.slices: dict[tuple[Node, int, int], Node] = {}
+        self.masks: dict[Node, Node] = {}
         self.mode = next(
             node.meta["val"].fake_mode
             for node in placeholders
@@ -135,9 +136,17 @@ class _Writer:
 
     def seen_by(self, node: Node) -> Node:
         """What a view of the region looks at in the end."""
-        while node in self.certificate.region and is_view(node):
+        while node in self.certificate.region and self.is_seen_through(node):
             node = node.args[0]
         return node
+
+    def is_seen_through(self, node: Node) -> bool:
+        """Whether the whole of a node is a view of the whole of its operand."""
+        if not is_view(node):
+            return False
+        tokens = self.certificate.tokens.get(node.args[0])
+        each = tokens if isinstance(tokens, tuple) else (tokens,)
+        return all(x.is_row for x in each if isinstance(x, Tokens))
 
     def placeholder(self, node: Node) -> None:
         if node not in self.certificate.region:
@@ -172,6 +181,8 @@ class _Writer:
         region, tokens = self.certificate.region, self.certificate.tokens
         if takes_whole(node, source, tokens):
             return self.whole_of(source)
+        if source in self.certificate.drawn:
+            return self.drawn_part(source, i)
         if source in region:
             late = node in self.backward and source not in self.backward
             if late and self.seen_by(source) in self.needed:
@@ -182,6 +193,23 @@ class _Writer:
             return self.whole_of(source)
         length = source.meta["val"].shape[dim]
         return self.slice(source, Tokens(dim, length, self.parts.total), i)
+
+    def drawn_part(self, source: Node, i: int) -> Node:
+        """The mask of the tokens that the rank has of replica i: each keeps its mask."""
+        drawn = self.certificate.drawn[source]
+        tokens = drawn.tokens
+        key = (source, tokens.dim, i)
+        if key not in self.slices:
+            size = tokens.total // tokens.length
+            if source not in self.masks:  # of all tokens, in their order: every rank drew the same
+                masks = [self.whole_of(source)] * size
+                self.masks[source] = self.call(_aten.cat.default, (masks, tokens.dim), {}, source)
+            start, stop = self.parts.bounds(tokens.total)[i]
+            args = (self.masks[source], tokens.dim, start, stop)
+            part = self.call(_aten.slice.Tensor, args, {}, source)
+            args = (part, tokens.dim, size, 0, drawn.axis)
+            self.slices[key] = self.call(torch.ops.plait.own_part.default, args, {}, source)
+        return self.slices[key]
 
     def parts_of(self, node: Node) -> list[Node]:
         """Parts as they leave: laid out like the whole, without what lies between the parts."""
@@ -215,11 +243,12 @@ class _Writer:
 
     def whole_of(self, node: Node) -> Node:
         if node not in self.whole:
-            if is_view(node):
+            if self.is_seen_through(node):
                 self.whole[node] = self.copy(node, self.whole_of)
             else:
                 tokens = self.certificate.tokens[node]
                 assert isinstance(tokens, Tokens)
+                assert tokens.is_row, node.format_node()
                 self.whole[node] = self.put_together(node, tokens.dim)
         return self.whole[node]
 
@@ -272,8 +301,11 @@ class _Writer:
 
     def call(self, target: Any, args: tuple, kwargs: dict, like: Node) -> Node:
         """Write a node, and find out what it makes."""
-        value = self.value_of(target, args, kwargs)
-        if value is None:  # the part of a value may lie otherwise than the whole
+        try:
+            value = self.value_of(target, args, kwargs)
+        except (RuntimeError, ValueError):  # the part of a value may lie otherwise than the whole
+            if target not in _VIEWS:
+                raise
             target = _aten.reshape.default
             value = self.value_of(target, args, kwargs)
         node = self.graph.call_function(target, args, kwargs)
@@ -285,13 +317,8 @@ class _Writer:
         values = _map_nodes((args, kwargs), lambda node: node.meta["val"])
         if target is operator.getitem:
             return values[0][0][values[0][1]]
-        try:
-            with self.mode:
-                return target(*values[0], **values[1])
-        except (RuntimeError, ValueError):
-            if target in _VIEWS:
-                return None
-            raise
+        with self.mode:
+            return target(*values[0], **values[1])
 
 
 def _order(value: Tensor) -> list[int]:

@@ -90,8 +90,10 @@ def _separate_dropout(node: Node) -> None:
         with graph.inserting_before(user):
             if i == 0:
                 user.replace_all_uses_with(_call(graph, _aten.mul.Tensor, (x, scaled), {}, user))
+                graph.erase_node(user)
             else:
                 user.replace_input_with(node, drawn)
+    graph.erase_node(node)  # else it would draw as well
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple, kwargs: dict, like: Node) -> Node:

@@ -40,7 +40,12 @@ class Tokens:
     @property
     def is_natural(self) -> bool:
         """Whether a slice of the dim is a part of the tokens."""
-        return not self.is_shard and not self.is_gathered and self.num_copies == 1
+        return not self.is_shard and self.is_row
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the dim has each token once: then parts side by side are all the rank has."""
+        return not self.is_gathered and self.num_copies == 1
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,33 @@ def rule_of(node: Node, tokens: Known, region: set[Node]) -> Result:
     return Stop(f"no rule knows {target}", _kept_in_place(node, tokens))
 
 
+def place_of_whole(node: Node, total: int) -> tuple[Node, Tokens] | None:
+    """Where tokens come back that no operand shows any more, as after a loss of shifted tokens.
+
+    A slice's gradient has them in the dim that was cut, and of what ranks share they are that dim.
+    Either is whole, and may be parted along any dim.
+    """
+    args: Any = node.args
+    if node.target is _aten.slice_backward.default:
+        value, dim = node, args[2]
+    elif node.target is _plait.own_part.default:
+        value, dim = args[0], args[1]
+    else:
+        return None
+    shape = shape_of(value)
+    dim %= len(shape)
+    is_last = dim == len(shape) - 1
+    return None if is_last or shape[dim] != total else (value, Tokens(dim, total, total))
+
+
+def is_mask(node: Node) -> bool:
+    """Whether it is the mask of a dropout, drawn for nothing but a shape (see `separate.py`)."""
+    drawn: Any = node.args[0] if node.target is operator.getitem else None
+    if drawn is None or drawn.target is not _aten.native_dropout.default:
+        return False
+    return drawn.args[0].target is _aten.ones.default
+
+
 def _kept_in_place(node: Node, tokens: Known) -> object:
     """Results that have the shape of an operand with tokens have them, one may suppose, there."""
     known = [

@@ -18,10 +18,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from plait.compiler.token_moves import Stop, Tokens
-from plait.compiler.token_rules import is_order_free, rule_of
+from plait.compiler.token_rules import is_mask, is_order_free, place_of_whole, rule_of
+from plait.graph.collectives import is_collective
 from plait.graph.graph import Module, Node
 from plait.graph.partition import is_view
 from plait.graph.source import source_of
+
+_NO_TOKENS = "what it sends has no tokens, as the sum of a weight's gradient over the ranks"
+_LOST = "its tokens cannot be told apart behind an operator that mixes them"
+_NOT_SPLIT = "what it sends is not split"
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,27 @@ class Refusal:
         return f"{self.operator}{where}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A mask in the order of ranks: its tokens, and the axis that shares them."""
+
+    tokens: Tokens
+    axis: str
+
+
 @dataclass
 class Certificate:
     """What is proven of a joint graph.
 
     tokens: of each value that has them, the dim of tokens (of a node with several results, of
-    each). region: nodes that may be split. refusals: those with tokens that may not.
+    each). region: nodes that may be split. refusals: those with tokens that may not. drawn: random
+    masks for shards, which every rank draws alike, and where they have tokens.
     """
 
     tokens: dict[Node, object] = field(default_factory=dict)
     region: set[Node] = field(default_factory=set)
     refusals: list[Refusal] = field(default_factory=list)
+    drawn: dict[Node, Drawn] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Each operator of the region with its count, then what is left out and why."""
@@ -67,17 +82,19 @@ def prove(
     *,
     tangents: Mapping[Node, Node] | None = None,
     whole_outputs: Collection[Node] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Certificate:
     """Prove what can be split in a joint graph.
 
     given: the dim of tokens of inputs. parts: inputs that arrive in parts; the others are whole.
     tangents: of each input that is a gradient, the value it is the gradient of: it has the tokens
     that this has. whole_outputs: nodes whose values leave whole; if None, it is not known yet, and
-    shards are supposed to arrive and leave in parts.
+    shards are supposed to arrive and leave in parts. axes: sizes of the groups that communicate.
     """
     found = Certificate(tokens=dict(given), region=set(parts))
     stops: dict[Node, str] = {}
     waiting = dict(tangents or {})
+    total = max((tokens.total for tokens in given.values()), default=0)
     for node in joint.graph.nodes:
         if node.op == "call_function":
             for tangent in [t for t, source in waiting.items() if source in found.tokens]:
@@ -85,8 +102,11 @@ def prove(
                 if whole_outputs is None and not _are_natural(tokens):
                     found.region.add(tangent)
                     parts = parts | {tangent}
-            _take(node, found, stops)
+            _take(node, found, stops, total, axes or {})
     _drop_escaping(joint, found, stops, parts, whole_outputs or ())
+    for node in joint.graph.nodes:
+        if is_collective(node) and node not in found.region and node not in stops:
+            stops[node] = _reason_of(node, found, total)
     found.refusals = [
         Refusal(node.name, str(node.target), reason, source_of(node))
         for node, reason in stops.items()
@@ -94,14 +114,35 @@ def prove(
     return found
 
 
-def _take(node: Node, found: Certificate, stops: dict[Node, str]) -> None:
+def _reason_of(node: Node, found: Certificate, total: int) -> str:
+    if node in found.tokens:
+        return _NOT_SPLIT
+    is_lost = len(node.meta["val"].shape) > 1 and total in node.meta["val"].shape
+    return _LOST if is_lost else _NO_TOKENS
+
+
+def _take(
+    node: Node, found: Certificate, stops: dict[Node, str], total: int, axes: Mapping[str, int]
+) -> None:
     sources = node.all_input_nodes
     if not any(source in found.tokens for source in sources):
-        return
+        place = place_of_whole(node, total)
+        if place is None:
+            return
+        labelled, tokens = place
+        found.tokens[labelled] = tokens
+        if labelled is node:
+            return
     is_whole = not any(source in found.region for source in sources)
     if is_whole and _has_sharded(node, found):
         is_whole = False  # a shard that is whole has no place here: the rule will say so
-    result = rule_of(node, found.tokens, found.region)
+    drawn = _find_drawn(node, found, axes)
+    if drawn:
+        found.drawn.update(drawn)
+        tokens = {**found.tokens, **{x: each.tokens for x, each in drawn.items()}}
+        result = rule_of(node, tokens, found.region | set(drawn))
+    else:
+        result = rule_of(node, found.tokens, found.region)
     if isinstance(result, Stop):
         if result.tokens is not None:
             found.tokens[node] = result.tokens
@@ -111,6 +152,25 @@ def _take(node: Node, found: Certificate, stops: dict[Node, str]) -> None:
     found.tokens[node] = result
     if not (is_whole and is_view(node)):  # a view of what is whole stays so: slices are cut later
         found.region.add(node)
+
+
+def _find_drawn(node: Node, found: Certificate, axes: Mapping[str, int]) -> dict[Node, Drawn]:
+    """The operands of a node on a shard that are random masks of the shard's shape.
+
+    All ranks draw the same numbers (see `graph/parallelize.py`), so the mask of any token, in
+    whatever order, is known to every rank.
+    """
+    drawn = {}
+    shards = [(x, found.tokens.get(x)) for x in node.all_input_nodes]
+    for source, tokens in shards:
+        if not isinstance(tokens, Tokens) or not tokens.is_shard:
+            continue
+        axis = next((a for a, size in axes.items() if size * tokens.length == tokens.total), None)
+        for mask in node.all_input_nodes:
+            is_like = mask.meta["val"].shape == source.meta["val"].shape
+            if axis is not None and is_like and is_mask(mask):
+                drawn[mask] = Drawn(tokens, axis)
+    return drawn
 
 
 def _has_sharded(node: Node, found: Certificate) -> bool:

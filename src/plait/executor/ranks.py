@@ -99,7 +99,8 @@ def groups_of(
     found: dict[str, GroupAtRun] = {}
     for name, size in schedule.groups.items():
         known = next((m for m in meshes if name in (m.mesh_dim_names or ())), None)
-        if known is None and _is_registered(name):
+        if known is None and (group := _registered(name)) is not None:
+            found[name] = GroupAtRun(name, group.rank())
             continue
         if known is None or known[name].size() != size:
             names = () if mesh is None else mesh.mesh_dim_names or ()
@@ -113,9 +114,8 @@ def groups_of(
     return found
 
 
-def _is_registered(name: Any) -> bool:
+def _registered(name: Any) -> Any:
     try:
-        _resolve_process_group(name)
-    except (RuntimeError, ValueError):
-        return False
-    return True
+        return _resolve_process_group(name)
+    except (RuntimeError, ValueError):  # c10d has no question, only this error
+        return None

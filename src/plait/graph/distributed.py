@@ -48,7 +48,7 @@ def localize(module: Module, examples: Sequence[object]) -> tuple[list[Any], lis
 
 
 def name_groups(graph: Graph, meshes: Sequence[DeviceMesh]) -> None:
-    """Let collectives name the axis of the mesh as their group."""
+    """Let collectives name the axis of the mesh as their group; a rank's own number is not said."""
     axes: dict[str, str] = {}
     for mesh in meshes:
         for axis in mesh.mesh_dim_names or ():
@@ -61,7 +61,10 @@ def name_groups(graph: Graph, meshes: Sequence[DeviceMesh]) -> None:
     for module in modules:
         for node in module.graph.nodes:
             if is_collective(node) or node.target is torch.ops.plait.own_part.default:
+                is_named = any(isinstance(x, str) and x in axes for x in node.args)
                 node.args = tuple(axes.get(x, x) if isinstance(x, str) else x for x in node.args)
+                if is_named and node.target is torch.ops.plait.own_part.default:
+                    node.args = (*node.args[:3], 0, node.args[4])  # known when it runs
 
 
 def _localize(module: Module, special: dict[Node, Any]) -> None:

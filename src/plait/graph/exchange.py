@@ -75,6 +75,14 @@ def whole_features(x: Tensor, axis: RankOfAxis) -> Tensor:
     return _apply(_WholeFeatures, x, axis)
 
 
+def own_number(axis: RankOfAxis, device: torch.device) -> Tensor:
+    """Tell the number of the rank, as a tensor of one element.
+
+    In a graph a number is the same for every rank, and this is not.
+    """
+    return _own(torch.arange(axis.size, device=device), 0, axis)
+
+
 def check_tokens(x: Tensor, axis: RankOfAxis) -> None:
     """Raise PlanError if the tokens cannot be shared evenly."""
     if x.dim() <= TOKENS or x.shape[TOKENS] % axis.size:

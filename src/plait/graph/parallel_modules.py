@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from plait.graph.exchange import Exchange, spread, sum_up
+from plait.graph.exchange import Exchange, own_number, spread, sum_up
 
 Forward = Callable[..., Any]
 
@@ -109,7 +109,7 @@ def _vocabulary(base: Any, form: Form) -> Forward:
 
     def forward(self: Any, tokens: Tensor) -> Tensor:
         num_own = self.weight.shape[0]
-        places = tokens - self.parallel_axis.rank * num_own
+        places = tokens - own_number(self.parallel_axis, tokens.device) * num_own
         is_elsewhere = (places < 0) | (places >= num_own)
         found = base.forward(self, places.masked_fill(is_elsewhere, 0))
         return leave(found.masked_fill(is_elsewhere[..., None], 0.0), self.parallel_axis)
