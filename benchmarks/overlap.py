@@ -5,8 +5,10 @@ of a link whose bandwidth makes them a given share of the free step, and whose l
 their mean time (`plait overlap` measures the same, once). Runs of a block take turns; net hidden is
 that of each round.
 
-    python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N]
+    python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N] [--short]
     python -m benchmarks.overlap --price        the paper machine instead (overlap_price)
+
+--short leaves out ratio 1, local batch 4, and rivals and batches in bf16.
 
 The causal split of attention is not built, so no row has its targets.
 """
@@ -213,7 +215,7 @@ def _steps(samples: Samples, name: str) -> list[float]:
     return [sum(seconds.values()) for seconds in samples.by_name[name]]
 
 
-def measure(quick: bool, size: Size, num_rounds: int) -> list[Row]:
+def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) -> list[Row]:
     """Hiding by ratio and dtype; batch axis; rivals. quick: a small size, fewer of each."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -225,15 +227,16 @@ def measure(quick: bool, size: Size, num_rounds: int) -> list[Row]:
         name = f"{kind}, {size.tokens} tokens"
         bench = Bench(size, dtype, group, num_rounds)
         rows.append(_row(f"{name}: free unsplit step", "s", [bench.free_s], quick, 1.0))
-        for ratio in RATIOS[:1] if quick else RATIOS:
+        for ratio in RATIOS[:1] if quick else RATIOS[:2] if is_short else RATIOS:
             where = f"{name}, ratio {ratio:g}, token axis"
             _say(where)
             hiding = bench.hiding(ratio, "token")
             rows += _hiding_rows(where, hiding, ratio, quick)
-            if ratio == RATIOS[0]:
+            if ratio == RATIOS[0] and not (is_short and kind != "fp32"):
                 _say(f"{name}: rivals")
                 rows += _rival_rows(name, size, dtype, bench, hiding.best_of_step(), quick)
-        for batch in (2,) if quick else (2, 4):
+        batches = (2,) if quick or is_short else (2, 4)
+        for batch in () if is_short and kind != "fp32" else batches:
             _say(f"{name}, batch {batch}")
             smaller = replace(size, batch=batch, tokens=size.tokens // batch)
             rows += _batch_rows(name, smaller, dtype, group, num_rounds, quick)
@@ -387,13 +390,14 @@ def _main() -> None:
     parser.add_argument("--price", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--short", action="store_true")
     chosen, rest = parser.parse_known_args()
     sys.argv[1:] = rest
     if chosen.price:
         run_benchmark("overlap_price", overlap_price.measure)
         return
     size = Size(tokens=chosen.tokens)
-    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds))
+    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds, chosen.short))
 
 
 if __name__ == "__main__":
