@@ -13,7 +13,7 @@ from torch import Tensor
 from plait.checkpoint.huggingface import load_config
 from plait.cli.output import say, show
 from plait.cost.clusters import Link
-from plait.cost.overlap_picture import page
+from plait.cost.overlap_picture import direction_picture, page
 from plait.errors import ConfigError, nearest_name
 from plait.executor.measure_overlap import Meter
 from plait.executor.overlap_forms import CANDIDATES
@@ -61,6 +61,7 @@ def overlap_command(
         Path | None, typer.Option(help="Write the runs to this file, for ui.perfetto.dev.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the picture.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture of the forward.")] = None,
 ) -> None:
     """Measure what share of tensor-parallel communication replicas hide, forward and backward.
 
@@ -95,6 +96,9 @@ def overlap_command(
     if html is not None:
         html.write_text(page(report), encoding="utf-8")
         say(f"{html}: the two streams of each run")
+    if svg is not None:
+        svg.write_text(direction_picture(report, "forward"), encoding="utf-8")
+        say(f"{svg}: the two streams of the forward")
 
 
 def _small(width: int, layers: int, tokens: int) -> DecoderConfig:

@@ -70,6 +70,16 @@ def picture(timelines: Sequence[tuple[str, Timeline]]) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
+def direction_picture(report: OverlapReport, direction: str) -> str:
+    """Draw the runs of "forward" or "backward"; "" if none was kept."""
+    shown = [
+        (name.partition(", ")[2], timeline)
+        for name, timeline in report.timelines()
+        if name.startswith(f"{direction}, ")
+    ]
+    return picture(shown) if shown else ""
+
+
 def page(report: OverlapReport) -> str:
     """Lay the report out as an HTML page: figures, then the picture of each direction."""
     title = html.escape(report.title)
@@ -83,13 +93,9 @@ def page(report: OverlapReport) -> str:
         f'<p class="key">{key}</p>',
     ]
     for direction in report.times:
-        shown = [
-            (name.partition(", ")[2], timeline)
-            for name, timeline in report.timelines()
-            if name.startswith(f"{direction}, ")
-        ]
-        if shown:
-            parts += [f"<h2>{html.escape(direction.capitalize())}</h2>", picture(shown)]
+        drawn = direction_picture(report, direction)
+        if drawn:
+            parts += [f"<h2>{html.escape(direction.capitalize())}</h2>", drawn]
     parts.append(f"<pre>{html.escape(times)}</pre><p>{_DEFINITION}</p></body></html>")
     return "\n".join(parts)
 
