@@ -17,7 +17,7 @@ demo: $(VENV)/.core
 	$(BIN)/plait train stdlib_demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not matrix"
 
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not gpu and not slow"
