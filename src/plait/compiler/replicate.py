@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx
 
+from plait.compiler.refute import Trials, refute
 from plait.compiler.replicate_joint import Parts, replicate_joint
 from plait.compiler.token_moves import Tokens
 from plait.compiler.tokens import Certificate, Refusal, prove
@@ -165,6 +166,7 @@ class _Replicator:
         self.graph, self.axis, self.parts = graph, axis, parts
         self.axes = {name: group.size for name, group in graph.groups.items()}
         self.certificates: dict[str, Certificate] = {}
+        self.trials = Trials()
         self.proofs: dict[tuple, Certificate] = {}
         self.templates: dict[Use, Template] = {}
         self.nodes: list[Node] = list(graph.root.graph.nodes)
@@ -294,6 +296,7 @@ class _Replicator:
             whole_outputs=_whole(outputs, flags),
             axes=self.axes,
         )
+        refute(certificate, self.trials)
         labels = [*(None for _ in template.results), *use.tokens][: len(flags)]
         for node, is_parted, label in zip(outputs, flags, labels, strict=True):
             if is_parted and isinstance(node, fx.Node):

@@ -31,12 +31,13 @@ PLACE, REPLICA = "place", "replica"
 
 _aten = torch.ops.aten
 _map_nodes: Any = map_arg
-_SIZED = {
+SIZED = {
     _aten.view.default,
     _aten._unsafe_view.default,
     _aten.reshape.default,
     _aten.expand.default,
 }
+"""Operators that are given the shape of their result."""
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 
 
@@ -278,7 +279,7 @@ class _Writer:
     def sized(self, node: Node, args: tuple, part: int) -> tuple:
         """The arguments with the sizes of a part in place of those of the whole."""
         tokens = self.certificate.tokens[node]
-        if node.target in _SIZED:
+        if node.target in SIZED:
             assert isinstance(tokens, Tokens)
             start, stop = self.parts.bounds(tokens.length)[part]
             shape = list(node.meta["val"].shape)

@@ -58,19 +58,24 @@ class Certificate:
 
     tokens: of each value that has them, the dim of tokens (of a node with several results, of
     each). region: nodes that may be split. refusals: those with tokens that may not. drawn: random
-    masks for shards, which every rank draws alike, and where they have tokens.
+    masks for shards, which every rank draws alike, and where they have tokens. num_tried: distinct
+    operators of the region that were tried out (`refute.py`). not_tried: why others were not.
     """
 
     tokens: dict[Node, object] = field(default_factory=dict)
     region: set[Node] = field(default_factory=set)
     refusals: list[Refusal] = field(default_factory=list)
     drawn: dict[Node, Drawn] = field(default_factory=dict)
+    num_tried: int = 0
+    not_tried: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Each operator of the region with its count, then what is left out and why."""
         split = Counter(str(node.target) for node in self.region if node.op == "call_function")
         lines = [f"split along tokens: {sum(split.values())} nodes"]
         lines += [f"  {count:4} {name}" for name, count in sorted(split.items())]
+        lines.append(f"tried by execution: {self.num_tried} distinct operators")
+        lines += [f"  not tried: {n}, {why}" for why, n in sorted(self.not_tried.items())]
         lines += [f"whole: {refusal}" for refusal in self.refusals]
         return "\n".join(lines)
 

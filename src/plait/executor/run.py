@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plait.errors import GraphError, PlanError
+from plait.executor.agree import check_agreement
 from plait.executor.codegen import GroupAtRun, Runner, load
 from plait.executor.observe import Observer
 from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
@@ -38,12 +39,14 @@ def run(
     program, on its own state, and the gradients are cleared. mesh: names the axes over which the
     schedule communicates; with fsdp, the model was parted by `executor.ranks.shard_parameters`.
 
-    Raises PlanError if inputs or parameters have another shape or dtype than captured, and
-    GraphError if the optimizer is not the compiled one.
+    Raises PlanError if inputs or parameters have another shape or dtype than captured, or if the
+    ranks of an axis disagree on the schedule or on weights that each holds whole, and GraphError if
+    the optimizer is not the compiled one.
     """
     groups = groups_of(schedule, model, mesh)
     runnable = schedule.loaded
     if not isinstance(runnable, Runnable) or runnable.groups != groups:
+        check_agreement(schedule, model, groups)
         runnable = schedule.loaded = Runnable(schedule, groups=groups)
     return run_loaded(runnable, model, *inputs, optimizer=optimizer)
 

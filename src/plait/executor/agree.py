@@ -1,0 +1,141 @@
+"""Ranks that run one schedule compare it before its first step: one that differs would hang all.
+
+They compare through the store of the default process group, never by a collective, which would hang
+itself. What differs is shown on every rank, and every rank stops.
+"""
+
+# pyright: basic
+# (groups and stores are not typed.)
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor import DTensor, Replicate
+
+from plait.errors import PlanError
+from plait.executor.codegen import GroupAtRun
+from plait.graph.schedule import Program, Schedule
+
+TIME_LIMIT_S = 120.0
+_ALONE = ("fake", "delayed")
+"""Backends in which one process stands for all ranks."""
+_NUM_SHOWN = 6
+_counts: Counter[str] = Counter()
+
+
+def check_agreement(
+    schedule: Schedule,
+    model: nn.Module,
+    groups: Mapping[str, GroupAtRun],
+    *,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> None:
+    """Compare the schedule, and parameters that each rank holds whole, with the other ranks.
+
+    Raises PlanError on every rank if anything differs, or if a rank does not come in time.
+    """
+    if not groups or not dist.is_initialized() or dist.get_backend() in _ALONE:
+        return
+    for axis, group in groups.items():
+        ranks = dist.get_process_group_ranks(_group(group.name))
+        if len(ranks) > 1:
+            mine = {**_of_schedule(schedule), **_of_parameters(model, axis)}
+            _compare(axis, ranks, mine, time_limit_s)
+
+
+def _group(name: Any) -> Any:
+    return _resolve_process_group(name)
+
+
+def _compare(axis: str, ranks: list[int], mine: dict[str, str], time_limit_s: float) -> None:
+    store, place = _get_default_store(), f"plait/agree/{'-'.join(map(str, ranks))}"
+    _counts[place] += 1
+    keys = [f"{place}/{_counts[place]}/{rank}" for rank in ranks]
+    store.set(keys[ranks.index(dist.get_rank())], json.dumps(mine))
+    try:
+        store.wait(keys, timedelta(seconds=time_limit_s))
+    except RuntimeError as error:  # DistStoreError, whose kinds differ between releases
+        missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+        raise PlanError(
+            f"ranks {missing} of the axis {axis!r} did not begin this schedule within "
+            f"{time_limit_s:g} s. Look at what they raised; all ranks must run the same schedules."
+        ) from error
+    found = [json.loads(store.get(key)) for key in keys]
+    different = [name for name in _names(found) if len({x.get(name) for x in found}) > 1]
+    if different:
+        lines = [_line(name, ranks, found) for name in different[:_NUM_SHOWN]]
+        more = len(different) - len(lines)
+        raise PlanError(
+            f"the ranks of the axis {axis!r} disagree:\n"
+            + "\n".join(lines)
+            + (f"\nand {more} more" if more > 0 else "")
+            + "\nCapture and compile with the same plan, inputs and software on every rank, and "
+            "give each the same weights and the same seed."
+        )
+
+
+def _names(found: Iterable[Mapping[str, str]]) -> list[str]:
+    return list(dict.fromkeys(name for each in found for name in each))
+
+
+def _line(name: str, ranks: list[int], found: list[dict[str, str]]) -> str:
+    values = (f"rank {rank}: {x.get(name, 'none')}" for rank, x in zip(ranks, found, strict=True))
+    return f"  {name}: {', '.join(values)}"
+
+
+def _of_schedule(schedule: Schedule) -> dict[str, str]:
+    """What ranks compare, what says most first. Notes and source lines may differ."""
+    split = sorted({note.text for note in schedule.notes if note.text.startswith("split in")})
+    found = {
+        "replicas": "; ".join(split) or "1",
+        "numerics": schedule.numerics,
+        "level": schedule.level,
+        "micro-batches": str(schedule.num_micro_batches),
+        "groups": str(dict(sorted(schedule.groups.items()))),
+        "inputs": _digest(repr(schedule.inputs)),
+    }
+    for program in (*schedule.programs.values(), *schedule.templates.values()):
+        found[f"program {program.name}"] = _digest(_text(program))
+    for name, x in schedule.constants.items():
+        found[f"constant {name}"] = _checksum(x)
+    return found
+
+
+def _text(program: Program) -> str:
+    steps = [(step.name, step.target, step.args, step.kwargs) for step in program.steps]
+    return repr((program.inputs, program.results, steps))
+
+
+def _of_parameters(model: nn.Module, axis: str) -> dict[str, str]:
+    """Checksums of the parameters that all ranks of the axis hold alike."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            names = parameter.device_mesh.mesh_dim_names or ()
+            is_whole = axis in names and isinstance(
+                parameter.placements[names.index(axis)], Replicate
+            )
+            if is_whole:
+                found[f"parameter {name}"] = _checksum(parameter.to_local())
+        elif axis == "dp":
+            found[f"parameter {name}"] = _checksum(parameter)
+    return found
+
+
+def _checksum(x: Tensor) -> str:
+    data: Any = x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(data):08x}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

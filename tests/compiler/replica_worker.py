@@ -1,0 +1,104 @@
+"""One rank of several gloo processes: steps in replicas beside the same steps unsplit.
+
+Run as: python -m tests.compiler.replica_worker RANK WORLD STORE_FILE TASK; raises if anything is
+not as it should be. TASK: cases separated by commas (see CASES), or one of the two disagreements.
+"""
+
+import hashlib
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import plait
+from plait.errors import PlanError
+from plait.executor.agree import check_agreement
+from plait.executor.ranks import groups_of
+from plait.graph.parallelize import parallelize
+from plait.graph.plan_mesh import plan_mesh
+from plait.graph.storage import to_json
+from tests.compiler.replica_models import Case, schedules
+
+CASES = {
+    "llama": {"name": "llama", "replicas": 2},
+    "our_qwen3": {"name": "our_qwen3", "sp": True, "replicas": 3},
+    "gpt2_dropout": {"name": "gpt2_dropout", "sp": True, "replicas": 2},
+    "phi3": {"name": "phi3", "batch": 2, "replicas": 2, "dtype": torch.bfloat16},
+    "olmo2": {"name": "olmo2", "replicas": 4, "sp": True},
+    "mistral": {"name": "mistral", "replicas": 2, "sp": True, "num_tokens": 130},
+}
+
+
+def spread(case, mesh):
+    return parallelize(case.model(), case.plan(), mesh)
+
+
+def check(case):
+    split, whole = schedules(case)
+    texts = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, hashlib.sha256(to_json(split).encode()).hexdigest())
+    assert len(set(texts)) == 1, "the ranks have different schedules"
+    with plan_mesh(plait.ParallelPlan(tp=case.tp)) as mesh:
+        model = spread(case, mesh)
+    found = []
+    for schedule in (split, whole):
+        model.zero_grad()
+        torch.manual_seed(2)
+        value = plait.run(schedule, model, case.tokens(), mesh=mesh)
+        gradients = {name: p.grad.to_local() for name, p in model.named_parameters()}
+        found.append({"loss": value, **gradients})
+    for name, expected in found[1].items():
+        if case.sp and case.batch == 1 and expected.dim() == 1:
+            bound = (3e-2 if case.dtype is torch.bfloat16 else 1e-6) * expected.abs().max()
+            assert (found[0][name] - expected).abs().max() < bound, name
+        else:
+            assert torch.equal(found[0][name], expected), (str(case), name)
+
+
+def disagree_on_the_plan(rank):
+    case = Case("our_llama", tp=2, replicas=2 + rank)
+    split, _ = schedules(case)
+    with plan_mesh(plait.ParallelPlan(tp=2)) as mesh:
+        model = spread(case, mesh)
+    with pytest.raises(PlanError, match=r"replicas: rank 0: split in 2 .* rank 1: split in 3"):
+        plait.run(split, model, case.tokens(), mesh=mesh)
+
+
+def disagree_on_the_weights(rank):
+    case = Case("our_llama", tp=2)
+    split, _ = schedules(case)
+    with plan_mesh(plait.ParallelPlan(tp=2)) as mesh:
+        model = spread(case, mesh)
+    weight = dict(model.named_parameters())["layers.1.input_layernorm.weight"]
+    with torch.no_grad():
+        weight.to_local()[0] += rank
+    with pytest.raises(PlanError, match=r"parameter layers.1.input_layernorm.weight: rank 0"):
+        plait.run(split, model, case.tokens(), mesh=mesh)
+    if rank == 0:  # the other never comes
+        with pytest.raises(PlanError, match=r"ranks \[1\] of the axis 'tp' did not begin"):
+            check_agreement(split, model, groups_of(split, model, mesh), time_limit_s=1)
+
+
+def main(rank, world, store_file, task):
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_file, world)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    try:
+        if task == "plan":
+            disagree_on_the_plan(rank)
+        elif task == "weights":
+            disagree_on_the_weights(rank)
+        else:
+            for name in task.split(","):
+                check(Case(**{**CASES[name], "tp": world}))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
