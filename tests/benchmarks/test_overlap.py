@@ -1,5 +1,6 @@
 """The rivals compute what they should, and the rows say what was measured."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -36,7 +37,8 @@ def test_half_batches_have_the_gradients_of_the_whole_batch():
 
 def test_half_batches_compute_while_a_message_is_under_way():
     halves = HalfBatches(SIZE.config, TP, torch.float32, SIZE.drawn())
-    with delayed_groups({"tp": TP}, LINK) as groups:
+    slow = replace(LINK, latency_s=0.2)  # far above what a busy machine takes to compute meanwhile
+    with delayed_groups({"tp": TP}, slow) as groups:
         halves.step(groups["tp"])
         transfers = groups["tp"].transfers
     assert len(transfers) == 2 * 2 * 2 * SIZE.layers  # halves, directions, attention and MLP
