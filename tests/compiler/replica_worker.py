@@ -31,6 +31,9 @@ CASES = {
 }
 
 
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
+
+
 def spread(case, mesh):
     return parallelize(case.model(), case.plan(), mesh)
 
@@ -49,12 +52,19 @@ def check(case):
         value = plait.run(schedule, model, case.tokens(), mesh=mesh)
         gradients = {name: p.grad.to_local() for name, p in model.named_parameters()}
         found.append({"loss": value, **gradients})
+    # From 3 ranks on, gloo sums ranks in an order that depends on the place in the message: a
+    # message in parts has other bits. With 2 there is but one order.
+    is_ordered = case.tp == 2
+    num_different = 0
     for name, expected in found[1].items():
-        if case.sp and case.batch == 1 and expected.dim() == 1:
-            bound = (3e-2 if case.dtype is torch.bfloat16 else 1e-6) * expected.abs().max()
-            assert (found[0][name] - expected).abs().max() < bound, name
-        else:
+        difference = (found[0][name] - expected).abs()
+        num_different += int(difference.count_nonzero())
+        is_regrouped = case.sp and case.batch == 1 and expected.dim() == 1
+        if is_ordered and not is_regrouped:
             assert torch.equal(found[0][name], expected), (str(case), name)
+        else:
+            assert difference.max() <= TOLERANCE[case.dtype] * expected.abs().max(), name
+    sys.stderr.write(f"{case}: {num_different} values differ\n")
 
 
 def disagree_on_the_plan(rank):
