@@ -68,7 +68,7 @@ class MissingExtraError(PlaitError):
 
 def nearest_name(given: str, known: Iterable[str]) -> str:
     """Make the end of a message about an unknown name: the nearest match and the known ones."""
-    names = sorted(known)
+    names = sorted(known, key=str.casefold)
     matches = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"Did you mean {matches[0]!r}? " if matches else ""
     return f"{hint}Known: {', '.join(names)}."

@@ -233,7 +233,10 @@ BAD_JOBS = {
     ),
     "a name of its own": (["train", "stdlib_demo", "--set", "name=x"], ["that of its recipe"]),
     "empty data": (["train", "stdlib_demo", "--set", "data="], ["data is empty"]),
-    "unknown family": (["train", "stdlib_demo", "--set", "model.family=foo"], ["Known: llama"]),
+    "unknown family": (
+        ["train", "stdlib_demo", "--set", "model.family=lama"],
+        ["Did you mean 'llama'", "Known: ", "qwen3"],
+    ),
     "not a number": (
         ["train", "stdlib_demo", "--set", "optimizer.learning_rate=nan"],
         ["not a finite number"],
