@@ -14,9 +14,9 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
-from plait.compiler.recompute import drop_unused_parts, pass_saved
+from plait.compiler.rewrite import part_again, pass_saved
 from plait.graph.graph import (
-    BACKWARD,
+    FORWARD,
     Graph,
     Module,
     Node,
@@ -26,7 +26,6 @@ from plait.graph.graph import (
     describe,
     module_of,
 )
-from plait.graph.partition import part_joint
 
 # fx types them for what an argument may be, not for what is mapped here.
 _map_all: Any = map_aggregate
@@ -56,22 +55,17 @@ def lift_constants(graph: Graph) -> Graph:
 
 def _call_merged(graph: Graph, merged: dict[str, tuple[Template, list[float]]]) -> Graph:
     graph = graph.copy()
-    backward = []
     for node in graph.root.graph.nodes:
         found = call_of(node)
         if found is None or found[0] not in merged:
             continue
         template, numbers = merged[found[0]]
-        if found[1] == BACKWARD:
-            backward.append((node, template))
-        else:
-            node.args = (template.name, found[1], *node.args[2:], *numbers)
-    for node, template in backward:
-        pass_saved(node, template)
+        added = numbers if found[1] == FORWARD else ()
+        node.args = (template.name, found[1], *node.args[2:], *added)
     for name, (template, _) in merged.items():
         del graph.templates[name]
         graph.templates[template.name] = template
-    drop_unused_parts(graph.root)
+    pass_saved(graph)
     return graph
 
 
@@ -109,17 +103,9 @@ def _with_arguments(template: Template, varying: Sequence[int]) -> Template:
     common = replace(template, name=f"{template.name}_lifted", forward=module)
     common.arguments = template.arguments + numbers
     if template.joint is not None:
-        _part(common, module)
+        part_again(common, module)
         common.gradients = template.gradients + (None,) * len(varying)
     return common
-
-
-def _part(template: Template, joint: Module) -> None:
-    parts = part_joint(
-        joint, num_arguments=len(template.arguments), num_results=len(template.results)
-    )
-    template.joint, template.forward, template.backward = joint, parts.forward, parts.backward
-    template.saved = parts.saved
 
 
 def _text(module: Module) -> tuple[str, list[float]]:

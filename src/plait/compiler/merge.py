@@ -19,11 +19,10 @@ import torch
 from torch import fx
 
 import plait.graph.exchange as _registers_own_part  # noqa: F401
-from plait.compiler.recompute import drop_unused_parts, pass_saved
+from plait.compiler.rewrite import new_node, part_again, pass_saved
 from plait.graph.collectives import group_of, is_wait
-from plait.graph.graph import BACKWARD, Graph, Group, Module, Node, Template, call_of
+from plait.graph.graph import Graph, Group, Module, Node
 from plait.graph.note import Note
-from plait.graph.partition import part_joint
 
 NAME = "merge collectives"
 _aten = torch.ops.aten
@@ -39,13 +38,8 @@ def merge(graph: Graph) -> Graph:
         counts = merge_joint(joint, graph.groups)
         num_merged += counts[0]
         num_scattered += counts[1]
-        if template.joint is not None:
-            _part(template)
-    for node in graph.root.graph.nodes:
-        called = call_of(node)
-        if called is not None and called[1] == BACKWARD:
-            pass_saved(node, graph.templates[called[0]])
-    drop_unused_parts(graph.root)
+        part_again(template)
+    pass_saved(graph)
     notes = [
         Note(by=NAME, operator="all_reduce", node=text, text=text, count=count)
         for text, count in (
@@ -107,9 +101,9 @@ def _merge_sum(node: Node) -> bool:
         return False
     graph = node.graph
     with graph.inserting_before(node):
-        total = _like(graph, _aten.add.Tensor, (left.args[0], right.args[0]), node)
-        reduced = _like(graph, left.target, (total, *left.args[1:]), node)
-        waited = _like(graph, _c10d.wait_tensor.default, (reduced,), node)
+        total = new_node(node, _aten.add.Tensor, (left.args[0], right.args[0]))
+        reduced = new_node(node, left.target, (total, *left.args[1:]))
+        waited = new_node(node, _c10d.wait_tensor.default, (reduced,))
     node.replace_all_uses_with(waited)
     for each in (node, node.args[0], left, node.args[1], right):
         if not each.users:
@@ -132,12 +126,12 @@ def _scatter(node: Node, groups: dict[str, Group]) -> bool:
         source = node.args[0]
         if dim:
             size = source.meta["val"].shape[dim] // group.size
-            pieces = _like(graph, _aten.split.Tensor, (source, size, dim), node)
-            parts = [_like(graph, operator.getitem, (pieces, i), node) for i in range(group.size)]
-            source = _like(graph, _aten.cat.default, (parts,), node)
+            pieces = new_node(node, _aten.split.Tensor, (source, size, dim))
+            parts = [new_node(node, operator.getitem, (pieces, i)) for i in range(group.size)]
+            source = new_node(node, _aten.cat.default, (parts,))
         args = (source, "sum", group.size, group_of(node))
-        scattered = _like(graph, _c10d.reduce_scatter_tensor.default, args, node)
-        waited = _like(graph, _c10d.wait_tensor.default, (scattered,), node)
+        scattered = new_node(node, _c10d.reduce_scatter_tensor.default, args)
+        waited = new_node(node, _c10d.wait_tensor.default, (scattered,))
     taken.replace_all_uses_with(waited)
     return True
 
@@ -156,24 +150,3 @@ def _own_share(node: Node, group: Group, name: str) -> tuple[int, Node] | None:
         return None
     dim = node.args[2] if len(node.args) > 2 else 0
     return dim % node.args[0].meta["val"].dim(), kept[0]
-
-
-def _like(graph: Any, target: Any, args: tuple, like: Node) -> Node:
-    """A node with the origin of another; its value is found by running it on fake tensors."""
-    node = graph.call_function(target, args)
-    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
-    values: Any = fx.map_arg(args, lambda x: x.meta["val"])
-    with like.meta["val"].fake_mode:
-        node.meta["val"] = target(*values)
-    return node
-
-
-def _part(template: Template) -> None:
-    assert template.joint is not None
-    parts = part_joint(
-        template.joint,
-        num_arguments=len(template.arguments),
-        num_results=len(template.results),
-    )
-    template.forward, template.backward = parts.forward, parts.backward
-    template.saved = parts.saved

@@ -12,10 +12,10 @@ import operator
 import torch
 from torch import fx
 
+from plait.compiler.rewrite import part_again, pass_saved
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.cut import BETWEEN
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Node, Role, Template, call_of
-from plait.graph.partition import part_joint
+from plait.graph.graph import Graph, Node
 from plait.plan.parallel_plan import Recompute
 
 
@@ -26,22 +26,9 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
     graph = graph.copy()
     for template in graph.templates.values():
         if template.joint is not None and template.block != BETWEEN:
-            _part_again(template, _chosen(template.joint, policy))
-    root = graph.root
-    for node in list(root.graph.nodes):
-        call = call_of(node)
-        if call is not None and call[1] == BACKWARD:
-            pass_saved(node, graph.templates[call[0]])
-    drop_unused_parts(root)
+            part_again(template, recompute=_chosen(template.joint, policy))
+    pass_saved(graph)
     return graph
-
-
-def drop_unused_parts(root: fx.GraphModule) -> None:
-    """Forget parts of calls that nobody takes any more."""
-    for node in reversed(list(root.graph.nodes)):
-        if node.target is operator.getitem and not node.users:
-            root.graph.erase_node(node)
-    root.recompile()
 
 
 def _chosen(joint: fx.GraphModule, policy: Recompute) -> set[str]:
@@ -67,36 +54,3 @@ def _is_cheap(node: Node) -> bool:
         return _is_cheap(node.args[0])
     tags = getattr(node.target, "tags", ())
     return torch.Tag.pointwise in tags or node.target is torch.ops.aten._to_copy.default
-
-
-def _part_again(template: Template, names: set[str]) -> None:
-    assert template.joint is not None
-    parts = part_joint(
-        template.joint,
-        num_arguments=len(template.arguments),
-        num_results=len(template.results),
-        recompute=names,
-    )
-    template.forward, template.backward = parts.forward, parts.backward
-    template.saved = parts.saved
-
-
-def pass_saved(backward: fx.Node, template: Template) -> None:
-    """Let a backward call take what its template saves now."""
-    forward = backward.meta["forward"]
-    num_tangents = len(template.differentiable) + len(template.threaded)
-    tangents = backward.args[len(backward.args) - num_tangents :]
-    position = len(template.results)
-    saved = []
-    graph = backward.graph
-    for value in template.saved:
-        if value.role is Role.INPUT:
-            saved.append(forward.args[2 + int(value.name)])
-            continue
-        with graph.inserting_after(forward):
-            part = graph.call_function(operator.getitem, (forward, position))
-        part.meta["val"] = value
-        saved.append(part)
-        position += 1
-    backward.args = (template.name, BACKWARD, *saved, *tangents)
-    assert call_of(forward) == (template.name, FORWARD)

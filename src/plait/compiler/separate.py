@@ -10,14 +10,11 @@ as well. The same kernels compute the same bits.
 # (fx nodes are not typed.)
 
 import operator
-from typing import Any
 
 import torch
-from torch import fx
 
-from plait.compiler.recompute import drop_unused_parts, pass_saved
-from plait.graph.graph import BACKWARD, Graph, Module, Node, call_of
-from plait.graph.partition import part_joint
+from plait.compiler.rewrite import new_node, part_again, pass_saved
+from plait.graph.graph import Graph, Module, Node
 
 _aten = torch.ops.aten
 _NORMS = {
@@ -31,17 +28,9 @@ def separate(graph: Graph) -> Graph:
     graph = graph.copy()
     for template in graph.templates.values():
         joint = template.joint or template.forward
-        if separate_joint(joint) and template.joint is not None:
-            parts = part_joint(
-                joint, num_arguments=len(template.arguments), num_results=len(template.results)
-            )
-            template.forward, template.backward = parts.forward, parts.backward
-            template.saved = parts.saved
-    for node in graph.root.graph.nodes:
-        called = call_of(node)
-        if called is not None and called[1] == BACKWARD:
-            pass_saved(node, graph.templates[called[0]])
-    drop_unused_parts(graph.root)
+        if separate_joint(joint):
+            part_again(template)
+    pass_saved(graph)
     return graph
 
 
@@ -70,7 +59,7 @@ def _separate_norm(node: Node) -> bool:
         if not taken:
             continue
         with node.graph.inserting_before(node):
-            part = _call(node.graph, node.target, (*node.args[:-1], kept), {}, node)
+            part = new_node(node, node.target, (*node.args[:-1], kept))
         for i in taken:
             users[i].replace_input_with(node, part)
     return True
@@ -83,28 +72,14 @@ def _separate_dropout(node: Node) -> None:
     with graph.inserting_before(node):
         value = x.meta["val"]
         kwargs = {"dtype": value.dtype, "layout": torch.strided, "device": value.device}
-        ones = _call(graph, _aten.ones.default, (list(value.shape),), kwargs, node)
-        drawn = _call(graph, node.target, (ones, *node.args[1:]), {}, node)
-        scaled = _call(graph, operator.getitem, (drawn, 0), {}, node)
+        ones = new_node(node, _aten.ones.default, (list(value.shape),), kwargs)
+        drawn = new_node(node, node.target, (ones, *node.args[1:]))
+        scaled = new_node(node, operator.getitem, (drawn, 0))
     for i, user in users.items():
         with graph.inserting_before(user):
             if i == 0:
-                user.replace_all_uses_with(_call(graph, _aten.mul.Tensor, (x, scaled), {}, user))
+                user.replace_all_uses_with(new_node(user, _aten.mul.Tensor, (x, scaled)))
                 graph.erase_node(user)
             else:
                 user.replace_input_with(node, drawn)
     graph.erase_node(node)  # else it would draw as well
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple, kwargs: dict, like: Node) -> Node:
-    node = graph.call_function(target, args, kwargs)
-    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
-    values: Any = fx.map_arg((args, kwargs), lambda x: x.meta["val"])
-    if target is operator.getitem:
-        node.meta["val"] = values[0][0][values[0][1]]
-        return node
-    known = like.meta["val"]
-    first = known[0] if isinstance(known, tuple | list) else known
-    with first.fake_mode:
-        node.meta["val"] = target(*values[0], **values[1])
-    return node

@@ -22,10 +22,10 @@ from torch.fx.node import map_arg as _map_arg
 import plait.ops.strict_linear as _registers_linear  # noqa: F401
 import plait.ops.strict_pointwise as _registers_pointwise  # noqa: F401
 from plait.compiler import strict_operators as known
-from plait.compiler.recompute import drop_unused_parts, pass_saved
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Module, Node, Role, Template, call_of
+from plait.compiler.rewrite import part_again, pass_saved
+from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of
 from plait.graph.note import Note, gathered
-from plait.graph.partition import is_view, part_joint
+from plait.graph.partition import is_view
 
 # fx types it for what an argument may be, not for what is mapped here.
 map_arg: Any = _map_arg
@@ -52,12 +52,7 @@ def strict_numerics(graph: Graph) -> Graph:
     notes: list[Note] = []
     for name, template in graph.templates.items():
         notes += _rewrite_template(template, are_weights.get(name, []))
-    if graph.templates:
-        for node in list(graph.root.graph.nodes):
-            called = call_of(node)
-            if called is not None and called[1] == BACKWARD:
-                pass_saved(node, graph.templates[called[0]])
-        drop_unused_parts(graph.root)
+    pass_saved(graph)
     roles = [value.role in _WEIGHTS for value in graph.inputs]
     notes += _Rewriter(graph.root, roles, "root").run()
     graph.notes += gathered(notes)
@@ -67,12 +62,7 @@ def strict_numerics(graph: Graph) -> Graph:
 def _rewrite_template(template: Template, are_weights: list[bool]) -> list[Note]:
     module = template.joint or template.forward
     notes = _Rewriter(module, are_weights, template.name).run()
-    if template.joint is not None:
-        parts = part_joint(
-            module, num_arguments=len(template.arguments), num_results=len(template.results)
-        )
-        template.forward, template.backward = parts.forward, parts.backward
-        template.saved = parts.saved
+    part_again(template)
     return notes
 
 
