@@ -16,14 +16,17 @@ TORCH_FLAGS ?=
 demo: $(VENV)/.core
 	$(BIN)/plait train stdlib_demo
 
+# A process for each core, each computing on one thread; tests that need more ask for them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu and not exhaustive"
+	$(PYTEST) -m "not gpu and not exhaustive"
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu and not slow and not exhaustive"
+	$(PYTEST) -m "not gpu and not slow and not exhaustive"
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.test $(VENV)/.check
 	$(BIN)/ruff format --check .

@@ -47,13 +47,16 @@ class Case:
     dtype: torch.dtype = torch.float32
     threads: int = 1
     numerics: str = "strict"
+    causal_split: bool = False
 
     def __str__(self) -> str:
         """As in llama-tp2-sp-r2-b1-s128-w64-float32-t1."""
         sp, kind = "-sp" * self.sp, str(self.dtype).removeprefix("torch.")
         return (
             f"{self.name}-tp{self.tp}{sp}-r{self.replicas}-b{self.batch}-s{self.num_tokens}"
-            f"-w{self.width}-{kind}-t{self.threads}" + "-fast" * (self.numerics == "fast")
+            f"-w{self.width}-{kind}-t{self.threads}"
+            + "-fast" * (self.numerics == "fast")
+            + "-causal" * self.causal_split
         )
 
     def model(self) -> nn.Module:
@@ -91,7 +94,9 @@ class Case:
         return torch.randint(0, 96, (self.batch, self.num_tokens), generator=generator)
 
     def plan(self) -> plait.ParallelPlan:
-        return plait.ParallelPlan(tp=self.tp, sp=self.sp, replicas=self.replicas)
+        return plait.ParallelPlan(
+            tp=self.tp, sp=self.sp, replicas=self.replicas, causal_split=self.causal_split
+        )
 
 
 def schedules(case: Case) -> tuple[Schedule, Schedule]:

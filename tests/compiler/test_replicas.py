@@ -85,7 +85,6 @@ def test_loss_and_every_gradient_have_the_bits_of_the_unsplit_step(case):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", list(whole_matrix()), ids=str)
 def test_the_whole_matrix(case):
     check(case)

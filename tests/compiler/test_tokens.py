@@ -189,6 +189,19 @@ def test_parts_are_multiples_of_what_ranks_share_and_of_vectors_where_they_can(
     assert parts_of(total, count, share).sizes == sizes
 
 
+@pytest.mark.parametrize(
+    ("total", "shares", "sizes"),
+    [
+        (2048, (1, 2, 3, 2), (256, 512, 768, 512)),
+        (1000, (5, 7, 4), (256, 448, 296)),
+        (256, (1, 2, 3, 2), (64, 64, 64, 64)),
+        (6, (1, 2, 3, 2), (1, 1, 2, 2)),
+    ],
+)
+def test_parts_are_as_near_to_their_shares_as_units_allow_and_none_is_empty(total, shares, sizes):
+    assert parts_of(total, len(shares), 1, shares).sizes == sizes
+
+
 def test_too_few_tokens_are_refused_with_the_largest_number():
     with pytest.raises(PlanError, match=r"8 tokens over 4 ranks.*at most 2 replicas"):
         parts_of(8, 3, 4)

@@ -46,6 +46,9 @@ def overlap_command(
     axis: Annotated[
         str | None, typer.Option(metavar="token|batch", help="What is split; default what fits.")
     ] = None,
+    causal_split: Annotated[
+        bool, typer.Option("--causal-split", help="Split causal attention too, to rounding.")
+    ] = False,
     ratio: Annotated[
         float | None,
         typer.Option(help="Communication over compute, which sets the link; default 0.5."),
@@ -78,6 +81,7 @@ def overlap_command(
         vocab_size=config.vocab_size,
         replicas=_count_of(replicas),
         axis=_known(axis, "axis", ("token", "batch")),
+        causal_split=causal_split,
         link=_link(ratio, latency, bandwidth),
         ratio=_DEFAULT_RATIO if ratio is None else ratio,
         num_rounds=rounds,
@@ -85,7 +89,7 @@ def overlap_command(
     if threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {threads}.")
     torch.set_num_threads(threads)
-    plan = ParallelPlan(tp=tp, sp=sp, replicas=meter.replicas)
+    plan = ParallelPlan(tp=tp, sp=sp, replicas=meter.replicas, causal_split=causal_split)
     say("capturing")
     graph = _captured(config, (batch, tokens), _DTYPES[_known(dtype, "dtype", _DTYPES)], plan)
     report = meter.measure(graph, on_stage=say)

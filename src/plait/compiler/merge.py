@@ -20,7 +20,7 @@ from torch import fx
 
 import plait.graph.exchange as _registers_own_part  # noqa: F401
 from plait.compiler.rewrite import new_node, part_again, pass_saved
-from plait.graph.collectives import group_of, is_wait
+from plait.graph.collectives import group_of, is_collective, is_wait
 from plait.graph.graph import Graph, Group, Module, Node
 from plait.graph.note import Note
 
@@ -65,9 +65,17 @@ def merge_joint(joint: Module, groups: dict[str, Group]) -> tuple[int, int]:
         if node.target is _c10d.all_reduce.default
     )
     if num_merged or num_scattered:
-        joint.graph.eliminate_dead_code()
-        joint.recompile()
+        _drop_unused(joint)
     return num_merged, num_scattered
+
+
+def _drop_unused(joint: Module) -> None:
+    """Forget what nobody needs, messages too (fx keeps them)."""
+    for node in reversed(list(joint.graph.nodes)):
+        is_message = is_collective(node) or is_wait(node)
+        if node.op == "call_function" and not node.users and (is_message or not node.is_impure()):
+            joint.graph.erase_node(node)
+    joint.recompile()
 
 
 def _drop_empty_views(joint: Module) -> None:

@@ -130,7 +130,11 @@ class _Trial:
             return "it has no kernel on the CPU"
         except (RuntimeError, IndexError):
             return "it does not take so few tokens, or random numbers"
-        parts = [self._call(self._part(operands, i), i) for i in range(len(self.parts.sizes))]
+        count = range(len(self.parts.sizes))
+        if node in self.certificate.causal:
+            parts = self._attentions(operands)
+        else:
+            parts = [self._call(self._part(operands, i), i) for i in count]
         self._compare(whole, parts)
         return ""
 
@@ -161,6 +165,28 @@ class _Trial:
             return x.narrow(dim, start, stop - start)
 
         return part
+
+    def _attentions(self, operands: dict[Node, Tensor]) -> list[Any]:
+        """Attention by parts of the queries; of the gradients of keys, what all parts add."""
+        causal = self.certificate.causal[self.node]
+        dim = self.labels[0].dim  # of all operands and results
+        parts: list[Any] = []
+        for i in range(len(self.parts.sizes)):
+            args = []
+            for at, x in enumerate(causal.args):
+                if at in causal.keys:
+                    stop = self.parts.bounds(operands[x].shape[dim])[i][1]
+                    args.append(operands[x].narrow(dim, 0, stop))
+                else:
+                    args.append(self._part(operands, i)(x) if isinstance(x, fx.Node) else x)
+            made = causal.target(*args)
+            parts.append(list(made) if causal.key_results else made)
+        for result in causal.key_results:
+            made = [part[result] for part in parts]
+            for i, (start, stop) in enumerate(self.parts.bounds(made[-1].shape[dim])):
+                seen = [x.narrow(dim, start, stop - start) for x in made[i:]]
+                parts[i][result] = torch.stack(seen).sum(0)
+        return parts
 
     def _call(self, operand: Callable[[Node], Tensor], part: int | None) -> Any:
         node, tokens = self.node, self.tokens[self.node]

@@ -10,12 +10,15 @@ which it is used (`replicate_joint.py`). Values that pass between two pieces in 
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import fx
 
+from plait.compiler.constant_masks import ConstantMasks
 from plait.compiler.refute import Trials, refute
 from plait.compiler.replicate_joint import Parts, replicate_joint
 from plait.compiler.token_moves import Tokens
@@ -85,11 +88,20 @@ class Replicated:
         return [each for found in self.certificates.values() for each in found.refusals]
 
 
-def replicate(graph: Graph, num_replicas: int, *, axis: str | None = None) -> Replicated:
+def replicate(
+    graph: Graph,
+    num_replicas: int,
+    *,
+    axis: str | None = None,
+    causal_split: bool = False,
+    shares: Sequence[int] = (),
+) -> Replicated:
     """Split a joint graph in `num_replicas` parts of the batch, or of its tokens.
 
-    axis: "batch" or "token"; by default the batch if it is large enough. Raises PlanError if there
-    is nothing to split along, or if a shard would have to be put together.
+    axis: "batch" or "token"; by default the batch if it is large enough. causal_split: on the token
+    axis, split causal attention by its queries too. shares: of tokens, by replica, as near as parts
+    can be; by default equal. Raises PlanError if there is nothing to split
+    along, if a shard would have to be put together, or if no attention can be split as asked.
     """
     if not graph.templates:
         raise PlanError(
@@ -98,9 +110,12 @@ def replicate(graph: Graph, num_replicas: int, *, axis: str | None = None) -> Re
             "one. Use replicas=1."
         )
     axis, total = _axis_of(graph, num_replicas, axis)
-    parts = parts_of(total, num_replicas, _share(graph) if axis == "token" else 1)
+    if axis == "token":
+        parts = parts_of(total, num_replicas, _share(graph), shares)
+    else:
+        parts = parts_of(total, num_replicas, 1)
     try:
-        found = _Replicator(graph, axis, parts).run()
+        found = _Replicator(graph, axis, parts, causal_split and axis == "token").run()
     except NotSplit as error:
         raise PlanError(f"replicas={num_replicas} along the {axis}: {error}") from error
     if num_replicas > 1 and not found.collectives:
@@ -110,11 +125,25 @@ def replicate(graph: Graph, num_replicas: int, *, axis: str | None = None) -> Re
             f"replicas={num_replicas} along the {axis}: no collective can be split, so there is "
             f"nothing to hide: {reasons}. Use replicas=1."
         )
+    if causal_split and axis == "token":
+        _check_causal(found)
     return found
 
 
-def parts_of(total: int, num_replicas: int, share: int) -> Parts:
-    """Part `total` tokens; every part is a multiple of `share`, the ranks that share tokens."""
+def _check_causal(found: Replicated) -> None:
+    if not any(each.causal for each in found.certificates.values()):
+        reasons = dict.fromkeys(str(x) for x in found.refusals if "attention" in x.operator)
+        raise PlanError(
+            "causal_split=True: no attention can be split by its queries: "
+            f"{'; '.join(reasons) or 'there is none of a known kind'}. Use causal_split=False."
+        )
+
+
+def parts_of(total: int, num_replicas: int, share: int, shares: Sequence[int] = ()) -> Parts:
+    """Part `total` tokens; every part is a multiple of `share`, the ranks that share tokens.
+
+    shares: relative sizes of the parts, as near as can be; by default equal.
+    """
     for unit in (_ALIGNMENT * share, _ALIGNMENT, share):
         count = total // unit
         if unit % share == 0 and count >= num_replicas:
@@ -124,10 +153,17 @@ def parts_of(total: int, num_replicas: int, share: int) -> Parts:
             f"{total} tokens over {share} ranks cannot be parted for {num_replicas} replicas. "
             f"Choose at most {max(total // share, 1)} replicas."
         )
-    sizes = [
-        unit * (count // num_replicas + (i >= num_replicas - count % num_replicas))
-        for i in range(num_replicas)
-    ]
+    if shares:
+        ends = [end * count // sum(shares) for end in accumulate(shares)]
+        # A part without tokens is none: it takes a unit from where there are more.
+        ends = [max(end, i + 1) for i, end in enumerate(ends)]
+        ends = [min(end, count - (num_replicas - 1 - i)) for i, end in enumerate(ends)]
+    else:
+        least, num_larger = divmod(count, num_replicas)
+        ends = [
+            i * least + max(0, i - num_replicas + num_larger) for i in range(1, num_replicas + 1)
+        ]
+    sizes = [unit * (end - start) for start, end in pairwise((0, *ends))]
     sizes[-1] += total - sum(sizes)
     return Parts(tuple(sizes))
 
@@ -162,8 +198,9 @@ def _share(graph: Graph) -> int:
 
 
 class _Replicator:
-    def __init__(self, graph: Graph, axis: str, parts: Parts) -> None:
+    def __init__(self, graph: Graph, axis: str, parts: Parts, splits_causal: bool) -> None:
         self.graph, self.axis, self.parts = graph, axis, parts
+        self.masks = ConstantMasks(graph) if splits_causal else None
         self.axes = {name: group.size for name, group in graph.groups.items()}
         self.certificates: dict[str, Certificate] = {}
         self.trials = Trials()
@@ -258,8 +295,12 @@ class _Replicator:
                 parts,
                 tangents=_tangents_of(template),
                 axes=self.axes,
+                is_causal_mask=self.is_causal_mask(template),
             )
         return self.proofs[key]
+
+    def is_causal_mask(self, template: Template) -> Callable[[Node], bool] | None:
+        return partial(self.masks.is_causal, template) if self.masks is not None else None
 
     def use_of(self, node: Node) -> Use:
         template = self.graph.templates[str(node.args[0])]
@@ -295,6 +336,7 @@ class _Replicator:
             tangents=tangents,
             whole_outputs=_whole(outputs, flags),
             axes=self.axes,
+            is_causal_mask=self.is_causal_mask(template),
         )
         refute(certificate, self.trials)
         labels = [*(None for _ in template.results), *use.tokens][: len(flags)]

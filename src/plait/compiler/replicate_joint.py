@@ -170,10 +170,15 @@ class _Writer:
         if node not in self.certificate.region:
             self.whole[node] = self.copy(node, self.whole_of)
             return
-        self.split[node] = [
-            self.copy(node, lambda x, i=i: self.operand(node, x, i), part=i)
-            for i in range(len(self.parts.sizes))
-        ]
+        count = range(len(self.parts.sizes))
+        if node in self.certificate.causal:
+            self.split[node] = [self.attention(node, i) for i in count]
+        elif self.is_key_gradient(node):
+            self.split[node] = self.key_gradients(node)
+        else:
+            self.split[node] = [
+                self.copy(node, lambda x, i=i: self.operand(node, x, i), part=i) for i in count
+            ]
         if node in self.needed and node not in self.backward:
             self.whole_of(node)
 
@@ -194,6 +199,57 @@ class _Writer:
             return self.whole_of(source)
         length = source.meta["val"].shape[dim]
         return self.slice(source, Tokens(dim, length, self.parts.total), i)
+
+    def attention(self, node: Node, i: int) -> Node:
+        """The attention of the queries of part i to the keys of the parts up to it."""
+        parts = self.certificate.causal[node]
+        args = list(parts.args)
+        for at, x in enumerate(args):
+            if isinstance(x, fx.Node):
+                args[at] = self.up_to(node, x, i) if at in parts.keys else self.operand(node, x, i)
+        return self.placed(self.call(parts.target, tuple(args), {}, node), node, i)
+
+    def up_to(self, node: Node, source: Node, i: int) -> Node:
+        """What an attention takes of keys or values: the parts up to the i-th, side by side."""
+        tokens = self.certificate.tokens[source]
+        assert isinstance(tokens, Tokens)
+        late = node in self.backward and source not in self.backward
+        if source not in self.certificate.region or (late and self.seen_by(source) in self.needed):
+            stop = self.parts.bounds(tokens.length)[i][1]
+            return self.call(
+                _aten.slice.Tensor, (self.whole_of(source), tokens.dim, 0, stop), {}, node
+            )
+        before = self.split[source][: i + 1]
+        if i == 0:
+            return before[0]
+        return self.placed(self.call(_aten.cat.default, (before, tokens.dim), {}, node), node, i)
+
+    def is_key_gradient(self, node: Node) -> bool:
+        if node.target is not operator.getitem:
+            return False
+        parts = self.certificate.causal.get(node.args[0])
+        return parts is not None and node.args[1] in parts.key_results
+
+    def key_gradients(self, node: Node) -> list[Node]:
+        """The gradient of each part of the keys: of what the parts from it on add to it."""
+        tokens = self.certificate.tokens[node]
+        assert isinstance(tokens, Tokens)
+        bounds = self.parts.bounds(tokens.length)
+        made = [
+            self.call(operator.getitem, (part, node.args[1]), {}, node)
+            for part in self.split[node.args[0]]
+        ]
+        found = []
+        for i, (start, stop) in enumerate(bounds):
+            summands = [
+                self.call(_aten.slice.Tensor, (x, tokens.dim, start, stop), {}, node)
+                for x in reversed(made[i:])  # going back, the last part comes first
+            ]
+            total = summands[0]
+            for each in summands[1:]:
+                total = self.placed(self.call(_aten.add.Tensor, (total, each), {}, node), node, i)
+            found.append(total)
+        return found
 
     def drawn_part(self, source: Node, i: int) -> Node:
         """The mask of the tokens that the rank has of replica i: each keeps its mask."""
@@ -272,7 +328,9 @@ class _Writer:
         args, kwargs = _map_nodes((node.args, node.kwargs), operand)
         if part is not None:
             args = self.sized(node, args, part)
-        copy = self.call(node.target, args, kwargs, node)
+        return self.placed(self.call(node.target, args, kwargs, node), node, part)
+
+    def placed(self, copy: Node, node: Node, part: int | None) -> Node:
         copy.meta[PLACE], copy.meta[REPLICA] = self.at[node], part
         return copy
 

@@ -233,10 +233,12 @@ def _bmm(node: Node, tokens: Known, region: set[Node]) -> Result:
         return left if left == right else Stop("its operands are folded differently")
     if left is not None and left.dim == 1 and (right is None or right.is_natural):
         return left  # rows of the left operand, against all of the right
-    rows = node.meta["val"].shape[1]
-    found = next((x for x in (left, right) if x is not None and x.length == rows), None)
-    place = replace(found, dim=1) if found is not None and found.is_natural else None
-    return Stop("it sums over tokens", place)
+    # The gradient of keys or values, or of their transpose: by size, one dim has their tokens.
+    for dim in (1, 2):
+        for x in (left, right):
+            if x is not None and x.is_natural and x.length == node.meta["val"].shape[dim]:
+                return Stop("it sums over tokens", replace(x, dim=dim))
+    return Stop("it sums over tokens")
 
 
 def takes_whole(node: Node, operand: Node, tokens: Known) -> bool:
@@ -374,6 +376,7 @@ _TAKES_GATHERED = {
 _VIEWS = (_aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias)
 _ALONG: dict[object, Rule] = {
     _aten._softmax.default: _along(1),
+    _aten._safe_softmax.default: _along(1),
     _aten._log_softmax.default: _along(1),
     _aten._softmax_backward_data.default: _along(2),
     _aten._log_softmax_backward_data.default: _along(2),

@@ -14,9 +14,10 @@ instead. So shards may not leave the region, except into sums over all of them.
 # (fx nodes are not typed.)
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from plait.compiler.causal import CausalParts, causal_parts, causal_tokens
 from plait.compiler.token_moves import Stop, Tokens
 from plait.compiler.token_rules import is_mask, is_order_free, place_of_whole, rule_of
 from plait.graph.collectives import is_collective
@@ -58,14 +59,16 @@ class Certificate:
 
     tokens: of each value that has them, the dim of tokens (of a node with several results, of
     each). region: nodes that may be split. refusals: those with tokens that may not. drawn: random
-    masks for shards, which every rank draws alike, and where they have tokens. num_tried: distinct
-    operators of the region that were tried out (`refute.py`). not_tried: why others were not.
+    masks for shards, which every rank draws alike, and where they have tokens. causal: attentions
+    of the region that are split by queries (`causal.py`). num_tried: distinct operators of the
+    region that were tried out (`refute.py`). not_tried: why others were not.
     """
 
     tokens: dict[Node, object] = field(default_factory=dict)
     region: set[Node] = field(default_factory=set)
     refusals: list[Refusal] = field(default_factory=list)
     drawn: dict[Node, Drawn] = field(default_factory=dict)
+    causal: dict[Node, CausalParts] = field(default_factory=dict)
     num_tried: int = 0
     not_tried: dict[str, int] = field(default_factory=dict)
 
@@ -74,6 +77,8 @@ class Certificate:
         split = Counter(str(node.target) for node in self.region if node.op == "call_function")
         lines = [f"split along tokens: {sum(split.values())} nodes"]
         lines += [f"  {count:4} {name}" for name, count in sorted(split.items())]
+        if self.causal:
+            lines.append(f"by queries, to rounding: {len(self.causal)} causal attentions")
         lines.append(f"tried by execution: {self.num_tried} distinct operators")
         lines += [f"  not tried: {n}, {why}" for why, n in sorted(self.not_tried.items())]
         lines += [f"whole: {refusal}" for refusal in self.refusals]
@@ -88,6 +93,7 @@ def prove(
     tangents: Mapping[Node, Node] | None = None,
     whole_outputs: Collection[Node] | None = None,
     axes: Mapping[str, int] | None = None,
+    is_causal_mask: Callable[[Node], bool] | None = None,
 ) -> Certificate:
     """Prove what can be split in a joint graph.
 
@@ -95,6 +101,8 @@ def prove(
     tangents: of each input that is a gradient, the value it is the gradient of: it has the tokens
     that this has. whole_outputs: nodes whose values leave whole; if None, it is not known yet, and
     shards are supposed to arrive and leave in parts. axes: sizes of the groups that communicate.
+    is_causal_mask: says of a mask whether it is causal; if given, causal attention is split by its
+    queries, which is not exact.
     """
     found = Certificate(tokens=dict(given), region=set(parts))
     stops: dict[Node, str] = {}
@@ -107,7 +115,12 @@ def prove(
                 if whole_outputs is None and not _are_natural(tokens):
                     found.region.add(tangent)
                     parts = parts | {tangent}
+            causal = causal_parts(node, is_causal_mask) if is_causal_mask else None
+            if isinstance(causal, CausalParts) and _take_causal(node, causal, found):
+                continue
             _take(node, found, stops, total, axes or {})
+            if isinstance(causal, str) and node in stops:
+                stops[node] = causal
     _drop_escaping(joint, found, stops, parts, whole_outputs or ())
     for node in joint.graph.nodes:
         if is_collective(node) and node not in found.region and node not in stops:
@@ -159,6 +172,17 @@ def _take(
         found.region.add(node)
 
 
+def _take_causal(node: Node, parts: CausalParts, found: Certificate) -> bool:
+    """Take a causal attention into the region, if all its operands have tokens."""
+    tokens = causal_tokens(node, parts, found.tokens)
+    if tokens is None:
+        return False
+    found.tokens[node] = tokens
+    found.region.add(node)
+    found.causal[node] = parts
+    return True
+
+
 def _find_drawn(node: Node, found: Certificate, axes: Mapping[str, int]) -> dict[Node, Drawn]:
     """The operands of a node on a shard that are random masks of the shard's shape.
 
@@ -205,6 +229,7 @@ def _drop_escaping(
                 continue
             reason, blamed = escape
             found.region.discard(node)
+            found.causal.pop(node, None)
             changed = True
             if blamed not in dropped:  # else it is a consequence of what is listed already
                 stops[node] = reason

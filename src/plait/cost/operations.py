@@ -201,6 +201,8 @@ def _attention(packet: str, named: Mapping[str, object]) -> _Work:
     if named.get("is_causal") or named.get("causal") or packet.startswith("plait."):
         seen = min(num_queries, num_keys)
         pairs = seen * (seen + 1) // 2 + (num_queries - seen) * num_keys
+        if packet.startswith("plait."):  # the queries are the last of those that have keys
+            pairs += num_queries * (num_keys - seen)
     heads = math.prod(query.shape[:-1]) // num_queries
     forward = 2 * heads * pairs * (query.shape[-1] + value.shape[-1])
     flops = forward * 5 // 2 if packet.endswith("backward") else forward
@@ -256,6 +258,8 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.strict_linear": _product,
     "plait.blocked_causal_attention": _attention,
     "plait.blocked_causal_attention_backward": _attention,
+    "plait.causal_part_attention": _attention,
+    "plait.causal_part_attention_backward": _attention,
     "plait.strict_causal_attention": _attention,
     "plait.strict_causal_attention_backward": _attention,
     "plait.linear_cross_entropy": _linear_cross_entropy,

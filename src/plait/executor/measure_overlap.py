@@ -57,8 +57,9 @@ _UNSPLIT, _SPLIT, _OVERLAPPED = "unsplit", "split", "overlapped"
 
 @dataclass(frozen=True, kw_only=True)
 class Meter:
-    """What is measured, and how. replicas: "auto" or a number; axis: "token", "batch" or None.
+    """What is measured, and how.
 
+    replicas: "auto" or a number; axis: "token", "batch" or None; causal_split: see `ParallelPlan`.
     link: of the tensor-parallel ranks; None: that on which their messages take `ratio` of the time
     of everything else. vocab_size: from which the inputs are drawn.
     """
@@ -67,6 +68,7 @@ class Meter:
     vocab_size: int
     replicas: int | str = "auto"
     axis: str | None = None
+    causal_split: bool = False
     link: Link | None = None
     ratio: float = 0.5
     num_rounds: int = 5
@@ -100,10 +102,11 @@ class Meter:
             group.link = self.link or calibrated_link(runnable, inputs, group, self.ratio)
             cluster = calibrated_cluster(base, inputs, {axis: group.link}, sizes[axis])
             on_stage("splitting and ordering")
+            how: Any = {"axis": self.axis, "causal_split": self.causal_split}
             if isinstance(self.replicas, int):
-                forms = forms_of(graph, self.replicas, cluster, axis=self.axis)
+                forms = forms_of(graph, self.replicas, cluster, **how)
             else:
-                forms = best_forms(graph, cluster, axis=self.axis)
+                forms = best_forms(graph, cluster, **how)
             return self._report(base, forms, inputs, group, on_stage)
 
     def _report(

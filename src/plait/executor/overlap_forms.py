@@ -6,11 +6,10 @@ model says of each.
 
 from dataclasses import dataclass, replace
 
-from plait.compiler.choose_replicas import noted
+from plait.compiler.choose_replicas import best_split, noted
 from plait.compiler.compile import compile
 from plait.compiler.merge import merge
 from plait.compiler.order import Machine, Ordered, machine_of, order_pieces
-from plait.compiler.replicate import replicate
 from plait.compiler.separate import separate
 from plait.cost.clusters import Cluster
 from plait.cost.overlap import OverlapTimes
@@ -28,7 +27,7 @@ class Forms:
     """One number of replicas, of a graph as `prepared` returns it.
 
     axis: "token" or "batch". With one replica, split is unsplit. predicted: by direction. notes:
-    what is not split, and why; what other numbers would take.
+    sizes of the parts; what is not split, and why; what other numbers would take.
     """
 
     num_replicas: int
@@ -63,33 +62,43 @@ def unordered(graph: Graph) -> Schedule:
 
 
 def forms_of(
-    graph: Graph, num_replicas: int, cluster: Cluster, *, axis: str | None = None
+    graph: Graph,
+    num_replicas: int,
+    cluster: Cluster,
+    *,
+    axis: str | None = None,
+    causal_split: bool = False,
 ) -> Forms:
     """Split a prepared graph and order it. Raises PlanError if it cannot be split so."""
     machine = machine_of(graph, cluster)
-    split, found_axis, refusals = graph, axis or "token", ()
+    found_axis, notes, split = axis or "token", (), graph
     if num_replicas > 1:
-        found = replicate(graph, num_replicas, axis=axis)
-        split, found_axis = found.graph, found.axis
-        refusals = tuple(str(note) for note in noted(found).notes if note.is_refusal)
-    ordered, pieces = order_pieces(split, machine)
+        best = best_split(graph, num_replicas, machine, axis=axis, causal_split=causal_split)
+        ordered, pieces = best.ordered
+        split, found_axis = best.found.graph, best.found.axis
+        refusals = [str(note) for note in noted(best.found).notes if note.is_refusal]
+        notes = (f"parts: {' + '.join(map(str, best.found.parts.sizes))}", *refusals)
+    else:
+        ordered, pieces = order_pieces(graph, machine)
     return Forms(
         num_replicas=num_replicas,
         axis=found_axis,
         split=unordered(split),
         overlapped=unordered(ordered),
         predicted=_predicted(graph, split, pieces, machine, num_replicas),
-        notes=refusals,
+        notes=notes,
     )
 
 
-def best_forms(graph: Graph, cluster: Cluster, *, axis: str | None = None) -> Forms:
+def best_forms(
+    graph: Graph, cluster: Cluster, *, axis: str | None = None, causal_split: bool = False
+) -> Forms:
     """The number of replicas that the cost model finds best; the smaller of equals."""
     tried: list[Forms] = []
     notes: list[str] = []
     for number in CANDIDATES:
         try:
-            forms = forms_of(graph, number, cluster, axis=axis)
+            forms = forms_of(graph, number, cluster, axis=axis, causal_split=causal_split)
         except PlanError as error:
             if number == 1:
                 raise

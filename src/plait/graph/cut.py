@@ -50,9 +50,10 @@ class Piece:
 def cut(module: Module, *, at_attention: bool = False) -> list[Piece]:
     """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent.
 
-    at_attention: cut from one attention to the next, not from block to block. Between two of them
-    each token is treated by itself, so there the work of one part of the tokens can hide the
-    communication of another (where a cut lies says only what can be ordered together). Pieces of
+    at_attention: cut behind each attention, not from block to block. From one to the next each
+    token is treated by itself, so there the work of one part of the tokens can hide the
+    communication of another (where a cut lies says only what can be ordered together). Where the
+    attention at the end of a piece is split too, it hides the last communication in it. Pieces of
     equal layers are equal, as blocks are.
     """
     if at_attention:
@@ -98,9 +99,9 @@ class _Cutter:
         elif node.target is operator.getitem and node.args[0].target is invoke_subgraph:
             pass  # a result of a region: known there
         else:
+            self.between.append(node)
             if self.at_attention and _mixes_tokens(node):
                 self.finish()
-            self.between.append(node)
 
     def change_mode(self, node: Node) -> None:
         if node.target is _ENTER:

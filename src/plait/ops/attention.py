@@ -86,9 +86,9 @@ def reference_causal_attention(
 @torch.library.custom_op("plait::blocked_causal_attention", mutates_args=())
 def _blocked(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float) -> Tensor:
     output_BNTH = torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
-    for block in _blocks(q_BNTH, k_BKTH):
+    for block in _blocks(q_BNTH):
         p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block)
-        rows = torch.bmm(p_Xbe, _flat(v_BKTH[:, :, : block.stop]))
+        rows = torch.bmm(p_Xbe, _flat(v_BKTH[:, :, : p_Xbe.shape[2]]))
         output_BNTH[:, :, block] = rows.view(output_BNTH[:, :, block].shape)
     return output_BNTH
 
@@ -107,15 +107,16 @@ def _blocked_backward(
     dq_BNTH = torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
     dk_XTH = torch.zeros(_flat(k_BKTH).shape, dtype=torch.float32)
     dv_XTH = torch.zeros_like(dk_XTH)
-    for block in _blocks(q_BNTH, k_BKTH):
+    for block in _blocks(q_BNTH):
         p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block)
+        num_seen = p_Xbe.shape[2]
         dout_XbH = _rows(dout_BNTH[:, :, block], k_BKTH)
-        dv_XTH[:, : block.stop] += torch.bmm(p_Xbe.transpose(1, 2), dout_XbH)
-        dp_Xbe = torch.bmm(dout_XbH, _flat(v_BKTH[:, :, : block.stop]).transpose(1, 2))
+        dv_XTH[:, :num_seen] += torch.bmm(p_Xbe.transpose(1, 2), dout_XbH)
+        dp_Xbe = torch.bmm(dout_XbH, _flat(v_BKTH[:, :, :num_seen]).transpose(1, 2))
         ds_Xbe = torch.ops.aten._softmax_backward_data(dp_Xbe, p_Xbe, -1, p_Xbe.dtype)
-        dq_XbH = torch.bmm(ds_Xbe, _flat(k_BKTH[:, :, : block.stop])).mul_(scale)
+        dq_XbH = torch.bmm(ds_Xbe, _flat(k_BKTH[:, :, :num_seen])).mul_(scale)
         dq_BNTH[:, :, block] = dq_XbH.view(dq_BNTH[:, :, block].shape)
-        dk_XTH[:, : block.stop] += torch.bmm(
+        dk_XTH[:, :num_seen] += torch.bmm(
             ds_Xbe.transpose(1, 2), _rows(q_BNTH[:, :, block], k_BKTH) * scale
         )
     return (
@@ -152,7 +153,7 @@ def _backward(ctx, dout_BNTH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
 _blocked.register_autograd(_backward, setup_context=_save)
 
 
-def _blocks(q_BNTH: Tensor, k_BKTH: Tensor) -> list[slice]:
+def _blocks(q_BNTH: Tensor) -> list[slice]:
     num_tokens = q_BNTH.shape[2]
     return [
         slice(s, min(s + _BLOCK_TOKENS, num_tokens)) for s in range(0, num_tokens, _BLOCK_TOKENS)
@@ -170,11 +171,16 @@ def _rows(x_BNbH: Tensor, k_BKTH: Tensor) -> Tensor:
 
 
 def _probabilities(q_BNTH: Tensor, k_BKTH: Tensor, scale: float, block: slice) -> Tensor:
-    """Softmax over the keys up to the end of the block: (B * K, G * b, e), e = block.stop."""
+    """Softmax over the keys up to the end of the block: (B * K, G * b, e).
+
+    The queries are the last of the positions that have keys.
+    """
+    before = k_BKTH.shape[2] - q_BNTH.shape[2]
+    start, stop = before + block.start, before + block.stop
     q_XbH = _rows(q_BNTH[:, :, block], k_BKTH) * scale
-    scores_Xbe = torch.bmm(q_XbH, _flat(k_BKTH[:, :, : block.stop]).transpose(1, 2))
-    num_rows = block.stop - block.start
+    scores_Xbe = torch.bmm(q_XbH, _flat(k_BKTH[:, :, :stop]).transpose(1, 2))
+    num_rows = stop - start
     later_bb = torch.full((num_rows, num_rows), float("-inf"), dtype=q_BNTH.dtype).triu_(1)
-    diagonal = scores_Xbe.view(scores_Xbe.shape[0], -1, num_rows, block.stop)[..., block.start :]
+    diagonal = scores_Xbe.view(scores_Xbe.shape[0], -1, num_rows, stop)[..., start:]
     diagonal += later_bb
     return torch.softmax(scores_Xbe, dim=-1)

@@ -25,7 +25,8 @@ class ParallelPlan:
 
     dp: copies of the model. fsdp: ranks that share each parameter. tp: ranks that share each
     product; sp: between products they share the tokens. pp: stages. replicas: parts of the tokens
-    whose communication hides behind each other's work, or "auto". recompute: see `Recompute`.
+    whose communication hides behind each other's work, or "auto"; causal_split: they split causal
+    attention too, equal to rounding, not to the bit. recompute: see `Recompute`.
     num_micro_batches: parts of the batch that run one after the other and add their gradients.
     split_backward: the gradients of parameters in a program of their own, after the others.
     """
@@ -36,6 +37,7 @@ class ParallelPlan:
     sp: bool = False
     pp: int = 1
     replicas: int | str = 1
+    causal_split: bool = False
     recompute: Recompute = Recompute.NONE
     num_micro_batches: int = 1
     split_backward: bool = False
@@ -48,6 +50,11 @@ class ParallelPlan:
                 raise PlanError(f"{name} must be a whole number from 1, got {size!r}.")
         if self.replicas != "auto" and not _is_count(self.replicas):
             raise PlanError(f'replicas must be "auto" or a number from 1, got {self.replicas!r}.')
+        if self.causal_split and self.replicas == 1:
+            raise PlanError(
+                "causal_split=True says how replicas split attention: it needs replicas above 1, "
+                'or "auto".'
+            )
         if self.sp and self.tp == 1:
             raise PlanError("sp=True shares tokens among the ranks of tp: it needs tp above 1.")
         try:
