@@ -8,7 +8,7 @@ could hold is captured on a laptop. Parameters keep their names in the graph's i
 # (TorchDynamo is not typed.)
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +28,7 @@ from plait.graph.plan_mesh import plan_mesh
 from plait.graph.regions import Blocks, marking_blocks
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import compose_whole
-from plait.plan.parallel_plan import ParallelPlan
+from plait.plan.parallel_plan import ParallelPlan, Recompute
 
 _NOT_ONE_GRAPH = (
     exc.Unsupported,
@@ -37,6 +37,8 @@ _NOT_ONE_GRAPH = (
     exc.TorchRuntimeError,
 )
 Loss = Callable[..., Tensor]
+_LAYERS = 4
+"""Of a piece, where replicas go through attention: fewer ends, and more to trace."""
 
 
 def capture(
@@ -116,13 +118,27 @@ def _capture(
                 module,
                 captured.fake_mode,
                 names,
-                at_attention=plan.replicas != 1,
+                num_attentions=_num_attentions(plan, fake_inputs),
             )
         except NotATemplate:
             graph = compose_whole(module, captured.fake_mode, names)
     name_groups(graph, [*meshes, *([] if mesh is None else [mesh])])
     graph.is_step = loss is not None
     return graph
+
+
+def _num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:
+    """How many attentions a piece spans (see `cut`).
+
+    At the end of a piece the last replica has no other to hide behind. Where attention is split
+    too, along the batch or causally, it is no such end, and larger pieces have fewer; but what is
+    computed again, with recompute, is a piece.
+    """
+    if plan.replicas == 1:
+        return 0
+    batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim() > 1), 1)
+    splits_attention = plan.causal_split or batch > 1
+    return _LAYERS if splits_attention and plan.recompute is Recompute.NONE else 1
 
 
 class _Step(nn.Module):

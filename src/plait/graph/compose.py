@@ -47,16 +47,16 @@ def compose(
     fake_mode: FakeTensorMode,
     names: Names | None = None,
     *,
-    at_attention: bool = False,
+    num_attentions: int = 0,
 ) -> Graph:
     """Make the joint graph of a module from TorchDynamo; its results are those of the module.
 
-    at_attention: see `cut`.
+    num_attentions: see `cut`.
 
     Raises NotATemplate where the module must be captured as a whole: dynamic shapes, changes in
     place of what comes from outside, results that share memory with inputs.
     """
-    pieces = cut(module, at_attention=at_attention)
+    pieces = cut(module, num_attentions=num_attentions)
     outputs: Any = module.graph.output_node().args[0]
     inputs = module.graph.find_nodes(op="placeholder")
     composer = _Composer(pieces, inputs, outputs, module, fake_mode, names or {})

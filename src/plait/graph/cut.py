@@ -47,26 +47,26 @@ class Piece:
     modes: Modes
 
 
-def cut(module: Module, *, at_attention: bool = False) -> list[Piece]:
+def cut(module: Module, *, num_attentions: int = 0) -> list[Piece]:
     """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent.
 
-    at_attention: cut behind each attention, not from block to block. From one to the next each
-    token is treated by itself, so there the work of one part of the tokens can hide the
-    communication of another (where a cut lies says only what can be ordered together). Where the
-    attention at the end of a piece is split too, it hides the last communication in it. Pieces of
-    equal layers are equal, as blocks are.
+    num_attentions: cut behind each attention, or each second one, ...; 0: from block to block.
+    Between two attentions each token is treated by itself, so there the work of one part of the
+    tokens can hide the communication of another (where a cut lies says only what can be ordered
+    together). Pieces of equal layers are equal, as blocks are.
     """
-    if at_attention:
+    if num_attentions:
         inline_regions(module)
     for node in module.graph.nodes:
         _check(node)
-    return _Cutter(module, at_attention).run()
+    return _Cutter(module, num_attentions).run()
 
 
 class _Cutter:
-    def __init__(self, module: Module, at_attention: bool) -> None:
+    def __init__(self, module: Module, num_attentions: int) -> None:
         self.module = module
-        self.at_attention = at_attention
+        self.num_attentions = num_attentions
+        self.num_seen = 0
         self.pieces: list[Piece] = []
         self.between: list[Node] = []
         self.inside: set[Node] = set()  # nodes of finished pieces between blocks
@@ -100,8 +100,10 @@ class _Cutter:
             pass  # a result of a region: known there
         else:
             self.between.append(node)
-            if self.at_attention and _mixes_tokens(node):
-                self.finish()
+            if self.num_attentions and _mixes_tokens(node):
+                self.num_seen += 1
+                if self.num_seen % self.num_attentions == 0:
+                    self.finish()
 
     def change_mode(self, node: Node) -> None:
         if node.target is _ENTER:
@@ -165,7 +167,7 @@ class _Cutter:
             if not isinstance(value, Tensor) and node.op != "get_attr":
                 raise NotATemplate("something that is not a tensor passes between blocks")
         part = _extract(self.module, nodes, operands, results)
-        name = block_name(part) if self.at_attention else None
+        name = block_name(part) if self.num_attentions else None
         self.pieces.append(
             Piece(_text(part), name or BETWEEN, part, operands, list(results), current_modes())
         )
