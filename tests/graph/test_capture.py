@@ -291,8 +291,8 @@ def test_inputs_of_another_shape_than_captured_are_refused(step):
 
 
 def test_a_plan_over_axes_that_capture_cannot_place_is_refused(step):
-    with pytest.raises(PlanError, match="leave pp, dp and fsdp at 1"):
-        plait.capture(*step, plan=plait.ParallelPlan(fsdp=4), loss=loss)
+    with pytest.raises(PlanError, match="leave pp at 1"):
+        plait.capture(*step, plan=plait.ParallelPlan(pp=2), loss=loss)
 
 
 def test_a_model_without_rules_of_placement_is_refused_under_tp(step):

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 import plait.graph.exchange as _registers_own_part  # noqa: F401
-from plait.compiler.rewrite import new_node, part_again, pass_saved
+from plait.compiler.rewrite import new_node, rewrite_joints
 from plait.graph.collectives import group_of, is_collective, is_wait
 from plait.graph.graph import Graph, Group, Module, Node
 from plait.graph.note import Note
@@ -31,15 +31,15 @@ _c10d = torch.ops._c10d_functional
 
 def merge(graph: Graph) -> Graph:
     """Merge the all-reduces of each kind of piece; the graph's notes say how many."""
-    graph = graph.copy()
     num_merged = num_scattered = 0
-    for template in graph.templates.values():
-        joint: Module = template.joint or template.forward
-        counts = merge_joint(joint, graph.groups)
-        num_merged += counts[0]
-        num_scattered += counts[1]
-        part_again(template)
-    pass_saved(graph)
+
+    def rewrite(joint: Module) -> bool:
+        nonlocal num_merged, num_scattered
+        merged, scattered = merge_joint(joint, graph.groups)
+        num_merged, num_scattered = num_merged + merged, num_scattered + scattered
+        return merged + scattered > 0
+
+    rewritten = rewrite_joints(graph, rewrite)
     notes = [
         Note(by=NAME, operator="all_reduce", node=text, text=text, count=count)
         for text, count in (
@@ -48,7 +48,7 @@ def merge(graph: Graph) -> Graph:
         )
         if count
     ]
-    return replace(graph, notes=(*graph.notes, *notes))
+    return replace(rewritten, notes=(*graph.notes, *notes))
 
 
 def merge_joint(joint: Module, groups: dict[str, Group]) -> tuple[int, int]:

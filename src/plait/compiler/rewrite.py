@@ -9,13 +9,46 @@ tensors and their origin from the node that they stand for.
 # (fx nodes are not typed.)
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
 
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Module, Node, Role, Template, call_of
+from plait.graph.graph import (
+    BACKWARD,
+    FORWARD,
+    Graph,
+    Module,
+    Node,
+    Role,
+    Template,
+    call_of,
+    copied,
+)
 from plait.graph.partition import part_joint
+
+
+def rewrite_joints(graph: Graph, rewrite: Callable[[Module], bool]) -> Graph:
+    """Rewrite the joint graph of each kind of piece; `rewrite` changes it in place, or says no.
+
+    If nothing changes, the graph itself is returned: a deep graph takes long to copy.
+    """
+    rewritten: dict[str, Module] = {}
+    for name, template in graph.templates.items():
+        joint = copied(template.joint or template.forward)
+        if rewrite(joint):
+            rewritten[name] = joint
+    if not rewritten:
+        return graph
+    graph = graph.copy()
+    for name, joint in rewritten.items():
+        template = graph.templates[name]
+        if template.joint is None:
+            template.forward = joint
+        else:
+            part_again(template, joint)
+    pass_saved(graph)
+    return graph
 
 
 def part_again(

@@ -13,7 +13,7 @@ import operator
 
 import torch
 
-from plait.compiler.rewrite import new_node, part_again, pass_saved
+from plait.compiler.rewrite import new_node, rewrite_joints
 from plait.graph.graph import Graph, Module, Node
 
 _aten = torch.ops.aten
@@ -25,13 +25,7 @@ _NORMS = {
 
 def separate(graph: Graph) -> Graph:
     """Put operators apart in every kind of piece."""
-    graph = graph.copy()
-    for template in graph.templates.values():
-        joint = template.joint or template.forward
-        if separate_joint(joint):
-            part_again(template)
-    pass_saved(graph)
-    return graph
+    return rewrite_joints(graph, separate_joint)
 
 
 def separate_joint(joint: Module) -> bool:

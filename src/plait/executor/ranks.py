@@ -21,7 +21,8 @@ from plait.graph.schedule import Schedule
 def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
     """Keep of each parameter this rank's chunk of dim 0 on the axis "fsdp", filled up with zeros.
 
-    The model cannot run eagerly any more. Tied parameters stay tied. Make the optimizer afterwards.
+    Of one that is spread over "tp", a DTensor, it is a chunk of this rank's part. The model cannot
+    run eagerly any more. Tied parameters stay tied. Make the optimizer afterwards.
     """
     num_ranks, rank = mesh["fsdp"].size(), mesh["fsdp"].get_local_rank()
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -29,7 +30,9 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 if parameter not in made:
-                    shard = _shard(parameter.detach(), num_ranks, rank)
+                    whole = parameter.detach()
+                    whole = whole.to_local() if isinstance(whole, DTensor) else whole
+                    shard = _shard(whole, num_ranks, rank)
                     made[parameter] = nn.Parameter(shard, parameter.requires_grad)
                 module._parameters[name] = made[parameter]
 

@@ -50,7 +50,9 @@ def capture(
     """Capture the forward of `model(*inputs)`, or with a loss the forward and backward of a step.
 
     inputs: tensors (real, fake or meta; only their shapes matter) and plain values. A plan may also
-    be given as the last of them; with micro-batches, the graph is that of one of them. loss: a
+    be given as the last of them; with micro-batches, the graph is that of one of them. With dp or
+    fsdp in the plan the inputs are those of one rank, and `compile` adds what the ranks do together
+    before and after. loss: a
     function `loss(model, *inputs)` that returns a scalar.
 
     The inputs of the graph are what the program reads: parameters and buffers by name, the tensors
@@ -67,15 +69,13 @@ def capture(
         inputs, plan = inputs[:-1], inputs[-1]
     plan = plan or ParallelPlan()
     plan.check_inputs(inputs)
-    if plan.num_ranks == plan.tp == 1:
+    if plan.pp > 1:
+        raise PlanError("plait.capture takes a whole model so far; leave pp at 1 in the plan.")
+    if plan.tp == 1:
         return _capture(model, inputs, plan, loss, None)
-    if plan.num_ranks > plan.tp:
-        raise PlanError(
-            "plait.capture places models along tp so far; leave pp, dp and fsdp at 1 in the plan."
-        )
     device = next((p.device.type for p in model.parameters()), "cpu")
     with plan_mesh(plan, "cpu" if device == "meta" else device) as mesh:
-        return _capture(model, inputs, plan, loss, mesh)
+        return _capture(model, inputs, plan, loss, mesh["tp"])
 
 
 def _capture(

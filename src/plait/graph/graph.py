@@ -156,13 +156,13 @@ class Graph:
         templates = {
             name: replace(
                 template,
-                forward=_copied(template.forward),
-                joint=None if template.joint is None else _copied(template.joint),
-                backward=None if template.backward is None else _copied(template.backward),
+                forward=copied(template.forward),
+                joint=None if template.joint is None else copied(template.joint),
+                backward=None if template.backward is None else copied(template.backward),
             )
             for name, template in self.templates.items()
         }
-        return replace(self, root=_copied(self.root), templates=templates)
+        return replace(self, root=copied(self.root), templates=templates)
 
     def num_operators(self) -> int:
         """Count operators as if every call were inlined."""
@@ -203,7 +203,8 @@ def call_of(node: fx.Node) -> tuple[str, str] | None:
     return None
 
 
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A module that can be changed without changing this one."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, copies))
