@@ -67,7 +67,10 @@ def compile(
         notes=graph.notes,
         certificates=graph.certificates,
         groups={name: group.size for name, group in graph.groups.items()},
+        islands=lowering.islands,
     )
+    for island in graph.islands.values():
+        lowering.island(island)
     for template in graph.templates.values():
         schedule.templates.update(lowering.template(template))
     modules = {"forward": graph.root}

@@ -18,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plait.compiler.choose_replicas import choose_replicas
+from plait.compiler.fuse import fuse, refuse_islands
 from plait.compiler.lift_constants import lift_constants
 from plait.compiler.merge import merge
 from plait.compiler.order import order
 from plait.compiler.recompute import recompute
+from plait.compiler.save_less import save_less
 from plait.compiler.separate import separate
 from plait.compiler.strict import strict_numerics
 from plait.cost.clusters import Cluster
@@ -58,11 +60,18 @@ STRICT = Pass(
     "strict numerics", lambda graph, plan, cluster: strict_numerics(graph), False, TOLERANCE
 )
 
+SAVE_LESS = Pass("save less", lambda graph, plan, cluster: save_less(graph, plan.recompute))
+ISLANDS = Pass("islands", lambda graph, plan, cluster: fuse(graph), False, TOLERANCE)
+NO_ISLANDS = Pass("islands", lambda graph, plan, cluster: refuse_islands(graph))
+
 NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
     "O0": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
+    "O1": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, SAVE_LESS, RECOMPUTE, ORDER, ISLANDS),
 }
+EXACT_INSTEAD = {SAVE_LESS: None, ISLANDS: NO_ISLANDS}
+"""What strict numerics run in place of passes that would change a row's bits."""
 HIDING = (SEPARATE, MERGE, REPLICAS, ORDER)
 """Those that run only where the plan wants replicas."""
 
@@ -80,4 +89,6 @@ def passes_of(
         raise GraphError(f"there are no numerics {numerics!r}. {nearest_name(numerics, NUMERICS)}")
     hides = plan is not None and plan.replicas != 1
     passes = NUMERICS[numerics] + LEVELS[level]
+    if numerics == "strict":
+        passes = tuple(filter(None, (EXACT_INSTEAD.get(each, each) for each in passes)))
     return tuple(each for each in passes if hides or each not in HIDING)

@@ -26,7 +26,7 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
     graph = graph.copy()
     for template in graph.templates.values():
         if template.joint is not None and template.block != BETWEEN:
-            _part_again(template, _chosen(template.joint, policy))
+            part_again(template, _chosen(template.joint, policy))
     root = graph.root
     for node in list(root.graph.nodes):
         call = call_of(node)
@@ -69,7 +69,8 @@ def _is_cheap(node: Node) -> bool:
     return torch.Tag.pointwise in tags or node.target is torch.ops.aten._to_copy.default
 
 
-def _part_again(template: Template, names: set[str]) -> None:
+def part_again(template: Template, names: set[str]) -> None:
+    """Part a template anew. names: forward operators that the backward runs again."""
     assert template.joint is not None
     parts = part_joint(
         template.joint,

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from plait.errors import GraphError, PlanError
 from plait.executor.agree import check_agreement
 from plait.executor.codegen import GroupAtRun, Runner, load
+from plait.executor.islands import compile_islands
 from plait.executor.observe import Observer
 from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
 from plait.executor.ranks import groups_of, reduce_gradients, whole_parameters
@@ -85,7 +86,8 @@ class Runnable:
         observer: Observer | None = None,
         groups: Mapping[str, GroupAtRun] | None = None,
     ) -> None:
-        runners = load(schedule, observer, groups)
+        self.islands = compile_islands(schedule)
+        runners = load(schedule, observer, groups, self.islands.kernels)
         self.schedule = schedule
         self.groups = dict(groups or {})
         self.forward, self.backward = runners["forward"], runners.get("backward")
