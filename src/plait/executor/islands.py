@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from plait.errors import CompilerWarning
 from plait.executor.codegen import Runner
+from plait.executor.kernel_batch import KernelBatch, num_modules
 from plait.graph.graph import Value
 from plait.graph.schedule import IslandProgram, Program, Ref, Schedule, resolve
 
@@ -32,6 +33,13 @@ class Islands:
     kernels: dict[str, Runner] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     compile_s: float = 0.0
+
+    def try_to_compile(self, name: str, island: IslandProgram) -> None:
+        """Compile one, or note why it cannot be."""
+        try:
+            self.kernels[name] = compile_island(island)
+        except Exception as error:  # Inductor raises what its parts raise; the report names it
+            self.refused[name] = _reason(error)
 
     def lines(self) -> list[str]:
         """What was done, as text."""
@@ -50,16 +58,21 @@ def compile_islands(schedule: Schedule) -> Islands:
     if not schedule.islands:
         return found
     start_s = time.perf_counter()
-    for name, island in schedule.islands.items():
-        try:
-            found.kernels[name] = compile_island(island)
-        except Exception as error:  # Inductor raises what its parts raise; the report names it
-            reason = _reason(error)
-            if not found.kernels and not found.refused and not _has_compiler():
-                found.refused = dict.fromkeys(schedule.islands, reason)
-                warnings.warn(_no_compiler(reason), CompilerWarning, stacklevel=2)
-                break
-            found.refused[name] = reason
+    batch = KernelBatch()
+    with batch.collecting():
+        for name, island in schedule.islands.items():
+            found.try_to_compile(name, island)
+    try:
+        batch.build(num_modules())
+    except Exception as error:  # what the C++ compiler raises: it is broken, or a kernel is
+        reason = _reason(error)
+        found.kernels.clear()
+        if _has_compiler():
+            for name, island in schedule.islands.items():
+                found.try_to_compile(name, island)
+        else:
+            found.refused = dict.fromkeys(schedule.islands, reason)
+            warnings.warn(_no_compiler(reason), CompilerWarning, stacklevel=2)
     found.compile_s = time.perf_counter() - start_s
     return found
 
