@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from plait.backend.breaks import is_library
 from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
-from plait.compiler.levels import passes_of
+from plait.compiler.levels import has_islands, passes_of
 from plait.compiler.lower import Lowering
 from plait.cost import clusters
 from plait.errors import ConfigError, nearest_name
 from plait.executor.codegen import Runner, load
+from plait.executor.kernel_batch import warm_up
 from plait.executor.run import Runnable
 from plait.graph import regions
 from plait.graph.compose import compose
@@ -61,7 +62,8 @@ class Backend:
 
     def __init__(self, level: str = "O0") -> None:
         self.level = level
-        passes_of(level)  # raises if there is none
+        if has_islands(level):  # raises if there is no such level
+            warm_up()
         self.blocks = Blocks()
         self.frames: list[Frame] = []
         self.is_storing = False  # whether `frames` are wanted

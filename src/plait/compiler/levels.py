@@ -92,3 +92,8 @@ def passes_of(
     if numerics == "strict":
         passes = tuple(filter(None, (EXACT_INSTEAD.get(each, each) for each in passes)))
     return tuple(each for each in passes if hides or each not in HIDING)
+
+
+def has_islands(level: str) -> bool:
+    """Whether the level makes kernels of its own. Raises GraphError if there is no such level."""
+    return ISLANDS in passes_of(level)

@@ -10,6 +10,7 @@ island that cannot be compiled runs operator by operator, and is named in the re
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from plait.errors import CompilerWarning
 from plait.executor.codegen import Runner
-from plait.executor.kernel_batch import KernelBatch, num_modules
+from plait.executor.kernel_batch import KernelBatch, num_modules, warm_up
 from plait.graph.graph import Value
 from plait.graph.schedule import IslandProgram, Program, Ref, Schedule, resolve
 
@@ -58,6 +59,7 @@ def compile_islands(schedule: Schedule) -> Islands:
     if not schedule.islands:
         return found
     start_s = time.perf_counter()
+    wait([warm_up()])
     batch = KernelBatch()
     with batch.collecting():
         for name, island in schedule.islands.items():
@@ -100,6 +102,7 @@ _SETTINGS = {
     "size_asserts": False,  # the schedule says which forms arrive
     "alignment_asserts": False,
     "scalar_asserts": False,
+    "pattern_matcher": False,  # it looks for what islands do not hold, and learns how for a second
 }
 
 

@@ -10,7 +10,7 @@ each core, and put into the places that Inductor left for them.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -49,27 +49,29 @@ class KernelBatch:
         """Within, Inductor leaves its C++ kernels here instead of building them."""
         from torch._inductor.async_compile import AsyncCompile
 
-        cpp_pybinding, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+        cpp_pybinding, wait_for = AsyncCompile.cpp_pybinding, AsyncCompile.wait
 
         def collect(_: object, argtypes: list[str], source: str) -> Kernel:
             self.kernels.append(Kernel(argtypes, source))
             return self.kernels[-1]
 
         def wait_and_note(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
-            wait(compiler, scope)
+            wait_for(compiler, scope)
             self.scopes.append(scope)
 
         AsyncCompile.cpp_pybinding, AsyncCompile.wait = collect, wait_and_note
         try:
             yield
         finally:
-            AsyncCompile.cpp_pybinding, AsyncCompile.wait = cpp_pybinding, wait
+            AsyncCompile.cpp_pybinding, AsyncCompile.wait = cpp_pybinding, wait_for
 
     def build(self, num_modules: int) -> None:
         """Build all kernels, and put their functions in their places.
 
         Raises what the C++ compiler raises; then no function is in its place.
         """
+        if not self.kernels:
+            return
         distinct: dict[tuple[str, ...], list[Kernel]] = {}
         for kernel in self.kernels:
             distinct.setdefault((*kernel.argtypes, kernel.source), []).append(kernel)
@@ -86,6 +88,27 @@ class KernelBatch:
             for name, value in scope.items():
                 if isinstance(value, Kernel):
                     scope[name] = value.function
+
+
+@cache
+def warm_up() -> Future[None]:
+    """Learn what the processor has and prepare Inductor's header, in a thread of its own.
+
+    Both are runs of the C++ compiler, of seconds if nothing is cached; a program is read meanwhile.
+    A compiler that does not work is met again, and told of, when the kernels are built.
+    """
+    import torch._inductor.compile_fx  # here, not in the thread: importing changes global tables
+
+    def build_nothing() -> None:
+        _build([Kernel([], _NOTHING)])
+
+    return ThreadPoolExecutor(1).submit(build_nothing)
+
+
+_NOTHING = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel() {}
+"""
 
 
 @cache
