@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from plait.compiler.levels import passes_of
+from plait.compiler.levels import has_islands, passes_of
 from plait.compiler.lower import Lowering
 from plait.compiler.shard import add_data_parallel
 from plait.compiler.split_backward import split_backward
@@ -113,9 +113,14 @@ def _add_optimizer(
         )
     gradients = {value.name for value in graph.values(Role.GRADIENT)}
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    traced = trace_optimizers(optimizers, gradients)
+    traced = trace_optimizers(optimizers, gradients, fuse=has_fused_step(schedule))
     schedule.programs["optimizer"] = lowering.program("optimizer", traced.module)
     schedule.optimizer_inputs, schedule.optimizer_settings = traced.inputs, traced.settings
+
+
+def has_fused_step(schedule: Schedule) -> bool:
+    """Whether the optimizer's program may take fused kernels: at the levels that round anew."""
+    return has_islands(schedule.level) and schedule.numerics != "strict"
 
 
 def _of_gradients(graph: Graph) -> list[Value]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from plait.compiler.choose_replicas import choose_replicas
 from plait.compiler.fuse import fuse, refuse_islands
+from plait.compiler.fuse_loss import fuse_loss
 from plait.compiler.lift_constants import lift_constants
 from plait.compiler.merge import merge
 from plait.compiler.order import order
@@ -60,6 +61,7 @@ STRICT = Pass(
     "strict numerics", lambda graph, plan, cluster: strict_numerics(graph), False, TOLERANCE
 )
 
+LOSS = Pass("loss without logits", lambda graph, plan, cluster: fuse_loss(graph), False, TOLERANCE)
 SAVE_LESS = Pass("save less", lambda graph, plan, cluster: save_less(graph, plan.recompute))
 ISLANDS = Pass("islands", lambda graph, plan, cluster: fuse(graph), False, TOLERANCE)
 NO_ISLANDS = Pass("islands", lambda graph, plan, cluster: refuse_islands(graph))
@@ -68,9 +70,19 @@ NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
     "O0": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
-    "O1": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, SAVE_LESS, RECOMPUTE, ORDER, ISLANDS),
+    "O1": (
+        LIFT_CONSTANTS,
+        SEPARATE,
+        MERGE,
+        REPLICAS,
+        LOSS,
+        SAVE_LESS,
+        RECOMPUTE,
+        ORDER,
+        ISLANDS,
+    ),
 }
-EXACT_INSTEAD = {SAVE_LESS: None, ISLANDS: NO_ISLANDS}
+EXACT_INSTEAD = {LOSS: None, SAVE_LESS: None, ISLANDS: NO_ISLANDS}
 """What strict numerics run in place of passes that would change a row's bits."""
 HIDING = (SEPARATE, MERGE, REPLICAS, ORDER)
 """Those that run only where the plan wants replicas."""

@@ -29,11 +29,11 @@ def verify_fused(before: Module, after: Module, islands: Mapping[str, Island]) -
     were, are = _Trace(before), _Trace(expanded(after, islands))
     if were.fixed != are.fixed:
         fail("the module with islands", "collectives", _ORDER, f"{are.fixed}, not {were.fixed}")
+    is_whole = sum(were.segments, Counter()) == sum(are.segments, Counter())
     for i, (old, new) in enumerate(zip(were.segments, are.segments, strict=True)):
         if old != new:
-            lost, added = old - new, new - old
-            found = f"segment {i} lacks {len(lost)} and has {len(added)} more"
-            fail("the module with islands", "segments", _SEGMENT if i else _SAME, found)
+            found = f"segment {i} lacks {len(old - new)} operators, and has {len(new - old)} more"
+            fail("the module with islands", "segments", _SEGMENT if is_whole else _SAME, found)
     if were.rests != are.rests:
         fail("the module with islands", "collectives", _RESTS, "they rest on others")
     if were.outputs != are.outputs:
@@ -90,4 +90,3 @@ class _Known:
 
     def __repr__(self) -> str:
         return f"<{self.content}>"
-

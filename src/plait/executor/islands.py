@@ -46,7 +46,7 @@ class Islands:
         """What was done, as text."""
         if not self.kernels and not self.refused:
             return []
-        first = f"{len(self.kernels)} kernels compiled in {self.compile_s:.2f} s"
+        first = f"{len(self.kernels)} of them compiled, in {self.compile_s:.2f} s"
         return [first, *(f"{name} runs as O0: {why}" for name, why in self.refused.items())]
 
 
@@ -64,17 +64,19 @@ def compile_islands(schedule: Schedule) -> Islands:
     with batch.collecting():
         for name, island in schedule.islands.items():
             found.try_to_compile(name, island)
+    reason = next(iter(found.refused.values()), "")
     try:
         batch.build(num_modules())
     except Exception as error:  # what the C++ compiler raises: it is broken, or a kernel is
         reason = _reason(error)
         found.kernels.clear()
-        if _has_compiler():
-            for name, island in schedule.islands.items():
-                found.try_to_compile(name, island)
-        else:
+    if not found.kernels:
+        if not _has_compiler():
             found.refused = dict.fromkeys(schedule.islands, reason)
             warnings.warn(_no_compiler(reason), CompilerWarning, stacklevel=2)
+        elif batch.kernels:  # one kernel is wrong: each by itself, to learn which
+            for name, island in schedule.islands.items():
+                found.try_to_compile(name, island)
     found.compile_s = time.perf_counter() - start_s
     return found
 
@@ -89,9 +91,8 @@ def compile_island(island: IslandProgram) -> Runner:
     with mode:
         operands = [_empty(value) for value in island.takes]
     with tracing(TracingContext(mode)), torch.no_grad():
-        module = make_fx(
-            _interpreter(island.program), select_decomp_table(), tracing_mode="real"
-        )(*operands)
+        with mode:  # what an island makes of nothing is fake too
+            module = make_fx(_interpreter(island.program), select_decomp_table())(*operands)
         _keep_strides(module)
         with config.patch(_SETTINGS):
             compiled = compile_fx_inner(module, operands, is_inference=True)

@@ -9,8 +9,9 @@ each core, and put into the places that Inductor left for them.
 # (TorchInductor is not typed.)
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -97,7 +98,9 @@ def warm_up() -> Future[None]:
     Both are runs of the C++ compiler, of seconds if nothing is cached; a program is read meanwhile.
     A compiler that does not work is met again, and told of, when the kernels are built.
     """
-    import torch._inductor.compile_fx  # here, not in the thread: importing changes global tables
+    with warnings.catch_warnings():
+        # PyTorch's own modules use what PyTorch calls deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
 
     def build_nothing() -> None:
         _build([Kernel([], _NOTHING)])
@@ -116,9 +119,7 @@ def _modules() -> Any:
     """Inductor's cache of built modules, for modules with many kernels."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-    return type(
-        "_Modules", (CppPythonBindingsCodeCache,), {"cache": {}, "entry_function": _ENTRY}
-    )
+    return type("_Modules", (CppPythonBindingsCodeCache,), {"cache": {}, "entry_function": _ENTRY})
 
 
 def _even_parts(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:

@@ -87,6 +87,7 @@ class Runnable:
         groups: Mapping[str, GroupAtRun] | None = None,
     ) -> None:
         self.islands = compile_islands(schedule)
+        schedule.made = tuple(self.islands.lines())
         runners = load(schedule, observer, groups, self.islands.kernels)
         self.schedule = schedule
         self.groups = dict(groups or {})

@@ -127,6 +127,7 @@ class Schedule:
     certificates: dict[str, str] = field(default_factory=dict[str, str])
     groups: dict[str, int] = field(default_factory=dict[str, int])
     islands: dict[str, IslandProgram] = field(default_factory=dict[str, IslandProgram])
+    made: tuple[str, ...] = field(default=(), repr=False, compare=False)  # said when it was loaded
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 
     def report(self) -> str:
@@ -135,7 +136,9 @@ class Schedule:
         first = (
             f"level {self.level}, {self.numerics} numerics, {self.num_steps} operators: {programs}"
         )
-        return "\n".join([first, *self.island_lines(), *(str(note) for note in self.notes)])
+        return "\n".join(
+            [first, *self.island_lines(), *self.made, *(str(note) for note in self.notes)]
+        )
 
     def island_lines(self) -> list[str]:
         """What is fused, as text: islands, how many of them differ, and the operators in them."""
