@@ -1,4 +1,4 @@
-"""Level O1 by every way in: close to O0, one kernel for each distinct island, and when it cannot."""
+"""Level O1 by every way in: close to O0, a kernel for each distinct island, and when it cannot."""
 
 import json
 import subprocess

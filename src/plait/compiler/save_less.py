@@ -19,7 +19,7 @@ from plait.compiler.fusible import is_fusible
 from plait.compiler.group import num_bytes, sources
 from plait.compiler.order import weight_arguments
 from plait.compiler.recompute import drop_unused_parts, part_again, pass_saved
-from plait.graph.graph import BACKWARD, Graph, Node, Template, call_of
+from plait.graph.graph import BACKWARD, Graph, Module, Node, Template, call_of
 from plait.graph.island import looks_only, root_of
 from plait.graph.partition import backward_nodes
 from plait.plan.parallel_plan import Recompute
@@ -82,8 +82,8 @@ def _computed_again(template: Template, weights: set[int]) -> set[str]:
 def _needed(nodes: list[Node], backward: set[Node], template: Template) -> set[Node]:
     """What the backward takes of the forward, and gradients that the forward has computed."""
     found = {x for node in nodes if node in backward for x in sources(node)}
-    assert template.joint is not None
-    (outputs,) = template.joint.graph.output_node().args
+    joint: Module = template.joint
+    (outputs,) = joint.graph.output_node().args
     gradients = outputs[len(template.results) :]
     found |= {root_of(node) for node in gradients if isinstance(node, fx.Node)}
     return found - backward

@@ -5,14 +5,17 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from torch import fx
+from torch.fx.node import map_arg as _map_arg
 
 from plait.compiler.group import ends_segment
 from plait.graph.graph import Module, Node
 from plait.graph.island import Island, expanded, looks_only
 from plait.graph.verify_nodes import fail
 
+# fx types it for what an argument may be, not for what is mapped here.
+map_arg: Any = _map_arg
 _ORDER = "islands leave every collective, wait, draw and write in its place"
 _SEGMENT = "no operator moves from one side of a collective to the other"
 _RESTS = "a collective rests on the operators on which it rested, and on no other"
@@ -77,7 +80,7 @@ class _Trace:
             return f"input {node.name}"
         if node.op == "get_attr":
             return f"attribute {node.target}"
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: _Known(self.contents[x]))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda x: _Known(self.contents[x]))
         # The text is hashed, or it would double at each operator.
         return f"{node.target}:{hash((node.target, repr(args), repr(kwargs))):x}"
 

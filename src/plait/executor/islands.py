@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -117,7 +118,7 @@ def _interpreter(program: Program) -> Callable:
     def run(*operands: torch.Tensor) -> tuple:
         known: dict[str, object] = dict(zip(program.inputs, operands, strict=True))
 
-        def value(x):
+        def value(x: Any) -> Any:
             if isinstance(x, Ref):
                 return known[x.name]
             if isinstance(x, list | tuple):
@@ -136,7 +137,7 @@ def _keep_strides(module: fx.GraphModule) -> None:
     """Ask that results have the strides for which what follows was traced."""
     from torch._inductor.compile_fx import record_original_output_strides
 
-    output = module.graph.output_node()
+    output: Any = module.graph.output_node()
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
     record_original_output_strides(module)
 

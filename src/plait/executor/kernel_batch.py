@@ -48,23 +48,24 @@ class KernelBatch:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Within, Inductor leaves its C++ kernels here instead of building them."""
-        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor import async_compile
 
-        cpp_pybinding, wait_for = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+        compiler: Any = async_compile.AsyncCompile
+        cpp_pybinding, wait_for = compiler.cpp_pybinding, compiler.wait
 
         def collect(_: object, argtypes: list[str], source: str) -> Kernel:
             self.kernels.append(Kernel(argtypes, source))
             return self.kernels[-1]
 
-        def wait_and_note(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
-            wait_for(compiler, scope)
+        def wait_and_note(owner: object, scope: dict[str, Any]) -> None:
+            wait_for(owner, scope)
             self.scopes.append(scope)
 
-        AsyncCompile.cpp_pybinding, AsyncCompile.wait = collect, wait_and_note
+        compiler.cpp_pybinding, compiler.wait = collect, wait_and_note
         try:
             yield
         finally:
-            AsyncCompile.cpp_pybinding, AsyncCompile.wait = cpp_pybinding, wait_for
+            compiler.cpp_pybinding, compiler.wait = cpp_pybinding, wait_for
 
     def build(self, num_modules: int) -> None:
         """Build all kernels, and put their functions in their places.

@@ -11,6 +11,7 @@ import hashlib
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -71,7 +72,7 @@ def name_by_content(text: str) -> str:
 def expanded(module: Module, islands: Mapping[str, Island]) -> Module:
     """The module with every island's operators in its place."""
     graph = fx.Graph()
-    copies: dict[Node, object] = {}
+    copies: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "output":
             break
