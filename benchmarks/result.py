@@ -63,9 +63,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _finish(
-    name: str, measure: Callable[[bool], list[Row]], arguments: argparse.Namespace
-) -> None:
+def _finish(name: str, measure: Callable[[bool], list[Row]], arguments: argparse.Namespace) -> None:
     rows = measure(arguments.quick)
     result = {
         "benchmark": name,

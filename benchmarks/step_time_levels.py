@@ -1,8 +1,8 @@
 """Time and memory of a training step at levels O1 and O2, beside torch.compile and eager.
 
-The rival of O1 is torch.compile(), that of O2 torch.compile(mode="max-autotune"). All sides share one
-model and take turns, so that each group of steps sees the same machine. The figure of a row is the
-upper end of the 95 % interval of the median of the paired ratios.
+The rival of O1 is torch.compile(), that of O2 torch.compile(mode="max-autotune"). All sides share
+one model and take turns, so that each group of steps sees the same machine. The figure of a row is
+the upper end of the 95 % interval of the median of the paired ratios.
 """
 
 import json

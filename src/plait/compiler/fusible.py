@@ -83,8 +83,14 @@ def is_fusible(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """Whether the node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether the node draws random numbers; attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p")
+            return (argument.default_value if given is None else given) != 0
+    return True
 
 
 def writes(node: Node) -> bool:

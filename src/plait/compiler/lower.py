@@ -39,7 +39,9 @@ class Lowering:
         if island.name not in self.islands:
             # Written over nothing: Inductor finds by itself which memory it may use again.
             program = self.program(island.name, island.module, in_place=False)
-            self.islands[island.name] = IslandProgram(program=program, takes=island.takes)
+            self.islands[island.name] = IslandProgram(
+                program=program, takes=island.takes, mode=island.mode
+            )
 
     def program(self, name: str, module: fx.GraphModule, *, in_place: bool = True) -> Program:
         """Lower a module of operators and calls; its outputs become the results.

@@ -95,8 +95,9 @@ def compile_island(island: IslandProgram) -> Runner:
         with mode:  # what an island makes of nothing is fake too
             module = make_fx(_interpreter(island.program), select_decomp_table())(*operands)
         _keep_strides(module)
-        with config.patch(_SETTINGS):
-            compiled = compile_fx_inner(module, operands, is_inference=True)
+        settings = _SETTINGS | (_whole_program_settings() if island.mode else {})
+        with config.patch(settings):
+            compiled = compile_fx_inner(module, operands, is_inference=not island.mode)
     return getattr(compiled, "current_callable", None) or compiled
 
 
@@ -106,6 +107,17 @@ _SETTINGS = {
     "scalar_asserts": False,
     "pattern_matcher": False,  # it looks for what islands do not hold, and learns how for a second
 }
+
+
+def _whole_program_settings() -> dict[str, Any]:
+    """Those of torch.compile(mode="max-autotune"); a step's replay is ours (`cuda_graph.py`)."""
+    from torch._inductor import list_mode_options
+
+    return {
+        **list_mode_options("max-autotune"),
+        "triton.cudagraphs": False,
+        "pattern_matcher": True,
+    }
 
 
 def _empty(value: Value) -> torch.Tensor:

@@ -27,6 +27,7 @@ class Island:
     name: str
     module: Module
     takes: tuple[Value, ...]
+    mode: str = ""  # of the kernel's making: "" or "max-autotune"
 
     @property
     def num_operators(self) -> int:

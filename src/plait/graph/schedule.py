@@ -80,11 +80,12 @@ class Program:
 class IslandProgram:
     """Operators that run as one kernel, which the executor has made when it loads the schedule.
 
-    takes: the forms of the program's inputs.
+    takes: the forms of the program's inputs. mode: how the kernel is made, "" or "max-autotune".
     """
 
     program: Program
     takes: tuple[Value, ...]
+    mode: str = ""
 
     @property
     def num_operators(self) -> int:

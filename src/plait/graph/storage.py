@@ -132,13 +132,15 @@ def _program(program: Program) -> Json:
 
 
 def _island(island: IslandProgram) -> Json:
-    return {"program": _program(island.program), "takes": [_value(x) for x in island.takes]}
+    takes: list[Json] = [_value(x) for x in island.takes]
+    return {"program": _program(island.program), "takes": takes, "mode": island.mode}
 
 
 def _read_island(data: dict[str, list[Json]]) -> IslandProgram:
     program = cast("dict[str, list[Json]]", data["program"])
     takes = tuple(_read_value(cast("list[Json]", x)) for x in data["takes"])
-    return IslandProgram(program=_read_program(program), takes=takes)
+    mode = str(data["mode"])
+    return IslandProgram(program=_read_program(program), takes=takes, mode=mode)
 
 
 def _read_program(data: dict[str, list[Json]]) -> Program:
