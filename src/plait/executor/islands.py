@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from plait.errors import CompilerWarning
 from plait.executor.codegen import Runner
-from plait.executor.kernel_batch import KernelBatch, num_modules, warm_up
+from plait.executor.kernel_batch import KernelBatch, forget_modules, num_modules, warm_up
 from plait.graph.graph import Value
 from plait.graph.schedule import IslandProgram, Program, Ref, Schedule, resolve
 
@@ -71,6 +71,7 @@ def compile_islands(schedule: Schedule) -> Islands:
     except Exception as error:  # what the C++ compiler raises: it is broken, or a kernel is
         reason = _reason(error)
         found.kernels.clear()
+        forget_modules()
     if not found.kernels:
         if not _has_compiler():
             found.refused = dict.fromkeys(schedule.islands, reason)
@@ -105,6 +106,8 @@ _SETTINGS = {
     "size_asserts": False,  # the schedule says which forms arrive
     "alignment_asserts": False,
     "scalar_asserts": False,
+    # Elements for each thread at least. To wake a thread takes as long as thousands of additions.
+    "cpp.min_chunk_size": 4096,
     "pattern_matcher": False,  # it looks for what islands do not hold, and learns how for a second
 }
 

@@ -146,6 +146,13 @@ def _build(kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
     return [getattr(module, f"kernel_{i}") for i in range(len(kernels))]
 
 
+def forget_modules() -> None:
+    """Have Inductor load its modules anew: those that it has hold kernels that were never built."""
+    from torch._inductor.codecache import PyCodeCache
+
+    PyCodeCache.cache_clear()
+
+
 def num_modules() -> int:
     """How many C++ compilers may run side by side."""
     from torch._inductor import config
