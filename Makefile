@@ -40,6 +40,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.strict
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.compile_time --level O1
+	$(BIN)/python -m benchmarks.compile_time --level O2
+	$(BIN)/python -m benchmarks.step_time --level O1
+	$(BIN)/python -m benchmarks.step_time --level O2
+	$(BIN)/python -m benchmarks.operators
 	$(BIN)/python -m benchmarks.overlap --price
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.train_throughput

@@ -1,7 +1,8 @@
 """Time until the first training step of a deep model is done: compiled anew, and warm.
 
 Each measurement is a process of its own with empty caches; imports are left out and shown apart.
-Each figure is the best of the repetitions, as other processes only ever add time.
+Each figure is the best of the repetitions, as other processes only ever add time. With --level O1
+or O2 the rival is TorchInductor, block by block (regional) and whole.
 """
 
 import json
@@ -12,11 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.result import ROOT, Row, run_benchmark
+from benchmarks.result import ROOT, Row, run_levels
 
 MODELS = {"decoder": "plait's Llama", "hugging_face": "Hugging Face's Llama"}
 SHAPE = {
@@ -70,9 +72,9 @@ def _ratio_rows(name: str, layers: int, best: Mapping[tuple[str, int], Child]) -
     return ratios + seconds
 
 
-def _depth_rows(name: str, seconds: Mapping[int, float]) -> list[Row]:
+def _depth_rows(name: str, seconds: Mapping[int, float], target: float = 0.04) -> list[Row]:
     """Row of the slope of a straight line through the depths."""
-    claim, unit, target = f"{name}: each further layer", "s", 0.04
+    claim, unit = f"{name}: each further layer", "s"
     if len(seconds) < 2:
         return [Row(claim=claim, unit=unit, target=target, better="lower", full_only=True)]
     slope = statistics.linear_regression(list(seconds), list(seconds.values())).slope
@@ -80,10 +82,10 @@ def _depth_rows(name: str, seconds: Mapping[int, float]) -> list[Row]:
     return [_row(claim, unit, target, slope), *depths]
 
 
-def _warm_rows(name: str, repeats: int, model: str, layers: int) -> list[Row]:
+def _warm_rows(name: str, repeats: int, model: str, layers: int, side: str = "jit") -> list[Row]:
     """Row of a first step whose cache another process has filled."""
     with TemporaryDirectory() as folder:
-        arguments = {"side": "jit", "model": model, "layers": layers}
+        arguments = {"side": side, "model": model, "layers": layers}
         _child(folder, **arguments)
         warm = [_child(folder, **arguments)["step_s"] for _ in range(repeats)]
     return [_row(f"{name}: first step from a filled cache", "s", 3.0, min(warm))]
@@ -154,7 +156,7 @@ def _work(*, side: str, model: str, layers: int, started_s: float) -> Child:
     torch.manual_seed(0)
     if side == "capture":
         return _capture_405b(layers)
-    step, parameters = _decoder(layers) if model == "decoder" else _hugging_face(layers)
+    step, parameters, blocks = _decoder(layers) if model == "decoder" else _hugging_face(layers)
     tokens = torch.randint(0, SHAPE["vocab_size"], (1, NUM_TOKENS))
     import_s = time.time() - started_s
     start_s = time.perf_counter()
@@ -162,6 +164,10 @@ def _work(*, side: str, model: str, layers: int, started_s: float) -> Child:
         "jit": lambda: plait.jit(step, level="O0"),
         "backend": lambda: torch.compile(step, backend="plait", options={"level": "O0"}),
         "aot_eager": lambda: torch.compile(step, backend="aot_eager"),
+        "O1": lambda: plait.jit(step, level="O1"),
+        "O2": lambda: plait.jit(step, level="O2"),
+        "regional": lambda: compile_blocks(step, blocks),
+        "whole": lambda: torch.compile(step),
     }[side]()
     compiled(tokens).backward()
     step_s = time.perf_counter() - start_s
@@ -170,7 +176,14 @@ def _work(*, side: str, model: str, layers: int, started_s: float) -> Child:
     return {"step_s": step_s, "import_s": import_s, "peak_gib": _peak_gib()}
 
 
-def _decoder(layers: int) -> tuple[Callable, list]:
+def compile_blocks(step: Callable, blocks: list) -> Callable:
+    """Compile each block by itself, as PyTorch advises for deep models (regional compilation)."""
+    for block in blocks:
+        block.compile()
+    return step
+
+
+def _decoder(layers: int) -> tuple[Callable, list, list]:
     from plait.models.decoder import Decoder, DecoderConfig
 
     config = DecoderConfig(
@@ -188,16 +201,18 @@ def _decoder(layers: int) -> tuple[Callable, list]:
     return (
         lambda tokens: model.loss(model(tokens[:, :-1]), tokens[:, 1:]),
         list(model.parameters()),
+        list(model.layers),
     )
 
 
-def _hugging_face(layers: int) -> tuple[Callable, list]:
+def _hugging_face(layers: int) -> tuple[Callable, list, list]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers)).train()
     return (
         lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss,
         list(model.parameters()),
+        list(model.model.layers),
     )
 
 
@@ -240,8 +255,34 @@ def _peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+def _of_level(level: str, quick: bool) -> list[Row]:
+    """Compare a level that makes kernels with Inductor, block by block and whole."""
+    repeats, layers = (1, (8, 16)) if quick else (3, LAYERS)
+    middle = layers[len(layers) // 2]
+    rows: list[Row] = []
+    for model, name in MODELS.items() if level == "O1" else [("decoder", MODELS["decoder"])]:
+        depths = layers if level == "O1" else (middle,)
+        ours = {n: _best(repeats, side=level, model=model, layers=n)["step_s"] for n in depths}
+        rivals = {
+            "regional Inductor": _best(repeats, side="regional", model=model, layers=middle),
+            "whole-model Inductor": _best(1, side="whole", model=model, layers=middle),
+        }
+        targets = dict(zip(rivals, (1.0, 10.0) if level == "O1" else (None, None), strict=True))
+        claim = f"{name}, {middle} layers: first step"
+        for rival, found in rivals.items():
+            ratio = found["step_s"] / ours[middle]
+            rows.append(_row(f"{claim}, {rival} / {level}", "x", targets[rival], ratio))
+            rows.append(_row(f"{claim} of {rival}", "s", None, found["step_s"]))
+        rows.append(_row(f"{claim} of {level}", "s", None, ours[middle]))
+        if level == "O1":
+            rows += _depth_rows(f"{name}, {level}", ours, 0.06)
+            rows += _warm_rows(f"{name}, {level}, {middle} layers", repeats, model, middle, level)
+    return rows
+
+
 if __name__ == "__main__":
     if "--child" in sys.argv:
         print(json.dumps(_work(**json.loads(sys.argv[-1]))))
     else:
-        run_benchmark("compile_time", measure)
+        levels = {level: partial(_of_level, level) for level in ("O1", "O2")}
+        run_levels("compile_time", {"O0": measure, **levels})

@@ -5,7 +5,7 @@ import json
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -43,10 +43,27 @@ class Row:
 
 def run_benchmark(name: str, measure: Callable[[bool], list[Row]]) -> None:
     """Parse --json and --quick, call `measure(quick)`, print, and keep a full result."""
+    _finish(name, measure, _parser(name).parse_args())
+
+
+def run_levels(name: str, measures: Mapping[str, Callable[[bool], list[Row]]]) -> None:
+    """Do the same for one of several levels, by --level; the first needs no saying."""
+    parser, first = _parser(name), next(iter(measures))
+    parser.add_argument("--level", choices=list(measures), default=first, help="what is compared")
+    arguments = parser.parse_args()
+    level = arguments.level
+    result = name if level == first else f"{name}_{level.lower()}"
+    _finish(result, measures[level], arguments)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--quick", action="store_true", help="under a minute; leaves rows out")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _finish(name: str, measure: Callable[[bool], list[Row]], arguments: argparse.Namespace) -> None:
     rows = measure(arguments.quick)
     result = {
         "benchmark": name,

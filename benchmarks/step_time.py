@@ -2,6 +2,7 @@
 
 A step is forward, loss and backward. The two sides share one model and take turns, so that each
 pair sees the same machine; memory is what PyTorch's allocator counts, each side in its own process.
+With --level O1 or O2, see `step_time_levels.py`; each level has a result of its own.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.result import ROOT, Row, run_benchmark
+from benchmarks.result import ROOT, Row, run_levels
 
 WORKLOADS = {
     "stdlib_15m": "stdlib_15m, bfloat16",
@@ -41,8 +42,8 @@ def measure(quick: bool) -> list[Row]:
 def _time_rows(name: str, eager_s: list[float], ours_s: list[float]) -> list[Row]:
     ratios = [ours / eager for ours, eager in zip(ours_s, eager_s, strict=True)]
     upper_ends = {
-        "median": _interval(ratios, statistics.median)[1],
-        "geometric mean": _interval(ratios, statistics.geometric_mean)[1],
+        "median": interval(ratios, statistics.median)[1],
+        "geometric mean": interval(ratios, statistics.geometric_mean)[1],
     }
     return [
         *(
@@ -66,7 +67,7 @@ def _row(claim: str, unit: str, target: float | None, samples: list[float]) -> R
     return Row(claim=claim, unit=unit, target=target, better="lower", samples=samples)
 
 
-def _interval(values: list[float], statistic: Callable[[Any], float]) -> tuple[float, float]:
+def interval(values: list[float], statistic: Callable[[Any], float]) -> tuple[float, float]:
     """Percentile bootstrap, 95 % [Efron and Tibshirani 1993, section 13.3]."""
     import numpy as np
 
@@ -88,13 +89,13 @@ def _time(workload: str, pairs: int) -> dict[str, list[float]]:
     """Time the sides in turn; each pair begins with the other side."""
     import plait
 
-    eager, batch, parameters = _workload(workload)
+    eager, batch, parameters = workload_of(workload)
     sides = {"eager": eager, "O0": plait.jit(eager, level="O0")}
     _check_bits(sides, batch, parameters)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for pair in range(WARM_UP_PAIRS + pairs):
         for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
-            _clear(parameters)
+            clear(parameters)
             start_s = time.perf_counter()
             sides[side](*batch).backward()
             times[side].append(time.perf_counter() - start_s)
@@ -104,24 +105,24 @@ def _time(workload: str, pairs: int) -> dict[str, list[float]]:
 def _check_bits(sides: dict[str, Callable], batch: tuple, parameters: list) -> None:
     results = []
     for run in sides.values():
-        _clear(parameters)
+        clear(parameters)
         loss = run(*batch)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in parameters)])
     if not all(a.equal(b) for a, b in zip(*results, strict=True)):
         raise RuntimeError("O0 does not have the bits of eager")
-    _clear(parameters)
+    clear(parameters)
 
 
 def _peak_bytes(workload: str, side: str) -> dict[str, float]:
     """Bytes that PyTorch's allocator holds at most during a warm step, less those before it."""
     import plait
 
-    eager, batch, parameters = _workload(workload)
+    eager, batch, parameters = workload_of(workload)
     run = eager if side == "eager" else plait.jit(eager, level="O0")
     for _ in range(2):
         run(*batch).backward()
-        _clear(parameters)
+        clear(parameters)
     return {"peak_bytes": peak_bytes(lambda: run(*batch).backward())}
 
 
@@ -147,12 +148,13 @@ def _allocations(events: list) -> Iterator[Any]:
         yield from _allocations(event.children)
 
 
-def _clear(parameters: list) -> None:
+def clear(parameters: list) -> None:
+    """Let go of the gradients."""
     for parameter in parameters:
         parameter.grad = None
 
 
-def _workload(name: str) -> tuple[Callable, tuple, list]:
+def workload_of(name: str) -> tuple[Callable, tuple, list]:
     """Return loss function, its batch and the parameters."""
     import torch
 
@@ -188,9 +190,15 @@ def _workload(name: str) -> tuple[Callable, tuple, list]:
     return loss, batch, list(model.parameters())
 
 
+def _of_level(level: str) -> Callable[[bool], list[Row]]:
+    from benchmarks.step_time_levels import measure_level  # it needs this module
+
+    return lambda quick: measure_level(level, quick)
+
+
 if __name__ == "__main__":
     if "--child" in sys.argv:
         arguments = json.loads(sys.argv[-1])
         print(json.dumps((_peak_bytes if "side" in arguments else _time)(**arguments)))
     else:
-        run_benchmark("step_time", measure)
+        run_levels("step_time", {"O0": measure, "O1": _of_level("O1"), "O2": _of_level("O2")})

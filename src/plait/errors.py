@@ -12,6 +12,8 @@ PlaitError(ValueError)
 |-- EarthError         a mesh, a resistivity model or a receiver that cannot be modelled
 |-- InversionError     an inversion that cannot start or cannot go on
 `-- MissingExtraError  an optional dependency that is not installed
+
+CompilerWarning (a UserWarning): the level asked for cannot be had here; another runs.
 """
 
 import difflib
@@ -48,6 +50,10 @@ class PlanError(PlaitError):
 
 class GraphError(PlaitError):
     """A program that cannot be captured, compiled or run as asked."""
+
+
+class CompilerWarning(UserWarning):
+    """The machine lacks what a level needs; the program runs at a lower one, with its results."""
 
 
 class SurveyError(PlaitError):

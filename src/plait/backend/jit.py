@@ -166,6 +166,7 @@ class Jitted:
             return None  # an operator that is not there: captured anew
         report = self._backend.report
         report.from_cache = True
+        report.note_islands(entry.schedule, runnable.islands)
         report.graphs.append(CapturedGraph("the compile cache", entry.schedule.num_steps, {}, 0))
         self._stored[text] = (entry, runnable)
         return entry, runnable

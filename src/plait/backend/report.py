@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from plait.backend.breaks import STEP, Break, explain_guard, make_break, resumed, short_path
 from plait.backend.watch import Watch, remembering_frames
+from plait.executor.islands import Islands
 from plait.graph.graph import Graph
+from plait.graph.schedule import Schedule
 
 _PHASES = {
     "read": "reading the program",
@@ -49,6 +51,7 @@ class Report:
     phases_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     from_cache: bool = False
     notes: list[str] = field(default_factory=list)
+    islands: list[str] = field(default_factory=list)  # what was fused, and what could not be
     frames: set[str] = field(default_factory=set)  # compile ids of what Dynamo compiled
     read_s: float = 0.0  # spent in Dynamo, what it called included
     kept: list[tuple[str, Graph]] | None = None  # place and graph, where reports are collected
@@ -63,6 +66,11 @@ class Report:
         self.graphs.append(captured)
         if self.kept is not None:
             self.kept.append((captured.where, graph))
+
+    def note_islands(self, schedule: Schedule, islands: Islands) -> None:
+        """Add what a program's islands are, and what became of them."""
+        self.islands += [*schedule.island_lines(), *islands.lines()]
+        self.notes += [str(note) for note in schedule.notes]
 
     def note_break(self, item: Break, *, is_vague: bool = False) -> None:
         """Add a break. What is vague is left out where another reason is known for the line."""
@@ -101,7 +109,7 @@ class Report:
         """Everything, for programs to read."""
         breaks = [{**asdict(each), "times": self.times[each]} for each in self.breaks]
         names = ("name", "level", "num_guards", "recompilations", "flat_blocks", "whole_graphs")
-        names += ("eager_graphs", "from_cache", "notes")
+        names += ("eager_graphs", "from_cache", "islands", "notes")
         return {
             **{name: getattr(self, name) for name in names},
             "graphs": [asdict(graph) for graph in self.graphs],
@@ -117,6 +125,7 @@ class Report:
             ("repeated blocks captured one by one", _pairs(self.flat_blocks)),
             ("graphs captured as a whole, without templates", _pairs(self.whole_graphs)),
             ("graphs that fell back to eager operators", _pairs(self.eager_graphs)),
+            ("islands", self.islands),
             ("compile time", [f"{_PHASES[name]}: {self.phases_s[name]:.2f} s" for name in _PHASES]),
             ("notes", self.notes),
         ]

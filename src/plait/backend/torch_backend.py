@@ -23,17 +23,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from plait.backend.breaks import is_library
 from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
-from plait.compiler.levels import passes_of
+from plait.compiler.fuse import fuse_module
+from plait.compiler.levels import has_islands, passes_of
 from plait.compiler.lower import Lowering
 from plait.cost import clusters
 from plait.errors import ConfigError, nearest_name
 from plait.executor.codegen import Runner, load
+from plait.executor.islands import compile_islands
+from plait.executor.kernel_batch import warm_up
 from plait.executor.run import Runnable
 from plait.graph import regions
 from plait.graph.compose import compose
 from plait.graph.cut import BETWEEN
 from plait.graph.graph import FORWARD, Graph, call_of
 from plait.graph.inline import inline_regions
+from plait.graph.island import Island
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
 from plait.graph.sources import name_sources
@@ -61,7 +65,8 @@ class Backend:
 
     def __init__(self, level: str = "O0") -> None:
         self.level = level
-        passes_of(level)  # raises if there is none
+        if has_islands(level):  # raises if there is no such level
+            warm_up()
         self.blocks = Blocks()
         self.frames: list[Frame] = []
         self.is_storing = False  # whether `frames` are wanted
@@ -85,6 +90,7 @@ class Backend:
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
         self.report.add(describe_graph(where, graph), graph)
+        self.report.note_islands(runnable.schedule, runnable.islands)
         translator = InstructionTranslator.current_tx()
         if not self.is_storing or _has_side_effects(translator.output.side_effects):
             return runnable
@@ -180,14 +186,22 @@ class WholeFrame:
     def load(self, name: str, module: fx.GraphModule) -> Runner:
         """Order and generate one program."""
         with self.backend._timed("generate"):
+            found: dict[str, Island] = {}
+            if has_islands(self.backend.level):
+                module = fuse_module(module, found)
             lowering = Lowering()
+            for island in found.values():
+                lowering.island(island)
             schedule = Schedule(
                 self.backend.level,
                 {name: lowering.program(name, module)},
                 constants=lowering.constants,
                 objects=lowering.objects,
+                islands=lowering.islands,
             )
-            runner = load(schedule)[name]
+            islands = compile_islands(schedule)
+            self.backend.report.note_islands(schedule, islands)
+            runner = load(schedule, islands=islands.kernels)[name]
         runner._boxed_call = True  # type: ignore[attr-defined]
         return runner
 

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from plait.compiler.levels import passes_of
+from plait.compiler.levels import has_islands, passes_of
 from plait.compiler.lower import Lowering
 from plait.compiler.shard import add_data_parallel
 from plait.compiler.split_backward import split_backward
+from plait.compiler.whole_program import as_one_island
 from plait.cost import clusters
 from plait.cost.clusters import Cluster
 from plait.errors import GraphError
-from plait.graph.graph import Graph, Role, Value
+from plait.graph.graph import Graph, Module, Role, Value
+from plait.graph.island import Island
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
 from plait.graph.trace_optimizer import trace_optimizers
@@ -67,8 +69,11 @@ def compile(
         notes=graph.notes,
         certificates=graph.certificates,
         groups={name: group.size for name, group in graph.groups.items()},
+        islands=lowering.islands,
     )
-    for template in graph.templates.values():
+    for island in graph.islands.values():
+        lowering.island(island)
+    for template in () if graph.is_whole else graph.templates.values():
         schedule.templates.update(lowering.template(template))
     modules = {"forward": graph.root}
     if graph.values(Role.TANGENT):
@@ -86,11 +91,20 @@ def compile(
             schedule.weight_inputs = tuple(split.weight_inputs)
             modules = {"forward": parts.forward, **split.programs}
     for name, module in modules.items():
-        schedule.programs[name] = lowering.program(name, module)
+        program = _as_one_island(module, graph, lowering) if graph.is_whole else module
+        schedule.programs[name] = lowering.program(name, program)
     add_data_parallel(schedule, plan, lowering)
     if optimizer is not None:
         _add_optimizer(schedule, graph, optimizer, lowering)
     return schedule
+
+
+def _as_one_island(module: Module, graph: Graph, lowering: Lowering) -> Module:
+    islands: dict[str, Island] = {}
+    module = as_one_island(module, graph, islands)
+    for island in islands.values():
+        lowering.island(island)
+    return module
 
 
 def _default_cluster(graph: Graph, plan: ParallelPlan) -> Cluster:
@@ -110,9 +124,14 @@ def _add_optimizer(
         )
     gradients = {value.name for value in graph.values(Role.GRADIENT)}
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    traced = trace_optimizers(optimizers, gradients)
+    traced = trace_optimizers(optimizers, gradients, fuse=has_fused_step(schedule))
     schedule.programs["optimizer"] = lowering.program("optimizer", traced.module)
     schedule.optimizer_inputs, schedule.optimizer_settings = traced.inputs, traced.settings
+
+
+def has_fused_step(schedule: Schedule) -> bool:
+    """Whether the optimizer's program may take fused kernels: at the levels that round anew."""
+    return has_islands(schedule.level) and schedule.numerics != "strict"
 
 
 def _of_gradients(graph: Graph) -> list[Value]:

@@ -3,6 +3,11 @@
 | level | passes | numbers |
 |---|---|---|
 | O0 | lift constants, recompute by the plan; kernel by kernel in captured order | eager's bits |
+| O1 | O0's order; loss without logits, save less, islands, each compiled once | `TOLERANCE` |
+| O2 | as O1, but each program is one graph for Inductor, where its order is free | `TOLERANCE` |
+
+At O1 and O2 an optimizer takes PyTorch's fused kernels where it has them. With numerics="strict"
+both run O0's kernels, and say so.
 
 Where the plan wants replicas, `separate`, `merge collectives` and `replicas` run before recompute,
 and `order` at the end (`replicate.py` says what they do together).
@@ -18,12 +23,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plait.compiler.choose_replicas import choose_replicas
+from plait.compiler.fuse import fuse, refuse_islands
+from plait.compiler.fuse_loss import fuse_loss
 from plait.compiler.lift_constants import lift_constants
 from plait.compiler.merge import merge
 from plait.compiler.order import order
 from plait.compiler.recompute import recompute
+from plait.compiler.save_less import save_less
 from plait.compiler.separate import separate
 from plait.compiler.strict import strict_numerics
+from plait.compiler.whole_program import whole_programs
 from plait.cost.clusters import Cluster
 from plait.errors import GraphError, nearest_name
 from plait.graph.graph import Graph
@@ -58,11 +67,43 @@ STRICT = Pass(
     "strict numerics", lambda graph, plan, cluster: strict_numerics(graph), False, TOLERANCE
 )
 
+LOSS = Pass("loss without logits", lambda graph, plan, cluster: fuse_loss(graph), False, TOLERANCE)
+SAVE_LESS = Pass("save less", lambda graph, plan, cluster: save_less(graph, plan.recompute))
+ISLANDS = Pass("islands", lambda graph, plan, cluster: fuse(graph), False, TOLERANCE)
+WHOLE = Pass(
+    "whole programs", lambda graph, plan, cluster: whole_programs(graph, plan), False, TOLERANCE
+)
+NO_ISLANDS = Pass("islands", lambda graph, plan, cluster: refuse_islands(graph))
+
 NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
     "O0": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
+    "O1": (
+        LIFT_CONSTANTS,
+        SEPARATE,
+        MERGE,
+        REPLICAS,
+        LOSS,
+        SAVE_LESS,
+        RECOMPUTE,
+        ORDER,
+        ISLANDS,
+    ),
+    "O2": (
+        LIFT_CONSTANTS,
+        SEPARATE,
+        MERGE,
+        REPLICAS,
+        LOSS,
+        SAVE_LESS,
+        RECOMPUTE,
+        ORDER,
+        WHOLE,
+    ),
 }
+EXACT_INSTEAD = {LOSS: None, SAVE_LESS: None, ISLANDS: NO_ISLANDS, WHOLE: NO_ISLANDS}
+"""What strict numerics run in place of passes that would change a row's bits."""
 HIDING = (SEPARATE, MERGE, REPLICAS, ORDER)
 """Those that run only where the plan wants replicas."""
 
@@ -80,4 +121,11 @@ def passes_of(
         raise GraphError(f"there are no numerics {numerics!r}. {nearest_name(numerics, NUMERICS)}")
     hides = plan is not None and plan.replicas != 1
     passes = NUMERICS[numerics] + LEVELS[level]
+    if numerics == "strict":
+        passes = tuple(filter(None, (EXACT_INSTEAD.get(each, each) for each in passes)))
     return tuple(each for each in passes if hides or each not in HIDING)
+
+
+def has_islands(level: str) -> bool:
+    """Whether the level makes kernels of its own. Raises GraphError if there is no such level."""
+    return not {ISLANDS, WHOLE}.isdisjoint(passes_of(level))

@@ -9,11 +9,14 @@ from torch import Tensor, fx
 from plait.compiler.assemble import assemble
 from plait.compiler.in_place import in_place_target
 from plait.graph.graph import BACKWARD, FORWARD, Template, call_of
+from plait.graph.island import Island, island_of
 from plait.graph.schedule import (
     CALL,
     CONSTANT,
+    ISLAND,
     OBJECT,
     Argument,
+    IslandProgram,
     Program,
     Ref,
     Step,
@@ -29,9 +32,22 @@ class Lowering:
 
     constants: dict[str, Tensor] = field(default_factory=dict)
     objects: dict[str, Callable] = field(default_factory=dict)
+    islands: dict[str, IslandProgram] = field(default_factory=dict)
 
-    def program(self, name: str, module: fx.GraphModule) -> Program:
-        """Lower a module of operators and calls; its outputs become the results."""
+    def island(self, island: Island) -> None:
+        """Lower an island, once."""
+        if island.name not in self.islands:
+            # Written over nothing: Inductor finds by itself which memory it may use again.
+            program = self.program(island.name, island.module, in_place=False)
+            self.islands[island.name] = IslandProgram(
+                program=program, takes=island.takes, mode=island.mode
+            )
+
+    def program(self, name: str, module: fx.GraphModule, *, in_place: bool = True) -> Program:
+        """Lower a module of operators and calls; its outputs become the results.
+
+        in_place: operators write over operands that die there.
+        """
         inputs: list[str] = []
         steps: list[Step] = []
         results: tuple[Argument, ...] = ()
@@ -45,7 +61,7 @@ class Lowering:
             elif node.op == "get_attr":
                 steps.append(self._attribute(module, node))
             else:
-                steps.append(self._step(node))
+                steps.append(self._step(node, in_place))
         return Program(
             name=name,
             inputs=tuple(inputs),
@@ -63,13 +79,15 @@ class Lowering:
             for name in [program_name(template.name, part)]
         }
 
-    def _step(self, node: fx.Node) -> Step:
-        call = call_of(node)
-        if call is not None:
+    def _step(self, node: fx.Node, in_place: bool) -> Step:
+        call, island = call_of(node), island_of(node)
+        if island is not None:
+            target, args = ISLAND + island, node.args[1:]
+        elif call is not None:
             target, args = CALL + program_name(*call), node.args[2:]
         else:
             args = node.args
-            chosen = in_place_target(node) or node.target
+            chosen = (in_place_target(node) if in_place else None) or node.target
             target = name_of(chosen) or self._object(chosen)
         return Step(
             name=node.name,

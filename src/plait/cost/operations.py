@@ -20,7 +20,7 @@ from plait.cost.clusters import Device
 from plait.cost.collectives import collective_of
 from plait.errors import GraphError
 from plait.graph.graph import Value
-from plait.graph.schedule import CALL, CONSTANT, GETITEM, OBJECT, PYTHON, resolve
+from plait.graph.schedule import CALL, CONSTANT, GETITEM, ISLAND, OBJECT, PYTHON, resolve
 
 
 class Kind(Enum):
@@ -63,7 +63,7 @@ def cost_of(
     if operator.startswith(CALL) or collective_of(operator) is not None:
         raise GraphError(f"{operator} is no single computation: price its steps, or its message.")
     inputs, outputs = _forms((*args, *kwargs.values())), _forms(result)
-    if operator.startswith(OBJECT):
+    if operator.startswith((ISLAND, OBJECT)):
         return _memory(inputs, outputs)
     packet = operator.rpartition(".")[0]
     overload = cast("OpOverload", resolve(operator))

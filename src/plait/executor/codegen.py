@@ -18,6 +18,7 @@ from plait.graph.schedule import (
     CALL,
     COLLECTIVE,
     CONSTANT,
+    ISLAND,
     OBJECT,
     OWN_PART,
     Argument,
@@ -57,16 +58,19 @@ def load(
     schedule: Schedule,
     observer: Observer | None = None,
     groups: Mapping[str, GroupAtRun] | None = None,
+    islands: Mapping[str, Runner] | None = None,
 ) -> dict[str, Runner]:
     """Make every program of the schedule callable, by name.
 
     Each takes a list of its inputs, which it empties, and returns a tuple. If a step raises, a note
     on the exception names the step and the user's line. An observer, or that of the context, is
-    told of every step. groups: process groups by the axes that collectives name.
+    told of every step. groups: process groups by the axes that collectives name. islands: kernels
+    by the names of the islands that they compute; the others run operator by operator.
     """
     observer = observer or observer_of(schedule)
-    runners: dict[str, Runner] = {}
-    for program in (*schedule.templates.values(), *schedule.programs.values()):
+    runners: dict[str, Runner] = dict(islands or {})
+    plain = [x.program for name, x in schedule.islands.items() if name not in runners]
+    for program in (*plain, *schedule.templates.values(), *schedule.programs.values()):
         generated = generate(program, schedule, observer, groups)
         runners[program.name] = _compile(program, generated, runners)
     return {name: _explaining(runner) for name, runner in runners.items()}
@@ -132,7 +136,7 @@ class _Writer:
             operands = "".join(f"{name}, " for name in operand_names(step))
             self.line(f"    {self.bind(self.observer.before)}{self.told(step)}, ({operands}))")
         frees = list(step.frees)
-        if step.target.startswith(CALL):
+        if step.target.startswith((CALL, ISLAND)):
             given = [name for name in frees if name != step.name]
             box = ", ".join(self.literal(x) for x in step.args)
             self.line(f"    {_BOX} = [{box}]")
@@ -202,15 +206,19 @@ class _Writer:
 
     def bind_name(self, target: str) -> str:
         """A program that may not be compiled yet: bound by `_compile`."""
-        name = _RUNNER + "".join(c if c.isalnum() else "_" for c in target.removeprefix(CALL))
+        name = _RUNNER + "".join(c if c.isalnum() else "_" for c in _called(target))
         self.bindings[name] = target
         return name
+
+
+def _called(target: str) -> str:
+    return target.partition(":")[2]
 
 
 def _compile(program: Program, generated: Generated, runners: dict[str, Runner]) -> Runner:
     filename = f"<plait {program.name} {id(generated):x}>"
     bindings = {
-        name: runners[value.removeprefix(CALL)] if name.startswith(_RUNNER) else value
+        name: runners[_called(value)] if name.startswith(_RUNNER) else value
         for name, value in generated.bindings.items()
     }
     bindings[_STEPS] = (program.name, generated.line_steps)

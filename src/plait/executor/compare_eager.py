@@ -17,7 +17,7 @@ from plait.executor.observe import Lookout, Sighting, makes_values, observing, t
 from plait.executor.outcome import Outcome, outcome_of
 from plait.executor.record import are_equal, bits_of, largest_difference
 from plait.executor.statistics import describe_value
-from plait.graph.schedule import OBJECT, PYTHON, Schedule, resolve
+from plait.graph.schedule import ISLAND, OBJECT, PYTHON, Schedule, resolve
 
 _KEPT_BYTES = 2**30
 
@@ -229,7 +229,7 @@ def _computes(sighting: Sighting) -> bool:
     target = sighting.place.step.target
     if not makes_values(sighting) or not tensors_in(list(sighting.operands.values())):
         return False
-    if target.startswith((OBJECT, PYTHON)):
+    if target.startswith((ISLAND, OBJECT, PYTHON)):
         return True
     return not getattr(resolve(target), "is_view", False)
 

@@ -18,6 +18,7 @@ from plait.graph.schedule import (
     CALL,
     CONSTANT,
     GETITEM,
+    ISLAND,
     OBJECT,
     PYTHON,
     Program,
@@ -82,7 +83,7 @@ def tensors_in(value: object) -> list[Tensor]:
 @cache
 def writes_in_place(target: str) -> bool:
     """Whether an operator of this name overwrites an operand."""
-    if target.startswith((CALL, OBJECT, PYTHON)) or target in (GETITEM, CONSTANT):
+    if target.startswith((CALL, ISLAND, OBJECT, PYTHON)) or target in (GETITEM, CONSTANT):
         return False
     schema = getattr(resolve(target), "_schema", None)
     return schema is not None and schema.is_mutable

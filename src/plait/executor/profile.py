@@ -15,7 +15,15 @@ from plait.executor.optimize import Optimizers
 from plait.executor.outcome import Outcome, outcome_of
 from plait.executor.run import Runnable, run_loaded
 from plait.graph.place import Place
-from plait.graph.schedule import OBJECT, PYTHON, Program, Schedule, Step, resolve
+from plait.graph.schedule import (
+    ISLAND,
+    OBJECT,
+    PYTHON,
+    Program,
+    Schedule,
+    Step,
+    resolve,
+)
 
 _COMMUNICATION = ("_c10d_functional.", "c10d_functional.", "c10d.", "symm_mem.")
 
@@ -216,7 +224,7 @@ def _moves_data(operator: str) -> bool:
     """Whether it reads and writes elements: a view, or a product of sizes, does not."""
     if operator.startswith(PYTHON) or operator == "aten._unsafe_view.default":
         return False
-    return operator.startswith(OBJECT) or not getattr(resolve(operator), "is_view", False)
+    return operator.startswith((ISLAND, OBJECT)) or not getattr(resolve(operator), "is_view", False)
 
 
 def _num_bytes(value: object) -> int:

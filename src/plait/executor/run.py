@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from plait.errors import GraphError, PlanError
 from plait.executor.agree import check_agreement
 from plait.executor.codegen import GroupAtRun, Runner, load
+from plait.executor.cuda_graph import Replay, can_replay, keep_apart, record
+from plait.executor.islands import compile_islands
 from plait.executor.observe import Observer
 from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
 from plait.executor.ranks import groups_of, reduce_gradients, whole_parameters
@@ -85,8 +87,11 @@ class Runnable:
         observer: Observer | None = None,
         groups: Mapping[str, GroupAtRun] | None = None,
     ) -> None:
-        runners = load(schedule, observer, groups)
+        self.islands = compile_islands(schedule)
+        schedule.made = tuple(self.islands.lines())
+        runners = load(schedule, observer, groups, self.islands.kernels)
         self.schedule = schedule
+        self.replay: Replay | None = None
         self.groups = dict(groups or {})
         self.forward, self.backward = runners["forward"], runners.get("backward")
         self.optimizer = runners.get("optimizer")
@@ -235,6 +240,27 @@ def _as_traced(gradient: Tensor | None, value: Value) -> Tensor:
 def _step(runnable: Runnable, owners: list[Tensor]) -> Tensor:
     """Forward, backward, and gradients added to those that are there; returns the mean loss."""
     inputs = [local_part(x) for x in owners]
+    if can_replay(runnable.schedule):
+        loss, gradients = _replayed(runnable, inputs)
+    else:
+        loss, gradients = _launched(runnable, inputs)
+    for i, gradient in zip(runnable.gradient_of, gradients, strict=True):
+        _add_gradient(owners[i], gradient)
+    return loss
+
+
+def _replayed(runnable: Runnable, inputs: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """One replay of the recorded step; it is recorded anew if a parameter has moved."""
+    is_fixed = [value.role is not Role.INPUT for value in runnable.schedule.inputs]
+    is_fixed = is_fixed[: len(inputs)]
+    if runnable.replay is None or not runnable.replay.fits(inputs, is_fixed):
+        runnable.replay = record(lambda x: _launched(runnable, list(x)), inputs, is_fixed)
+    keep_apart(inputs, runnable.replay.gradients)
+    return runnable.replay.run(inputs, is_fixed), runnable.replay.gradients
+
+
+def _launched(runnable: Runnable, inputs: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Loss and gradients, operator by operator."""
     yielded = runnable.forward(list(inputs))
     results, computed = yielded[: runnable.num_results], list(yielded[runnable.num_results :])
     del yielded
@@ -246,9 +272,7 @@ def _step(runnable: Runnable, owners: list[Tensor]) -> Tensor:
     box = runnable.saved(inputs, computed)
     computed.clear()
     box += [torch.full_like(loss, share) for _ in runnable.tangents]
-    for i, gradient in zip(runnable.gradient_of, runnable.backward(box), strict=True):
-        _add_gradient(owners[i], gradient)
-    return loss
+    return loss, runnable.backward(box)
 
 
 def _micro_batches(tensors: Sequence[Tensor], count: int) -> Iterator[list[Tensor]]:

@@ -146,6 +146,8 @@ class Graph:
         default_factory=dict[str, str]
     )  # what was proven, by piece
     notes: tuple[Note, ...] = ()  # what passes did, and what they could not do
+    islands: dict[str, Any] = field(default_factory=dict[str, Any])  # see `graph/island.py`
+    is_whole: bool = False  # each program is to be one island
 
     def values(self, role: Role) -> list[Value]:
         """Inputs or outputs in this role, in order."""

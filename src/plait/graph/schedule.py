@@ -7,6 +7,7 @@ on any machine, to a model of its shape.
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -35,6 +36,7 @@ CONSTANT = "constant"
 CALL = "call:"
 PYTHON = "python:"
 OBJECT = "object:"
+ISLAND = "island:"
 COLLECTIVE = "_c10d_functional."
 OWN_PART = "plait.own_part.default"
 """Its last arguments are the rank and the group, which a schedule learns when it is run."""
@@ -50,7 +52,8 @@ _SIZE_FUNCTION = re.compile(
 class Step:
     """One operator to launch.
 
-    target: "aten.mm.default"; "call:<program>"; "getitem"; "constant" (of the schedule);
+    target: "aten.mm.default"; "call:<program>"; "island:<name>" (its operators run as one kernel
+    and yield a tuple); "getitem"; "constant" (of the schedule);
     "python:operator.mul" (sizes); "object:<name>" (something that cannot be stored).
     frees: values that nobody needs after this step. source: the user's line that it came from.
     """
@@ -73,6 +76,23 @@ class Program:
     steps: tuple[Step, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class IslandProgram:
+    """Operators that run as one kernel, which the executor has made when it loads the schedule.
+
+    takes: the forms of the program's inputs. mode: how the kernel is made, "" or "max-autotune".
+    """
+
+    program: Program
+    takes: tuple[Value, ...]
+    mode: str = ""
+
+    @property
+    def num_operators(self) -> int:
+        """Operators in it; views and parts of tuples are counted too."""
+        return sum(step.target != GETITEM for step in self.program.steps)
+
+
 @dataclass
 class Schedule:
     """Programs that run in turn, and the programs of templates that they call.
@@ -85,7 +105,7 @@ class Schedule:
     cannot be stored. certificates: what was proven of the pieces that were split. groups: the axes
     that collectives name, and their sizes. optimizer_inputs describe what the program `optimizer`
     takes and changes in place, optimizer_settings all that is constant in it. notes: what the
-    passes did, and what they could not do.
+    passes did, and what they could not do. islands: by name, each once.
     """
 
     level: str
@@ -107,6 +127,8 @@ class Schedule:
     notes: tuple[Note, ...] = ()
     certificates: dict[str, str] = field(default_factory=dict[str, str])
     groups: dict[str, int] = field(default_factory=dict[str, int])
+    islands: dict[str, IslandProgram] = field(default_factory=dict[str, IslandProgram])
+    made: tuple[str, ...] = field(default=(), repr=False, compare=False)  # said when it was loaded
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 
     def report(self) -> str:
@@ -115,7 +137,33 @@ class Schedule:
         first = (
             f"level {self.level}, {self.numerics} numerics, {self.num_steps} operators: {programs}"
         )
-        return "\n".join([first, *(str(note) for note in self.notes)])
+        return "\n".join(
+            [first, *self.island_lines(), *self.made, *(str(note) for note in self.notes)]
+        )
+
+    def island_lines(self) -> list[str]:
+        """What is fused, as text: islands, how many of them differ, and the operators in them."""
+        if not self.islands:
+            return []
+        counts = self.count_islands()
+        sizes = {name: found.num_operators for name, found in self.islands.items()}
+        operators = sum(sizes[name] * count for name, count in counts.items())
+        total = sum(counts.values())
+        return [f"{total} islands, {len(counts)} of them distinct, hold {operators} operators"]
+
+    def count_islands(self) -> Counter[str]:
+        """How often each island runs when each program runs once."""
+        found: Counter[str] = Counter()
+        for program in self.programs.values():
+            self._count_islands(program, found)
+        return found
+
+    def _count_islands(self, program: Program, found: Counter[str]) -> None:
+        for step in program.steps:
+            if step.target.startswith(CALL):
+                self._count_islands(self.program(step.target.removeprefix(CALL)), found)
+            elif step.target.startswith(ISLAND):
+                found[step.target.removeprefix(ISLAND)] += 1
 
     def program(self, name: str) -> Program:
         """The program or template program of that name."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from plait.errors import GraphError
 from plait.graph.graph import Full, Role, Value
 from plait.graph.note import Note
-from plait.graph.schedule import Argument, Program, Ref, Schedule, Step
+from plait.graph.schedule import Argument, IslandProgram, Program, Ref, Schedule, Step
 
-FORMAT = 2
+FORMAT = 3
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _NAMED: dict[str, type] = {
@@ -49,6 +49,7 @@ def to_json(schedule: Schedule) -> str:
         "programs": [_program(program) for program in schedule.programs.values()],
         "templates": [_program(program) for program in schedule.templates.values()],
         "constants": {name: _tensor(x) for name, x in schedule.constants.items()},
+        "islands": {name: _island(x) for name, x in schedule.islands.items()},
     }
     return json.dumps(data, separators=(",", ":"))
 
@@ -78,6 +79,7 @@ def from_json(text: str) -> Schedule:
             programs={x["name"]: _read_program(x) for x in data["programs"]},
             templates={x["name"]: _read_program(x) for x in data["templates"]},
             constants={name: _read_tensor(x) for name, x in data["constants"].items()},
+            islands={str(name): _read_island(x) for name, x in data["islands"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, GraphError):
@@ -127,6 +129,18 @@ def _program(program: Program) -> Json:
             for step in program.steps
         ],
     }
+
+
+def _island(island: IslandProgram) -> Json:
+    takes: list[Json] = [_value(x) for x in island.takes]
+    return {"program": _program(island.program), "takes": takes, "mode": island.mode}
+
+
+def _read_island(data: dict[str, list[Json]]) -> IslandProgram:
+    program = cast("dict[str, list[Json]]", data["program"])
+    takes = tuple(_read_value(cast("list[Json]", x)) for x in data["takes"])
+    mode = str(data["mode"])
+    return IslandProgram(program=_read_program(program), takes=takes, mode=mode)
 
 
 def _read_program(data: dict[str, list[Json]]) -> Program:

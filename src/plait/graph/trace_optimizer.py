@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate as _map_aggregate
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from plait.errors import GraphError
 from plait.graph.graph import Module, Node, Role, Value, describe
@@ -34,6 +34,7 @@ from plait.graph.traced_rate import Rate
 map_aggregate: Any = _map_aggregate
 _RATES = (0.0123456789012345, 0.0234567890123451)
 """Learning rates to trace with. A constant that differs between the two traces comes from them."""
+_WITH_FUSED_KERNEL = (Adam, AdamW, SGD)
 _NOT_SETTINGS = ("params", "param_names", "lr", "initial_lr")
 
 
@@ -46,7 +47,9 @@ class OptimizerGraph:
     settings: str
 
 
-def trace_optimizers(optimizers: Sequence[Optimizer], gradients: Collection[str]) -> OptimizerGraph:
+def trace_optimizers(
+    optimizers: Sequence[Optimizer], gradients: Collection[str], *, fuse: bool = False
+) -> OptimizerGraph:
     """Trace the step that each of these takes after its first, in turn.
 
     gradients: names of the parameters that get one. Names are known where the optimizer was made of
@@ -56,11 +59,14 @@ def trace_optimizers(optimizers: Sequence[Optimizer], gradients: Collection[str]
     The inputs are parameters, gradients, state ("layers.0.weight/exp_avg") and each group's
     learning rate ("group 0/lr").
 
+    fuse: take PyTorch's fused kernel, one for all parameters of a group, where the optimizer has
+    one and was not told to use another.
+
     Raises GraphError for an optimizer that reads values on the host, has hooks or keeps numbers.
     """
     for each in optimizers:
         _check(each)
-    traces = [_Trace(optimizers, gradients, rate).run() for rate in _RATES]
+    traces = [_Trace(optimizers, gradients, rate, fuse=fuse).run() for rate in _RATES]
     texts = [_text(trace.module) for trace in traces]
     if texts[0] != texts[1]:
         raise GraphError(
@@ -94,13 +100,31 @@ def settings_of(optimizers: Sequence[Optimizer]) -> str:
     return json.dumps(settings)
 
 
+def can_fuse(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether PyTorch has one kernel for the group's step, and the user has chosen no other."""
+    is_free = all(group.get(key) is None for key in ("fused", "foreach"))
+    is_plain = not group.get("differentiable") and not group.get("capturable")
+    parameters = group["params"]
+    return (
+        type(optimizer) in _WITH_FUSED_KERNEL
+        and is_free
+        and is_plain
+        and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    )
+
+
 class _Trace:
     """One trace. rate: what learning rates that are numbers are made of."""
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], gradients: Collection[str], rate: float
+        self,
+        optimizers: Sequence[Optimizer],
+        gradients: Collection[str],
+        rate: float,
+        *,
+        fuse: bool = False,
     ) -> None:
-        self.optimizers, self.rate = optimizers, rate
+        self.optimizers, self.rate, self.fuse = optimizers, rate, fuse
         self.mode = FakeTensorMode()
         self.inputs: list[Value] = []
         self.tensors: list[Tensor] = []
@@ -173,9 +197,10 @@ class _Trace:
                 odd = Rate(self.rate * (1 + len(self.known) / 7), self.known[-1])
                 rate = rates[len(self.known) - 1]
                 params = [parameters[id(p)] for p in group["params"]]
-                copy.param_groups.append(
-                    {**group, "params": params, "lr": odd if rate is None else rate}
-                )
+                settings = {**group, "params": params, "lr": odd if rate is None else rate}
+                if self.fuse and can_fuse(each, group):
+                    settings |= {"fused": True, "foreach": False}
+                copy.param_groups.append(settings)
             copy.state = defaultdict(dict)
             for address, state in states.items():
                 if any(p is parameters[address] for g in copy.param_groups for p in g["params"]):

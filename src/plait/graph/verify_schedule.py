@@ -2,13 +2,24 @@
 
 from plait.errors import GraphError
 from plait.graph.graph import Role
-from plait.graph.schedule import CALL, CONSTANT, OBJECT, Program, Schedule, Step, refs_in, resolve
+from plait.graph.schedule import (
+    CALL,
+    CONSTANT,
+    ISLAND,
+    OBJECT,
+    Program,
+    Schedule,
+    Step,
+    refs_in,
+    resolve,
+)
 from plait.graph.verify_nodes import fail
 
 
 def verify_schedule(schedule: Schedule) -> None:
     """Check every program. Raises GraphError, naming program, step and rule, at the first fault."""
-    for programs in (schedule.templates, schedule.programs):
+    islands = {name: island.program for name, island in schedule.islands.items()}
+    for programs in (islands, schedule.templates, schedule.programs):
         for name, program in programs.items():
             if name != program.name:
                 rule = "a program is known by its name"
@@ -59,6 +70,13 @@ def _verify_target(schedule: Schedule, step: Step, where: str) -> None:
         if len(step.args) != len(program.inputs):
             found = f"{len(step.args)} operands, and {name} takes {len(program.inputs)}"
             fail(where, step.name, "a call gives what its program takes", found)
+    elif step.target.startswith(ISLAND):
+        found = schedule.islands.get(name)
+        if found is None:
+            fail(where, step.name, rule, f"there is no island {name}")
+        if len(step.args) != len(found.program.inputs):
+            text = f"{len(step.args)} operands, and {name} takes {len(found.program.inputs)}"
+            fail(where, step.name, "a step gives what its island takes", text)
     elif step.target == CONSTANT:
         if len(step.args) != 1 or step.args[0] not in schedule.constants:
             fail(where, step.name, rule, f"there is no constant {step.args}")

@@ -1,0 +1,180 @@
+"""Islands as kernels: each is compiled once by TorchInductor, when a schedule is loaded.
+
+What Inductor made is kept in its own cache on disk, so that the next process only loads it. An
+island that cannot be compiled runs operator by operator, and is named in the report.
+"""
+
+# pyright: basic
+# (TorchInductor is not typed.)
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from plait.errors import CompilerWarning
+from plait.executor.codegen import Runner
+from plait.executor.kernel_batch import KernelBatch, forget_modules, num_modules, warm_up
+from plait.graph.graph import Value
+from plait.graph.schedule import IslandProgram, Program, Ref, Schedule, resolve
+
+
+@dataclass
+class Islands:
+    """Kernels by the names of their islands; why the others have none; and the time it took."""
+
+    kernels: dict[str, Runner] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    compile_s: float = 0.0
+
+    def try_to_compile(self, name: str, island: IslandProgram) -> None:
+        """Compile one, or note why it cannot be."""
+        try:
+            self.kernels[name] = compile_island(island)
+        except Exception as error:  # Inductor raises what its parts raise; the report names it
+            self.refused[name] = _reason(error)
+
+    def lines(self) -> list[str]:
+        """What was done, as text."""
+        if not self.kernels and not self.refused:
+            return []
+        first = f"{len(self.kernels)} of them compiled, in {self.compile_s:.2f} s"
+        return [first, *(f"{name} runs as O0: {why}" for name, why in self.refused.items())]
+
+
+def compile_islands(schedule: Schedule) -> Islands:
+    """Compile every island of a schedule.
+
+    Without a working C++ compiler there is one warning, and all islands run as at O0.
+    """
+    found = Islands()
+    if not schedule.islands:
+        return found
+    start_s = time.perf_counter()
+    wait([warm_up()])
+    batch = KernelBatch()
+    with batch.collecting():
+        for name, island in schedule.islands.items():
+            found.try_to_compile(name, island)
+    reason = next(iter(found.refused.values()), "")
+    try:
+        batch.build(num_modules())
+    except Exception as error:  # what the C++ compiler raises: it is broken, or a kernel is
+        reason = _reason(error)
+        found.kernels.clear()
+        forget_modules()
+    if not found.kernels:
+        if not _has_compiler():
+            found.refused = dict.fromkeys(schedule.islands, reason)
+            warnings.warn(_no_compiler(reason), CompilerWarning, stacklevel=2)
+        elif batch.kernels:  # one kernel is wrong: each by itself, to learn which
+            for name, island in schedule.islands.items():
+                found.try_to_compile(name, island)
+    found.compile_s = time.perf_counter() - start_s
+    return found
+
+
+def compile_island(island: IslandProgram) -> Runner:
+    """Compile one island: a function that takes its operands in a list and returns a tuple."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        operands = [_empty(value) for value in island.takes]
+    with tracing(TracingContext(mode)), torch.no_grad():
+        with mode:  # what an island makes of nothing is fake too
+            module = make_fx(_interpreter(island.program), select_decomp_table())(*operands)
+        _keep_strides(module)
+        settings = _SETTINGS | (_whole_program_settings() if island.mode else {})
+        with config.patch(settings):
+            compiled = compile_fx_inner(module, operands, is_inference=not island.mode)
+    return getattr(compiled, "current_callable", None) or compiled
+
+
+_SETTINGS = {
+    "size_asserts": False,  # the schedule says which forms arrive
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+    # Elements for each thread at least. To wake a thread takes as long as thousands of additions.
+    "cpp.min_chunk_size": 4096,
+    "pattern_matcher": False,  # it looks for what islands do not hold, and learns how for a second
+}
+
+
+def _whole_program_settings() -> dict[str, Any]:
+    """Those of torch.compile(mode="max-autotune"); a step's replay is ours (`cuda_graph.py`)."""
+    from torch._inductor import list_mode_options
+
+    return {
+        **list_mode_options("max-autotune"),
+        "triton.cudagraphs": False,
+        "pattern_matcher": True,
+    }
+
+
+def _empty(value: Value) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+
+
+def _interpreter(program: Program) -> Callable:
+    """A function that runs the program's operators one by one, to be traced."""
+
+    def run(*operands: torch.Tensor) -> tuple:
+        known: dict[str, object] = dict(zip(program.inputs, operands, strict=True))
+
+        def value(x: Any) -> Any:
+            if isinstance(x, Ref):
+                return known[x.name]
+            if isinstance(x, list | tuple):
+                return type(x)(value(item) for item in x)
+            return x
+
+        for step in program.steps:
+            kwargs = {key: value(x) for key, x in step.kwargs}
+            known[step.name] = resolve(step.target)(*value(step.args), **kwargs)
+        return value(program.results)
+
+    return run
+
+
+def _keep_strides(module: fx.GraphModule) -> None:
+    """Ask that results have the strides for which what follows was traced."""
+    from torch._inductor.compile_fx import record_original_output_strides
+
+    output: Any = module.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    record_original_output_strides(module)
+
+
+def _reason(error: Exception) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _has_compiler() -> bool:
+    """Whether a C++ program of one line can be built."""
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        CppCodeCache.load('extern "C" int plait_probe() { return 0; }')
+    except Exception:  # whatever it is: there is no compiler that works
+        return False
+    return True
+
+
+def _no_compiler(reason: str) -> str:
+    return (
+        "level O1 needs a C++ compiler, and none works here, so the kernels of level O0 run "
+        f"({reason}). Install g++, or name a compiler in the environment variable CXX."
+    )
