@@ -10,7 +10,7 @@ from plait.compiler.shard import add_data_parallel
 from plait.compiler.split_backward import split_backward
 from plait.cost import clusters
 from plait.cost.clusters import Cluster
-from plait.errors import GraphError
+from plait.errors import GraphError, PlanError
 from plait.graph.graph import Graph, Role, Value
 from plait.graph.partition import part_joint
 from plait.graph.schedule import Schedule
@@ -51,6 +51,11 @@ def compile(
     step is not one program; PlanError if the plan wants a number of replicas that cannot be had.
     """
     plan = plan or ParallelPlan()
+    if plan.cp > 1 or plan.ep > 1:
+        raise PlanError(
+            f"plait.compile does not place cp={plan.cp} and ep={plan.ep} yet; the dry run prices "
+            "them. Set both to 1."
+        )
     cluster = cluster or _default_cluster(graph, plan)
     for each in passes_of(level, numerics, plan):
         graph = each.run(graph, plan, cluster)

@@ -65,11 +65,14 @@ def capture(
         inputs, plan = inputs[:-1], inputs[-1]
     plan = plan or ParallelPlan()
     plan.check_inputs(inputs)
+    if plan.ep > 1:
+        raise PlanError(f"plait.capture keeps all experts on each rank: ep={plan.ep} must be 1.")
     if plan.num_ranks == plan.tp == 1:
         return _capture(model, inputs, plan, loss, None)
     if plan.num_ranks > plan.tp:
         raise PlanError(
-            "plait.capture places models along tp so far; leave pp, dp and fsdp at 1 in the plan."
+            "plait.capture places models along tp so far; leave pp, dp, fsdp and cp at 1 in the "
+            "plan."
         )
     device = next((p.device.type for p in model.parameters()), "cpu")
     with plan_mesh(plan, "cpu" if device == "meta" else device) as mesh:
