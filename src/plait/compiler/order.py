@@ -81,13 +81,13 @@ def order(graph: Graph, cluster: Cluster) -> Graph:
 def order_pieces(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Ordered]]:
     """The graph in its new order, and what the cost model says of each program."""
     graph = graph.copy()
-    weights = _weight_arguments(graph)
+    weights = weight_arguments(graph)
     found: dict[str, Ordered] = {}
     for template in graph.templates.values():
         ordered = order_module(template.forward, machine)
         template.forward, found[f"{template.name}.forward"] = ordered.module, ordered
         if template.backward is not None:
-            fillers = _fillers(template, weights.get(template.name, set()))
+            fillers = fillers_of(template, weights.get(template.name, set()))
             ordered = order_module(template.backward, machine, fillers)
             template.backward, found[f"{template.name}.backward"] = ordered.module, ordered
     return graph, found
@@ -244,7 +244,7 @@ def _num_bytes(node: Node) -> int:
     return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))
 
 
-def _weight_arguments(graph: Graph) -> dict[str, set[int]]:
+def weight_arguments(graph: Graph) -> dict[str, set[int]]:
     """Arguments of each template that are parameters in every call of it."""
     found: dict[str, set[int]] = {}
     for node in graph.root.graph.nodes:
@@ -264,7 +264,7 @@ def _is_weight(node: object) -> bool:
     )
 
 
-def _fillers(template: Template, weights: set[int]) -> set[Node]:
+def fillers_of(template: Template, weights: set[int]) -> set[Node]:
     """Nodes of the backward on which only gradients of weights rest."""
     assert template.backward is not None
     graph: Any = template.backward.graph

@@ -219,6 +219,19 @@ def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
     )
 
 
+def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:
+    """Rows parted evenly among the groups; the backward is a product for each operand."""
+    rows, weight = _named(named, "x_RI", "weight_GOI")
+    groups, columns, inner = weight.shape
+    is_backward = packet.endswith("backward")
+    return _Work(
+        kind=Kind.MATRIX,
+        flops=2 * rows.shape[0] * inner * columns * (2 if is_backward else 1),
+        dtype=rows.dtype,
+        sizes=(max(1, rows.shape[0] // groups), inner, columns),
+    )
+
+
 def _registered(
     overload: OpOverload,
     args: Sequence[object],
@@ -258,6 +271,8 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.blocked_causal_attention_backward": _attention,
     "plait.strict_causal_attention": _attention,
     "plait.strict_causal_attention_backward": _attention,
+    "plait.grouped_linear": _grouped_linear,
+    "plait.grouped_linear_backward": _grouped_linear,
     "plait.linear_cross_entropy": _linear_cross_entropy,
 }
 _GATHERS = frozenset(
