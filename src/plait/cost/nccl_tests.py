@@ -86,7 +86,8 @@ def _read_csv(path: Path, text: str) -> list[Measured]:
     missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
     if missing:
         raise PlanError(
-            f"{path}: the first line lacks {', '.join(missing)}; it must name {', '.join(_COLUMNS)}."
+            f"{path}: the first line lacks {', '.join(missing)}; "
+            f"it must name {', '.join(_COLUMNS)}."
         )
     found: dict[tuple[Collective, int, int], dict[int, float]] = {}
     for number, row in enumerate(rows, start=2):

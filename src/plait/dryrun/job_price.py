@@ -67,13 +67,24 @@ class RankClass:
     stages: tuple[Stage, ...]
     ranks_each: int
     in_flight: int
-    busy_s: float
     ledger: Ledger
 
     @property
     def num_ranks(self) -> int:
         """How many ranks are of this class."""
         return len(self.pipeline_ranks) * self.ranks_each
+
+
+def missing(fullest: RankClass, limit_bytes: int) -> str:
+    """What the ranks of a class lack of a limit, and where their memory goes."""
+    ledger = fullest.ledger
+    lack = (ledger.total_bytes - limit_bytes) / _GIB
+    kinds = sorted(ledger.bytes_by_kind.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds if size)
+    return (
+        f"{lack:.1f} GiB are missing on {fullest.num_ranks} ranks: "
+        f"{ledger.total_bytes / _GIB:.1f} GiB are needed ({parts})"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +139,7 @@ class JobPrice:
 
     def missing(self) -> str:
         """What the fullest rank lacks, and where its memory goes."""
-        ledger = self.fullest.ledger
-        lack = (ledger.total_bytes - self.memory_limit_bytes) / _GIB
-        kinds = sorted(ledger.bytes_by_kind.items(), key=lambda item: -item[1])
-        parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds if size)
-        return (
-            f"{lack:.1f} GiB are missing on {self.fullest.num_ranks} ranks: "
-            f"{ledger.total_bytes / _GIB:.1f} GiB are needed ({parts})"
-        )
+        return missing(self.fullest, self.memory_limit_bytes)
 
     @property
     def binding(self) -> str:

@@ -1,4 +1,4 @@
-"""A large model as priced pieces: what stands before the layers, each kind of layer, what is behind.
+"""A large model in pieces: what stands before the layers, each kind of layer, what is behind.
 
 One sequence in a micro-batch is captured as it is. For several, captures with two and with three
 give each operation's cost as a straight line in their number: arithmetic, bytes and sizes of a
@@ -102,8 +102,8 @@ class ScaledWork:
 class Piece:
     """A layer, or what stands before or behind them, on one rank of tp.
 
-    Elements are parameters on this rank, those of experts apart. saved and the two peaks are bytes: kept for the backward,
-    and live besides that while a pass runs.
+    Elements are parameters on this rank, those of experts apart. saved and the two peaks are bytes:
+    kept for the backward, and live besides that while a pass runs.
     """
 
     name: str

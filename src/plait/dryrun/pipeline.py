@@ -8,10 +8,16 @@ forward to the end of its backward (of a split one, of its weight part).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from plait.dryrun.pipeline_tables import Action, Table, Task, table_of
 from plait.errors import GraphError
 from plait.plan.parallel_plan import Pipeline
+
+_ROUNDS = 3  # of micro-batches over ranks, after which a pipeline is full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,57 +49,71 @@ class PlayedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun:
-    """All ranks, from the first start to the last end. By rank: busy, saved bytes at the most.
+    """All ranks, from the first start to the last end. starts_s, ends_s: by rank, in its order."""
 
-    in_flight: the most micro-batches that a rank holds, counted over its stages.
-    """
-
+    table: Table
     total_s: float
     busy_s: tuple[float, ...]
-    peak_saved_bytes: tuple[float, ...]
-    in_flight: tuple[int, ...]
-    tasks: tuple[tuple[PlayedTask, ...], ...]
+    starts_s: tuple[tuple[float, ...], ...]
+    ends_s: tuple[tuple[float, ...], ...]
 
     @property
     def bubble(self) -> float:
         """Share of the time in which the busiest rank waits."""
         return 1 - max(self.busy_s) / self.total_s
 
+    def tasks(self, rank: int) -> list[PlayedTask]:
+        """What a rank did, and when."""
+        rows = zip(self.table.tasks[rank], self.starts_s[rank], self.ends_s[rank], strict=True)
+        return [PlayedTask(task=task, start_s=start, end_s=end) for task, start, end in rows]
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """The most that each rank holds: micro-batches, and bytes of their saved activations."""
+
+    micro_batches: tuple[int, ...]
+    saved_bytes: tuple[float, ...]
+
 
 def play(table: Table, stages: Sequence[StageTimes], *, send_s: float = 0.0) -> PipelineRun:
     """Play a table. stages: by number. Raises GraphError if its tasks wait for each other."""
     if len(stages) != table.num_stages:
         raise GraphError(f"{len(stages)} stages have times, the pipeline has {table.num_stages}.")
-    done: dict[tuple[bool, int, int], float] = {}  # (is forward, stage, micro-batch) -> ready
-    free_s = [0.0] * len(table.tasks)
-    next_task = [0] * len(table.tasks)
-    played: list[list[PlayedTask]] = [[] for _ in table.tasks]
-    left = sum(map(len, table.tasks))
-    pending = list(range(len(table.tasks)))
-    while left:
-        moved = False
-        waiting: list[int] = []
-        for rank in pending:
-            tasks = table.tasks[rank]
-            while next_task[rank] < len(tasks):
-                task = tasks[next_task[rank]]
-                ready_s = _ready_s(task, table, done, send_s)
-                if ready_s is None:
-                    break
-                run = _run(task, max(free_s[rank], ready_s), stages[task.stage])
-                free_s[rank] = run.end_s
-                _note(task, run.end_s, done)
-                played[rank].append(run)
-                next_task[rank] += 1
-                left -= 1
-                moved = True
-            if next_task[rank] < len(tasks):
-                waiting.append(rank)
-        if not moved:
-            stuck = ", ".join(str(table.tasks[r][next_task[r]]) for r in waiting[:3])
-            raise GraphError(f"the pipeline's tasks wait for each other in a circle: {stuck}.")
-        pending = waiting
-    return _summed(table, played, stages)
+    order = _order_of(table)
+    durations_s = [
+        (each.forward_s, each.backward_s, each.backward_input_s, each.backward_weight_s)
+        for each in stages
+    ]
+    ends = [0.0] * len(order)
+    starts = [0.0] * len(order)
+    for i, (before, needs, is_sent, stage, kind) in enumerate(order):
+        start_s = ends[before] if before >= 0 else 0.0
+        if needs >= 0:
+            ready_s = ends[needs] + (send_s if is_sent else 0.0)
+            if ready_s > start_s:
+                start_s = ready_s
+        starts[i] = start_s
+        ends[i] = start_s + durations_s[stage][kind]
+    by_rank = _by_rank(table)
+    busy_s = tuple(sum(ends[i] - starts[i] for i in held) for held in by_rank)
+    return PipelineRun(
+        table=table,
+        total_s=max(ends),
+        busy_s=busy_s,
+        starts_s=tuple(tuple(starts[i] for i in held) for held in by_rank),
+        ends_s=tuple(tuple(ends[i] for i in held) for held in by_rank),
+    )
+
+
+def in_flight(table: Table, saved_bytes: Sequence[float]) -> InFlight:
+    """The most that each rank holds. saved_bytes: of a micro-batch, by stage."""
+    counts = [_held(table, rank) for rank in range(len(table.tasks))]
+    saved = np.asarray(saved_bytes, dtype=np.float64)
+    return InFlight(
+        micro_batches=tuple(int(each.sum(axis=1).max()) for each in counts),
+        saved_bytes=tuple(float((each @ saved).max()) for each in counts),
+    )
 
 
 def pipeline_s(
@@ -104,32 +124,21 @@ def pipeline_s(
     *,
     send_s: float = 0.0,
 ) -> float:
-    """The time of a pipeline of many micro-batches, from two of few.
+    """The time of a pipeline of many micro-batches, from one of few.
 
-    Once a pipeline is full each round of micro-batches adds the same time. Where there are more
-    than six rounds, two shorter runs of the same remainder say what a round adds.
+    Once a pipeline is full, each micro-batch more adds what it takes on the slowest rank.
     """
     per_rank = len(stages) // num_ranks
-
-    def run_s(count: int) -> float:
-        return play(table_of(pipeline, num_ranks, per_rank, count), stages, send_s=send_s).total_s
-
-    short = 3 * num_ranks + num_micro_batches % num_ranks
-    if num_micro_batches <= short + 2 * num_ranks:
-        return run_s(num_micro_batches)
-    first_s, second_s = run_s(short), run_s(short + num_ranks)
-    rounds = (num_micro_batches - short) // num_ranks
-    return first_s + rounds * (second_s - first_s)
+    short = shorter(num_micro_batches, num_ranks)
+    table = table_of(pipeline, num_ranks, per_rank, short)
+    run = play(table, stages, send_s=send_s)
+    return run.total_s + (num_micro_batches - short) * max(run.busy_s) / short
 
 
-def one_rank(num_micro_batches: int, stage: StageTimes) -> PipelineRun:
-    """Without a pipeline: each micro-batch forward and backward, one after another."""
-    tasks = tuple(
-        Task(action, 0, i, 2 * i + (action is Action.BACKWARD))
-        for i in range(num_micro_batches)
-        for action in (Action.FORWARD, Action.BACKWARD)
-    )
-    return play(Table((tasks,), (0,)), [stage])
+def shorter(num_micro_batches: int, num_ranks: int) -> int:
+    """A number of micro-batches with the same remainder that fills a pipeline."""
+    rounds = num_micro_batches // num_ranks
+    return num_micro_batches - max(0, rounds - _ROUNDS) * num_ranks
 
 
 def with_offload(stage: StageTimes, share: float, bandwidth_bytes_per_s: float) -> StageTimes:
@@ -147,67 +156,99 @@ def with_offload(stage: StageTimes, share: float, bandwidth_bytes_per_s: float) 
     )
 
 
-def _ready_s(
-    task: Task, table: Table, done: dict[tuple[bool, int, int], float], send_s: float
-) -> float | None:
-    """When what the task needs is there; None if nobody has made it yet."""
+_KINDS = {
+    Action.FORWARD: 0,
+    Action.BACKWARD: 1,
+    Action.BACKWARD_INPUT: 2,
+    Action.BACKWARD_WEIGHT: 3,
+}
+_Entry = tuple[int, int, bool, int, int]
+"""The task before it on its rank, the task that it waits for (-1: none), whether its result is sent
+from another rank, its stage, and its kind."""
+
+
+@lru_cache(maxsize=512)
+def _order_of(table: Table) -> tuple[_Entry, ...]:
+    """All tasks so that each stands behind what it waits for."""
+    return _ordered(table)[0]
+
+
+@lru_cache(maxsize=512)
+def _by_rank(table: Table) -> tuple[tuple[int, ...], ...]:
+    """Where in that order the tasks of each rank stand."""
+    return _ordered(table)[1]
+
+
+@lru_cache(maxsize=512)
+def _held(table: Table, rank: int) -> NDArray[np.float64]:
+    """Micro-batches of each stage that a rank holds after each of its tasks, (task, stage)."""
+    tasks = table.tasks[rank]
+    change = np.zeros((len(tasks), table.num_stages))
+    weights = {
+        (task.stage, task.micro_batch) for task in tasks if task.action is Action.BACKWARD_WEIGHT
+    }
+    for i, task in enumerate(tasks):
+        if task.action is Action.FORWARD:
+            change[i, task.stage] = 1
+        elif task.action is not Action.BACKWARD_INPUT or (
+            (task.stage, task.micro_batch) not in weights
+        ):
+            change[i, task.stage] = -1
+    return change.cumsum(axis=0)
+
+
+@lru_cache(maxsize=512)
+def _ordered(table: Table) -> tuple[tuple[_Entry, ...], tuple[tuple[int, ...], ...]]:
+    made: dict[tuple[bool, int, int], int] = {}
+    order: list[_Entry] = []
+    held: list[list[int]] = [[] for _ in table.tasks]
+    pending = list(range(len(table.tasks)))
+    while pending:
+        size = len(order)
+        for rank in pending:
+            tasks = table.tasks[rank]
+            while len(held[rank]) < len(tasks):
+                task = tasks[len(held[rank])]
+                needs = _needs(task, table, made)
+                if needs is None:
+                    break
+                before = held[rank][-1] if held[rank] else -1
+                is_sent = needs >= 0 and _is_sent(task, table)
+                if task.action is not Action.BACKWARD_WEIGHT:
+                    key = task.action is Action.FORWARD, task.stage, task.micro_batch
+                    made[key] = len(order)
+                held[rank].append(len(order))
+                order.append((before, needs, is_sent, task.stage, _KINDS[task.action]))
+        pending = [r for r in pending if len(held[r]) < len(table.tasks[r])]
+        if len(order) == size:
+            stuck = ", ".join(str(table.tasks[r][len(held[r])]) for r in pending[:3])
+            raise GraphError(f"the pipeline's tasks wait for each other in a circle: {stuck}.")
+    return tuple(order), tuple(map(tuple, held))
+
+
+def _needs(task: Task, table: Table, made: dict[tuple[bool, int, int], int]) -> int | None:
+    """The task whose result this one waits for, -1 if for none; None if it has not been made.
+
+    A backward also needs its own forward, which its rank has done before.
+    """
     is_forward = task.action is Action.FORWARD
     if task.action is Action.BACKWARD_WEIGHT:
-        return done.get((False, task.stage, task.micro_batch))
+        return made.get((False, task.stage, task.micro_batch))
     if is_forward and task.stage == 0:
-        return 0.0
-    if not is_forward and task.stage == table.num_stages - 1:
-        return done.get((True, task.stage, task.micro_batch))
+        return -1
+    if not is_forward:
+        if (True, task.stage, task.micro_batch) not in made:
+            return None
+        if task.stage == table.num_stages - 1:
+            return made[True, task.stage, task.micro_batch]
     near = task.stage + (-1 if is_forward else 1)
-    made_s = done.get((is_forward, near, task.micro_batch))
-    own_s = 0.0 if is_forward else done.get((True, task.stage, task.micro_batch))
-    if made_s is None or own_s is None:
-        return None
-    is_sent = table.rank_of_stage[near] != table.rank_of_stage[task.stage]
-    return max(own_s, made_s + (send_s if is_sent else 0.0))
+    return made.get((is_forward, near, task.micro_batch))
 
 
-def _run(task: Task, start_s: float, times: StageTimes) -> PlayedTask:
-    duration_s = {
-        Action.FORWARD: times.forward_s,
-        Action.BACKWARD: times.backward_s,
-        Action.BACKWARD_INPUT: times.backward_input_s,
-        Action.BACKWARD_WEIGHT: times.backward_weight_s,
-    }[task.action]
-    return PlayedTask(task=task, start_s=start_s, end_s=start_s + duration_s)
-
-
-def _note(task: Task, end_s: float, done: dict[tuple[bool, int, int], float]) -> None:
-    if task.action is not Action.BACKWARD_WEIGHT:
-        done[task.action is Action.FORWARD, task.stage, task.micro_batch] = end_s
-
-
-def _summed(
-    table: Table, played: Sequence[Sequence[PlayedTask]], stages: Sequence[StageTimes]
-) -> PipelineRun:
-    peaks: list[float] = []
-    counts: list[int] = []
-    for runs in played:
-        split = {
-            (run.task.stage, run.task.micro_batch)
-            for run in runs
-            if run.task.action is Action.BACKWARD_WEIGHT
-        }
-        held = peak = 0.0
-        number = most = 0
-        for run in runs:
-            key = run.task.stage, run.task.micro_batch
-            if run.task.action is Action.FORWARD:
-                held, number = held + stages[run.task.stage].saved_bytes, number + 1
-            elif run.task.action is not Action.BACKWARD_INPUT or key not in split:
-                held, number = held - stages[run.task.stage].saved_bytes, number - 1
-            peak, most = max(peak, held), max(most, number)
-        peaks.append(peak)
-        counts.append(most)
-    return PipelineRun(
-        total_s=max(runs[-1].end_s for runs in played if runs),
-        busy_s=tuple(sum(run.end_s - run.start_s for run in runs) for runs in played),
-        peak_saved_bytes=tuple(peaks),
-        in_flight=tuple(counts),
-        tasks=tuple(tuple(runs) for runs in played),
-    )
+def _is_sent(task: Task, table: Table) -> bool:
+    if task.action is Action.BACKWARD_WEIGHT:
+        return False
+    near = task.stage + (-1 if task.action is Action.FORWARD else 1)
+    if not 0 <= near < table.num_stages:
+        return False
+    return table.rank_of_stage[near] != table.rank_of_stage[task.stage]

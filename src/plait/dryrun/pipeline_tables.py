@@ -38,9 +38,9 @@ class Task:
     slot: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
-    """The tasks of each rank in order, and the rank of each stage."""
+    """The tasks of each rank in order, and the rank of each stage. Equal is the same object."""
 
     tasks: tuple[tuple[Task, ...], ...]
     rank_of_stage: tuple[int, ...]
@@ -71,7 +71,7 @@ _CLASSES = {
 _V_SHAPED = (Pipeline.ZBV, Pipeline.DUAL_PIPE_V)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def table_of(
     pipeline: Pipeline, num_ranks: int, stages_per_rank: int, num_micro_batches: int
 ) -> Table:
@@ -103,6 +103,17 @@ def table_of(
         tasks=tuple(_tasks(order[rank]) for rank in range(num_ranks)),
         rank_of_stage=tuple(ranks[stage] for stage in range(num_stages)),
     )
+
+
+@lru_cache(maxsize=64)
+def table_of_one(num_micro_batches: int) -> Table:
+    """Without a pipeline: each micro-batch forward and backward, one after another."""
+    tasks = tuple(
+        Task(action, 0, i, 2 * i + (action is Action.BACKWARD))
+        for i in range(num_micro_batches)
+        for action in (Action.FORWARD, Action.BACKWARD)
+    )
+    return Table((tasks,), (0,))
 
 
 def _no_loss(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A training job of a large model, as plain settings: what `plait price --world` and `search` take."""
+"""A training job of a large model, as plain settings, for `price --world` and `search`."""
 
 from dataclasses import dataclass, field
 

@@ -8,6 +8,8 @@ together to stages and played through the table of the pipeline.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import Measured
 from plait.cost.topology import send_s
@@ -17,8 +19,16 @@ from plait.dryrun.job_price import JobPrice, RankClass, TimeParts, interval_s
 from plait.dryrun.model_source import ModelSource, decoder_source
 from plait.dryrun.piece_time import PassTimes, PieceClock, PieceTimes, Setting
 from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, Shape
-from plait.dryrun.pipeline import PipelineRun, StageTimes, one_rank, pipeline_s, play, with_offload
-from plait.dryrun.pipeline_tables import table_of
+from plait.dryrun.pipeline import (
+    InFlight,
+    PipelineRun,
+    StageTimes,
+    in_flight,
+    play,
+    shorter,
+    with_offload,
+)
+from plait.dryrun.pipeline_tables import Table, table_of, table_of_one
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.stages import Spread, Stage, check_model, spread_of, stages_of
 from plait.errors import PlanError
@@ -42,6 +52,8 @@ class Pricer:
     cluster: Cluster
     source: ModelSource
     measured: Sequence[Measured] = ()
+    moved: dict[tuple[object, ...], Gathered] = field(default_factory=dict)
+    flops: dict[tuple[object, ...], float] = field(default_factory=dict)
     store: PieceStore = field(init=False)
     clock: PieceClock = field(init=False)
 
@@ -56,6 +68,10 @@ class Pricer:
         exact: play the whole pipeline; else take long pipelines from two short ones.
         """
         return _Job(self, job, exact).price()
+
+    def classes(self, job: PretrainJob) -> tuple[RankClass, ...]:
+        """The classes of ranks of a job, and their memory, without its time."""
+        return _Job(self, job, False).classes()
 
 
 def price_job(
@@ -110,6 +126,17 @@ class _Job:
         self.shape = shape_of(job)
         self.setting = self._setting()
         self.pieces: Pieces = pricer.store.find(self.shape, self.spread.sequences)
+        self.by_name = {
+            BEFORE: self.pieces.before,
+            BEHIND: self.pieces.behind,
+            **self.pieces.layers,
+        }
+        self.stages = stages_of(self.source, self.plan.pp * self.plan.stages_per_rank)
+        rank_of_stage = self._table(shorter(self.spread.num_micro_batches, self.plan.pp))
+        self.ranks = [
+            [i for i in range(len(self.stages)) if rank_of_stage.rank_of_stage[i] == rank]
+            for rank in range(self.plan.pp)
+        ]
 
     def _setting(self) -> Setting:
         plan, job = self.plan, self.job
@@ -126,22 +153,17 @@ class _Job:
 
     def price(self) -> JobPrice:
         """Put stages, pipeline, data parallelism and optimizer together."""
-        plan = self.plan
-        stages = stages_of(self.source, plan.pp * plan.stages_per_rank)
+        stages, ranks = self.stages, self.ranks
         sums = {stage: self._stage(stage) for stage in dict.fromkeys(stages)}
-        times = [sums[stage].times for stage in stages]
-        run, makespan_s = self._pipeline(times)
-        ranks = self._ranks(stages)
+        run, makespan_s = self._pipeline([sums[stage].times for stage in stages])
         ends = [self._end_s([sums[stages[i]] for i in held]) for held in ranks]
         optimizer = [self._optimizer_s([stages[i] for i in held]) for held in ranks]
         tail_s = max(a + b for a, b in zip(ends, optimizer, strict=True))
         step_s = makespan_s + tail_s
-        busiest = max(range(plan.pp), key=lambda rank: run.busy_s[rank])
+        busiest = max(range(self.plan.pp), key=lambda rank: run.busy_s[rank])
         parts = self._parts(
             [sums[stages[i]] for i in ranks[busiest]], makespan_s, tail_s, max(optimizer)
         )
-        tokens = self.job.batch_size * self.job.sequence_length
-        flops = self._model_flops_per_token()
         low_s, high_s = interval_s(step_s, parts)
         return JobPrice(
             job=self.job,
@@ -150,35 +172,32 @@ class _Job:
             step_s=step_s,
             low_s=low_s,
             high_s=high_s,
-            tokens_per_step=tokens,
-            flops_per_token=flops,
-            peak_flops_per_s=self.cluster.device.peak(_bfloat16()),
+            tokens_per_step=self.job.batch_size * self.job.sequence_length,
+            flops_per_token=self._model_flops_per_token(),
+            peak_flops_per_s=self.cluster.device.peak(torch.bfloat16),
             memory_limit_bytes=self.cluster.device.memory_bytes,
             num_micro_batches=self.spread.num_micro_batches,
             parts=parts,
-            classes=self._classes(stages, ranks, run),
+            classes=self.classes(),
             notes=self._notes(),
             run=run,
         )
 
-    def _pipeline(self, times: list[StageTimes]) -> tuple[PipelineRun, float]:
-        plan, count = self.plan, self.spread.num_micro_batches
+    def _table(self, count: int) -> Table:
+        plan = self.plan
         if plan.pp == 1:
-            short = count if self.exact else min(count, 2)
-            run = one_rank(short, times[0])
-            return run, run.total_s * count / short
-        hop_s = send_s(self._boundary_bytes(), self.cluster, stride=self._pp_stride())
-        if self.exact:
-            table = table_of(plan.pipeline, plan.pp, plan.stages_per_rank, count)
-            run = play(table, times, send_s=hop_s)
-            return run, run.total_s
-        short = count
-        if count > 4 * plan.pp:
-            short = 3 * plan.pp + count % plan.pp
-        run = play(
-            table_of(plan.pipeline, plan.pp, plan.stages_per_rank, short), times, send_s=hop_s
-        )
-        return run, pipeline_s(plan.pipeline, count, times, plan.pp, send_s=hop_s)
+            return table_of_one(count)
+        return table_of(plan.pipeline, plan.pp, plan.stages_per_rank, count)
+
+    def _pipeline(self, times: list[StageTimes]) -> tuple[PipelineRun, float]:
+        """The run, of a few micro-batches unless it is to be exact, and the time of all."""
+        count = self.spread.num_micro_batches
+        hop_s = 0.0
+        if self.plan.pp > 1:
+            hop_s = send_s(self._boundary_bytes(), self.cluster, stride=self._pp_stride())
+        short = count if self.exact else shorter(count, self.plan.pp)
+        run = play(self._table(short), times, send_s=hop_s)
+        return run, run.total_s + (count - short) * max(run.busy_s) / short
 
     def _pp_stride(self) -> int:
         return self.cluster.num_ranks // self.plan.pp
@@ -205,8 +224,6 @@ class _Job:
                 behind = beside_s(
                     behind, moved.gather_s + moved.scatter_s + moved.sum_s, interference
                 )
-            elif not self.job.overlap:
-                behind = times.backward.total_s
             late_s = behind - times.backward.total_s
             exposed_s += count * (ahead - times.forward.total_s + late_s)
             forward_s += count * ahead
@@ -232,6 +249,16 @@ class _Job:
             alone_forward_s=forward_s,
             alone_backward_s=input_s + weight_s,
         )
+
+    def _gathered(self, piece: Piece) -> Gathered:
+        plan = self.plan
+        key = (piece.name, plan.dp, plan.fsdp, plan.cp, plan.tp, plan.sp, plan.ep)
+        key = (*key, self.job.gradient_bytes)
+        if key not in self.pricer.moved:
+            self.pricer.moved[key] = gathered(
+                piece, plan, self.clock, gradient_bytes=self.job.gradient_bytes
+            )
+        return self.pricer.moved[key]
 
     def _split(self, times: PieceTimes) -> tuple[float, float]:
         """The backward's two parts: as they take apart, or together where nobody parts them."""
@@ -274,43 +301,35 @@ class _Job:
         num_bytes = shared * (_OPTIMIZER_PASSES_BYTES + _CLIP_BYTES)
         return num_bytes / self.cluster.device.memory_bandwidth_bytes_per_s
 
-    def _ranks(self, stages: Sequence[Stage]) -> list[list[int]]:
-        """The stages of each pipeline rank."""
-        plan = self.plan
-        if plan.pp == 1:
-            return [[0]]
-        count = 2 * plan.pp if plan.pipeline is not Pipeline.INTERLEAVED else plan.pp
-        table = table_of(plan.pipeline, plan.pp, plan.stages_per_rank, count)
-        return [
-            [stage for stage in range(len(stages)) if table.rank_of_stage[stage] == rank]
-            for rank in range(plan.pp)
+    def classes(self) -> tuple[RankClass, ...]:
+        """Ranks that hold the same stages and as many micro-batches, with their memory."""
+        stages = self.stages
+        saved = [
+            sum(n * self.piece(name).saved.at(self.spread.sequences) for name, n in stage)
+            for stage in stages
         ]
-
-    def _classes(
-        self, stages: Sequence[Stage], ranks: list[list[int]], run: PipelineRun
-    ) -> tuple[RankClass, ...]:
+        table = self._table(shorter(self.spread.num_micro_batches, self.plan.pp))
+        held_now: InFlight = in_flight(table, [(1 - self.job.offload) * each for each in saved])
         found: dict[tuple[object, ...], RankClass] = {}
-        for rank, held in enumerate(ranks):
-            pieces = [(self.piece(n), count) for i in held for n, count in stages[i]]
-            ledger = ledger_of(
-                pieces,
-                self.job,
-                self.plan,
-                sequences=self.spread.sequences,
-                saved_bytes=run.peak_saved_bytes[rank],
-                boundary_bytes=self._boundary_bytes(),
-            )
-            key = (tuple(stages[i] for i in held), run.in_flight[rank])
+        for rank, held in enumerate(self.ranks):
+            key = (tuple(stages[i] for i in held), held_now.micro_batches[rank])
             if key in found:
                 known = found[key]
                 found[key] = replace(known, pipeline_ranks=(*known.pipeline_ranks, rank))
                 continue
+            ledger = ledger_of(
+                [(self.piece(name), count) for i in held for name, count in stages[i]],
+                self.job,
+                self.plan,
+                sequences=self.spread.sequences,
+                saved_bytes=held_now.saved_bytes[rank],
+                boundary_bytes=self._boundary_bytes(),
+            )
             found[key] = RankClass(
                 pipeline_ranks=(rank,),
                 stages=tuple(stages[i] for i in held),
                 ranks_each=self.cluster.num_ranks // self.plan.pp,
-                in_flight=run.in_flight[rank],
-                busy_s=run.busy_s[rank],
+                in_flight=held_now.micro_batches[rank],
                 ledger=ledger,
             )
         return tuple(found.values())
@@ -345,8 +364,13 @@ class _Job:
         Attention's backward counts twice its forward, as is usual for MFU [PaLM, arXiv 2204.02311,
         appendix B], though kernels do more; pairs of causal attention count once.
         """
-        setting = replace(self.setting, shape=replace(self.shape, recompute=Recompute.NONE))
-        setting = replace(setting, shape=replace(setting.shape, replicas=1))
+        shape = replace(self.shape, recompute=Recompute.NONE, replicas=1)
+        key = (shape, self.spread.sequences)
+        if key not in self.pricer.flops:
+            self.pricer.flops[key] = self._count_flops(replace(self.setting, shape=shape))
+        return self.pricer.flops[key]
+
+    def _count_flops(self, setting: Setting) -> float:
         flops = 0.0
         counts: dict[str, int] = {BEFORE: 1, BEHIND: 1}
         for kind in self.source.kinds:
@@ -363,7 +387,7 @@ class _Job:
 
     def piece(self, name: str) -> Piece:
         """The piece of that name."""
-        return {BEFORE: self.pieces.before, BEHIND: self.pieces.behind, **self.pieces.layers}[name]
+        return self.by_name[name]
 
     def _notes(self) -> tuple[str, ...]:
         plan = self.plan
@@ -398,9 +422,3 @@ def shape_of(job: PretrainJob) -> Shape:
 def with_plan(job: PretrainJob, plan: ParallelPlan, micro_batch_size: int) -> PretrainJob:
     """The job with another plan."""
     return replace(job, plan=plan, micro_batch_size=micro_batch_size)
-
-
-def _bfloat16():
-    import torch
-
-    return torch.bfloat16
