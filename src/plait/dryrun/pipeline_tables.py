@@ -7,7 +7,7 @@ PyTorch's own classes make them, from stages that hold no module. What these cla
 # pyright: basic
 # (The tables are no public API of PyTorch.)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from types import SimpleNamespace
@@ -100,7 +100,7 @@ def table_of(
     ranks = generate_stage_to_rank_mapping(num_ranks, num_stages, style=style)
     order = made.pipeline_order
     return Table(
-        tasks=tuple(_tasks(order[rank]) for rank in range(num_ranks)),
+        tasks=tuple(_numbered_from_0(_tasks(order[rank])) for rank in range(num_ranks)),
         rank_of_stage=tuple(ranks[stage] for stage in range(num_stages)),
     )
 
@@ -118,6 +118,21 @@ def table_of_one(num_micro_batches: int) -> Table:
 
 def _no_loss(*_: object) -> None:
     """Stand for a loss: with it a schedule has backwards."""
+
+
+def _numbered_from_0(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    """The tasks with forwards counted as `step` counts them.
+
+    The table that torch 2.13's Schedule1F1B shows numbers the last rank's forwards from 1, and its
+    backwards from 0; what it runs starts at 0.
+    """
+    numbers = [task.micro_batch for task in tasks if task.action is Action.FORWARD]
+    if not numbers or min(numbers) == 0:
+        return tasks
+    return tuple(
+        replace(task, micro_batch=task.micro_batch - 1) if task.action is Action.FORWARD else task
+        for task in tasks
+    )
 
 
 def _tasks(actions) -> tuple[Task, ...]:
