@@ -16,6 +16,7 @@ from plait.cli import (
     overlap,
     runs,
     sample,
+    search,
     train,
 )
 from plait.cli.output import say
@@ -38,6 +39,7 @@ app.command("sample")(sample.sample_command)
 app.command("chat")(chat.chat_command)
 app.command("explain")(explain.explain_command)
 app.command("debug")(debug.debug_command)
+app.command("search")(search.search_command)
 app.command("overlap")(overlap.overlap_command)
 app.command("invert")(invert.invert_command)
 app.command("forward")(forward.forward_command)

@@ -119,6 +119,7 @@ def _read_text(path: Path, text: str) -> Measured:
         if not words or not words[0].isdigit():
             continue
         try:
+            int(words[4])  # the root: a number of a rank, so no column is missing
             times[int(words[0])] = float(words[5]) / _MICROSECONDS_PER_S
         except (ValueError, IndexError):
             raise PlanError(

@@ -224,7 +224,7 @@ def _with_experts(scaled: ScaledWork, setting: Setting) -> Work:
     work = scaled.at(setting.sequences)
     if work.part is not Part.EXPERTS or setting.ep == 1 or work.cost.sizes is None:
         return work
-    weights = round(scaled.constant_bytes)
+    weights = work.expert_bytes
     rows, inner, columns = work.cost.sizes
     cost = Cost(
         kind=work.cost.kind,

@@ -89,14 +89,6 @@ class ScaledWork:
             key_bytes=between(self.low.key_bytes, self.high.key_bytes),
         )
 
-    @property
-    def constant_bytes(self) -> float:
-        """Bytes that do not grow with the sequences: weights. Unknown (0) with one capture."""
-        first, second = self.points
-        if first == second:
-            return 0.0
-        return Line(self.points, self.low.cost.bytes, self.high.cost.bytes).at(0.0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:

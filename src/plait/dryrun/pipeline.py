@@ -17,7 +17,7 @@ from plait.dryrun.pipeline_tables import Action, Table, Task, table_of
 from plait.errors import GraphError
 from plait.plan.parallel_plan import Pipeline
 
-_ROUNDS = 3  # of micro-batches over ranks, after which a pipeline is full
+_ROUNDS = 4  # of micro-batches over ranks, after which a pipeline is full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +126,20 @@ def pipeline_s(
 ) -> float:
     """The time of a pipeline of many micro-batches, from one of few.
 
-    Once a pipeline is full, each micro-batch more adds what it takes on the slowest rank.
+    Once a pipeline is full, each round of as many micro-batches as ranks adds the same time, which
+    the difference of two short runs tells.
     """
     per_rank = len(stages) // num_ranks
+
+    def run_s(count: int) -> float:
+        return play(table_of(pipeline, num_ranks, per_rank, count), stages, send_s=send_s).total_s
+
     short = shorter(num_micro_batches, num_ranks)
-    table = table_of(pipeline, num_ranks, per_rank, short)
-    run = play(table, stages, send_s=send_s)
-    return run.total_s + (num_micro_batches - short) * max(run.busy_s) / short
+    whole_s = run_s(short)
+    if short == num_micro_batches:
+        return whole_s
+    round_s = whole_s - run_s(short - num_ranks)
+    return whole_s + (num_micro_batches - short) // num_ranks * round_s
 
 
 def shorter(num_micro_batches: int, num_ranks: int) -> int:

@@ -197,7 +197,11 @@ class _Job:
             hop_s = send_s(self._boundary_bytes(), self.cluster, stride=self._pp_stride())
         short = count if self.exact else shorter(count, self.plan.pp)
         run = play(self._table(short), times, send_s=hop_s)
-        return run, run.total_s + (count - short) * max(run.busy_s) / short
+        if short == count:
+            return run, run.total_s
+        before_s = play(self._table(short - self.plan.pp), times, send_s=hop_s).total_s
+        rounds = (count - short) // self.plan.pp
+        return run, run.total_s + rounds * (run.total_s - before_s)
 
     def _pp_stride(self) -> int:
         return self.cluster.num_ranks // self.plan.pp

@@ -41,7 +41,8 @@ class Work:
     """One operation. depends_on: positions in the program. num_bytes: of a message.
 
     is_weight_only: only gradients of parameters rest on it. part: attention and experts, whose cost
-    depends on cp and ep. key_bytes: of attention's keys and values.
+    depends on cp and ep. key_bytes: of attention's keys and values. expert_bytes: of the matrices
+    of all experts, read or written.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Work:
     is_weight_only: bool = False
     part: Part = Part.PLAIN
     key_bytes: int = 0
+    expert_bytes: int = 0
 
 
 def work_of(module: Module, kernels: Kernels, fillers: Iterable[Node] = ()) -> tuple[Work, ...]:
@@ -230,6 +232,7 @@ def _work(
         is_weight_only=is_weight_only,
         part=part,
         key_bytes=_key_bytes(node) if part is Part.ATTENTION else 0,
+        expert_bytes=_expert_bytes(node) if part is Part.EXPERTS else 0,
     )
 
 
@@ -246,6 +249,13 @@ def _key_bytes(node: Node) -> int:
     operands = [*forms, *named]
     start = 1 if "backward" not in str(node.target) else 2
     return sum(x.numel() * x.element_size() for x in operands[start : start + 2])
+
+
+def _expert_bytes(node: Node) -> int:
+    """Of what has a matrix for each expert: operands and results with three dims."""
+    values = [*(_meta(arg) for arg in node.args), node.meta.get("val")]
+    matrices = [x for value in values for x in _tensors(value) if x.dim() == 3]
+    return sum(_held(x) * x.element_size() for x in matrices)
 
 
 def _meta(arg: object) -> object:
