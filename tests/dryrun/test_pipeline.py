@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_every_schedule_does_all_the_work_and_no_rank_works_twice_at_once(pipeli
     assert all(busy == pytest.approx(3.0 * m * v) for busy in played.busy_s)
     for rank in range(p):
         tasks = played.tasks(rank)
-        for before, after in zip(tasks, tasks[1:], strict=False):
+        for before, after in pairwise(tasks):
             assert after.start_s >= before.end_s - 1e-9
     done = {
         (each.task.action, each.task.stage, each.task.micro_batch): each

@@ -112,7 +112,7 @@ class _Forward:
             graph = capture(source.make(layers, vocab_size), tokens_BT, plan, loss=_next_logits)
         for each in passes_of("O0", "fast", plan):
             graph = each.run(graph, plan, cluster)
-        calls = [node for node in graph.root.graph.nodes if call_of(node)]
+        calls = [(node, called[0]) for node in graph.root.graph.nodes if (called := call_of(node))]
         if len(kinds) == 1:
             del calls[2]
         counts = [1, *(source.kinds.count(kind) for kind in kinds), 1]
@@ -122,8 +122,8 @@ class _Forward:
             )
         self.total_s = 0.0
         self.weight_bytes = 0
-        for node, count in zip(calls, counts, strict=True):
-            template = graph.templates[call_of(node)[0]]
+        for (node, name), count in zip(calls, counts, strict=True):
+            template = graph.templates[name]
             self.total_s += count * self._piece_s(work_of(template.forward, "fused"))
             parameters = [
                 x

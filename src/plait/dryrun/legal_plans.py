@@ -4,7 +4,7 @@ A plan is refused as early as its numbers allow: by what does not divide, by the
 its parameters need, and at last by the ledger (`search.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from plait.dryrun.model_source import ModelSource
@@ -13,7 +13,7 @@ from plait.dryrun.stages import check_model, spread_of
 from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
-_MICRO_BATCHES = (1, 2, 4)
+MICRO_BATCH_SIZES = (1, 2, 4)
 _MANY_STAGES = (2, 4, 8)
 _LEAST_TOKENS = 1024  # of a rank of cp; below it attention's ring is all latency
 _FEWEST_ROUNDS = 1  # micro-batches over pipeline ranks, below which most of the time is bubble
@@ -36,7 +36,12 @@ class Rejected:
 
 
 def candidates(
-    job: PretrainJob, source: ModelSource, world: int, *, ranks_per_node: int
+    job: PretrainJob,
+    source: ModelSource,
+    world: int,
+    *,
+    ranks_per_node: int,
+    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
 ) -> Iterator[Candidate | Rejected]:
     """Legal plans of a job on a world, and the refusals met on the way.
 
@@ -54,12 +59,19 @@ def candidates(
                 yield Rejected(f"cp leaves a rank fewer than {_LEAST_TOKENS} tokens", f"cp={cp}")
                 break
             for pp in _divisors(world // tp // cp):
-                yield from _with_pipeline(job, source, world, ParallelPlan(tp=tp, cp=cp, pp=pp))
+                plan = ParallelPlan(tp=tp, cp=cp, pp=1)
+                yield from _with_pipeline(job, source, world, plan, pp, micro_batch_sizes)
 
 
 def _with_pipeline(
-    job: PretrainJob, source: ModelSource, world: int, plan: ParallelPlan
+    job: PretrainJob,
+    source: ModelSource,
+    world: int,
+    plan: ParallelPlan,
+    pp: int,
+    micro_batch_sizes: Sequence[int],
 ) -> Iterator[Candidate | Rejected]:
+    plan = replace(plan, pp=pp)
     shards = world // plan.num_ranks
     if plan.pp > source.num_layers + 2:
         yield Rejected("more stages than layers", f"pp={plan.pp}")
@@ -69,7 +81,7 @@ def _with_pipeline(
             yield Rejected("fsdp=1 with dp above 1 copies the optimizer", f"dp={shards}")
             continue
         sized = replace(plan, fsdp=fsdp, dp=shards // fsdp, sp=plan.tp > 1)
-        for micro_batch_size in _MICRO_BATCHES:
+        for micro_batch_size in micro_batch_sizes:
             tried = replace(job, plan=sized, micro_batch_size=micro_batch_size)
             try:
                 spread = spread_of(tried, sized, world)

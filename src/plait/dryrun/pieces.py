@@ -251,7 +251,8 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
             "expected: one before the layers, one for each kind of layer, one behind."
         )
     names = [BEFORE, *kinds, BEHIND]
-    pieces = [_piece(*each, points) for each in zip(names, *captures, strict=True)]
+    low, high = captures
+    pieces = [_piece(*each, points) for each in zip(names, low, high, strict=True)]
     return Pieces(
         before=pieces[0],
         layers=dict(zip(kinds, pieces[1:-1], strict=True)),

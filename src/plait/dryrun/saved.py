@@ -50,7 +50,8 @@ def held_of(template: Template, own: Collection[int]) -> Held:
 
 def _saved_bases(template: Template) -> set[Node]:
     """The memory of the forward's own that the backward needs."""
-    (outputs,) = template.forward.graph.output_node().args
+    module: Module = template.forward
+    (outputs,) = module.graph.output_node().args
     saved = outputs[len(template.results) :]
     found = {_base(node) for node in saved if hasattr(node, "op")}
     return {node for node in found if node.op == "call_function"}

@@ -6,13 +6,19 @@ them. The best are priced again with the whole pipeline, and with replicas.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from plait.cost.clusters import Cluster
 from plait.dryrun.job_memory import least_bytes
 from plait.dryrun.job_price import JobPrice, missing
-from plait.dryrun.legal_plans import Candidate, Rejected, candidates, describe
+from plait.dryrun.legal_plans import (
+    MICRO_BATCH_SIZES,
+    Candidate,
+    Rejected,
+    candidates,
+    describe,
+)
 from plait.dryrun.model_source import ModelSource
 from plait.dryrun.pieces import Shape
 from plait.dryrun.pretrain_job import PretrainJob
@@ -98,6 +104,7 @@ def search(
     memory_bytes: int | None = None,
     source: ModelSource | None = None,
     top: int = 10,
+    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
     on_progress: OnProgress = lambda text: None,
 ) -> SearchResult:
     """Search the plans of a job. memory_bytes: of a rank, by default all that the device has.
@@ -109,6 +116,7 @@ def search(
     limit = memory_bytes or cluster.device.memory_bytes
     result = SearchResult(job, limit)
     hunt = _Search(job, cluster, found, result, on_progress)
+    hunt.micro_batch_sizes = micro_batch_sizes
     try:
         hunt.run()
         hunt.refine(top)
@@ -133,6 +141,7 @@ class _Search:
     ) -> None:
         self.job, self.cluster, self.source, self.result = job, cluster, source, result
         self.on_progress = on_progress
+        self.micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
         self.pricer = Pricer(job, limited, source)
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
@@ -144,6 +153,7 @@ class _Search:
             self.source,
             self.cluster.num_ranks,
             ranks_per_node=self.cluster.ranks_per_node,
+            micro_batch_sizes=self.micro_batch_sizes,
         )
         legal: list[Candidate] = []
         for each in seen:

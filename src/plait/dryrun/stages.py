@@ -76,17 +76,19 @@ def check_model(source: ModelSource, plan: ParallelPlan) -> None:
 
 
 def stages_of(source: ModelSource, num_stages: int) -> tuple[Stage, ...]:
-    """Layers in stages of nearly equal numbers; embedding and head count as a layer each.
+    """Layers in stages of equal numbers, the embedding in the first and the head in the last.
 
-    So the first and the last stage have a layer less where numbers allow, as in Llama 3 [arXiv
-    2407.21783, section 3.3.2]. What does not divide goes to the stages in the middle.
+    Where layers do not divide, embedding and head count as a layer each, so that the first and the
+    last stage have a layer less, as in Llama 3 [arXiv 2407.21783, section 3.3.2]; what is left over
+    goes to the stages in the middle.
     """
-    if num_stages == 1:
-        return (_stage([BEFORE, *source.kinds, BEHIND]),)
     slots = [BEFORE, *source.kinds, BEHIND]
     size, rest = divmod(len(slots), num_stages)
     first = (num_stages - rest) // 2
     sizes = [size + (first <= i < first + rest) for i in range(num_stages)]
+    if source.num_layers % num_stages == 0:
+        sizes = [source.num_layers // num_stages] * num_stages
+        sizes[0], sizes[-1] = sizes[0] + 1, sizes[-1] + 1
     found: list[Stage] = []
     at = 0
     for each in sizes:

@@ -13,7 +13,7 @@ from plait.models.decoder_config import DecoderConfig
 from plait.nn.experts import ExpertSettings
 from plait.nn.latent_attention import LatentSettings
 from plait.nn.rotary import Rope
-from plait.plan.parallel_plan import ParallelPlan, Pipeline
+from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
 _LLAMA_3 = DecoderConfig(
     vocab_size=128_256,
@@ -162,7 +162,12 @@ def deepseek_v3() -> PretrainJob:
         ),
     )
     plan = ParallelPlan(
-        pp=16, fsdp=128, ep=64, pipeline=Pipeline.DUAL_PIPE_V, stages_per_rank=2, recompute="full"
+        pp=16,
+        fsdp=128,
+        ep=64,
+        pipeline=Pipeline.DUAL_PIPE_V,
+        stages_per_rank=2,
+        recompute=Recompute.FULL,
     )
     return PretrainJob(
         name="deepseek_v3", model=model, plan=plan, sequence_length=4096, batch_size=15_360
