@@ -14,6 +14,7 @@ from plait.cli import (
     forward,
     invert,
     overlap,
+    price,
     runs,
     sample,
     train,
@@ -39,6 +40,7 @@ app.command("chat")(chat.chat_command)
 app.command("explain")(explain.explain_command)
 app.command("debug")(debug.debug_command)
 app.command("overlap")(overlap.overlap_command)
+app.command("price")(price.price_command)
 app.command("invert")(invert.invert_command)
 app.command("forward")(forward.forward_command)
 app.command("doctor")(doctor.doctor_command)
