@@ -14,6 +14,7 @@ from plait.cli import (
     forward,
     invert,
     overlap,
+    price,
     runs,
     sample,
     search,
@@ -41,6 +42,7 @@ app.command("explain")(explain.explain_command)
 app.command("debug")(debug.debug_command)
 app.command("search")(search.search_command)
 app.command("overlap")(overlap.overlap_command)
+app.command("price")(price.price_command)
 app.command("invert")(invert.invert_command)
 app.command("forward")(forward.forward_command)
 app.command("doctor")(doctor.doctor_command)

@@ -1,171 +1,97 @@
-"""Eager PyTorch on fake tensors: what its memory does, without the memory.
+"""A training step of eager PyTorch, priced in memory: it runs on fake tensors, as it is.
 
-A step that is not compiled has no schedule that says when a tensor dies: Python's references,
-autograd's saved tensors and the hooks of FSDP2 decide. So the program itself runs, with all of
-these, on tensors that have no data; each operator is noted as it is dispatched, and each memory is
-noted as free when its last reference is gone [as `torch.distributed._tools.mem_tracker` does].
+FSDP2, DTensor, activation checkpointing and optimizers are the user's own; with a process group of
+the backend "fake" (`graph/plan_mesh.py`) one process stands for any rank of many.
 """
 
 # pyright: basic
-# (Dispatch modes, fake tensors and optimizers' states are not typed.)
+# (Hooks and optimizers' states are not typed.)
 
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
-from plait.cost.collectives import collective_of
-from plait.dryrun.memory_trace import Kind, MemoryTrace, Storage
-
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_COMMUNICATION = ("c10d.", "_c10d_functional.", "fsdp.")
+from plait.dryrun.memory_trace import Kind, MemoryTrace
+from plait.dryrun.watch_memory import EagerMemory
+from plait.dryrun.workspace import Workspace
+from plait.errors import PlanError
 
 
-class EagerMemory(TorchDispatchMode):
-    """Notes the memory of what runs inside, on fake tensors. `trace` holds what was seen.
+@dataclass(frozen=True)
+class EagerProgram:
+    """What does one training step, and what it trains: these are told apart in the ledger."""
 
-    workspace: bytes that a kernel allocates beside its results. Where a program looks at a value,
-    it sees zero: fake tensors have none.
+    step: Callable[[], object]
+    model: nn.Module | None = None
+    optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class EagerRun:
+    """Memory of eager steps, and the moment at which each began."""
+
+    trace: MemoryTrace
+    begins: tuple[int, ...]
+
+
+def trace_eager(
+    build: Callable[[], EagerProgram],
+    num_steps: int = 2,
+    *,
+    num_threads: int = 1,
+    with_sources: bool = False,
+) -> EagerRun:
+    """Note the memory of eager steps, without data.
+
+    build: makes model, optimizer and inputs; all of it runs on fake tensors. The second step, when
+    the optimizer's state exists, is like all later ones. with_sources: note the user's line of each
+    allocation; that takes longer. A value that the program looks at is 1.0, or False.
     """
-
-    def __init__(self, workspace: Callable[..., int], *, with_sources: bool = False) -> None:
-        super().__init__()
-        self.trace = MemoryTrace()
-        self.moment = -1
-        self.workspace, self.with_sources = workspace, with_sources
-        self.number_of: dict[int, int] = {}  # by address of the storage
-        self.watched: dict[int, Any] = {}
-        self.was_backward = False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "prim":  # questions about a tensor
-            return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype.is_floating_point and 0.0  # False where it is no number
-        if _is_composite(func):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        self._enter_backward()
-        self.moment += 1
-        result = func(*args, **kwargs)
-        operator = str(func)
-        for x in _tensors(result):
-            self._note(x, operator)
-        scratch = self.workspace(operator, args, kwargs, result)
-        if scratch:
-            storage = Storage(scratch, Kind.WORKSPACE, self.moment, "", operator, self._source())
-            self.trace.free(self.trace.allocate(storage), self.moment)
-        return result
-
-    def adopt(self, value: Any, kind: Kind) -> None:
-        """Take in tensors that were there before."""
-        for x in _tensors(value):
-            address = x.untyped_storage()._cdata
-            if address not in self.number_of:
-                storage = Storage(x.untyped_storage().nbytes(), kind, -1)
-                self.number_of[address] = self.trace.allocate(storage)
-
-    def num_bytes(self, value: Any) -> int:
-        """Size of the memory in which tensors lie, each once."""
-        addresses = {x.untyped_storage()._cdata for x in _tensors(value)}
-        found = {self.number_of[each] for each in addresses if each in self.number_of}
-        return sum(self.trace.storages[each].num_bytes for each in found)
-
-    def mark(self, tensors: Iterable[Tensor | None], kind: Kind, names: Sequence[str] = ()) -> None:
-        """Say what the memory of tensors is for, and whose it is."""
-        for i, x in enumerate(tensors):
-            for part in _tensors(_local(x)):
-                number = self.number_of.get(part.untyped_storage()._cdata)
-                if number is not None:
-                    self.trace.storages[number].kind = kind
-                    self.trace.storages[number].name = names[i] if names else ""
-
-    def _enter_backward(self) -> None:
-        """What lives when the backward begins, and was made for nothing else, is saved for it."""
-        is_backward = torch._C._current_autograd_node() is not None
-        if is_backward and not self.was_backward:
-            for number in self.number_of.values():
-                storage = self.trace.storages[number]
-                if storage.kind is Kind.TEMPORARIES:
-                    storage.kind = Kind.ACTIVATIONS
-        self.was_backward = is_backward
-
-    def _note(self, x: Tensor, operator: str) -> None:
-        if x.layout is not torch.strided:
-            return
-        storage = x.untyped_storage()
-        address = storage._cdata
-        num_bytes = storage.nbytes()
-        known = self.number_of.get(address)
-        if known is not None and self.trace.storages[known].num_bytes == num_bytes:
-            return
-        if known is not None:  # its size was changed in place, as FSDP does
-            self._freed(address)
-        if not num_bytes:
-            return
-        is_message = operator.startswith(_COMMUNICATION) or collective_of(operator) is not None
-        self.number_of[address] = self.trace.allocate(
-            Storage(
-                num_bytes,
-                Kind.COMMUNICATION if is_message else Kind.TEMPORARIES,
-                self.moment,
-                "",
-                operator,
-                self._source(),
-            )
-        )
-        self.watched[address] = weakref.finalize(storage, self._freed, address)
-        self.watched[address].atexit = False
-
-    def resized(self, x: Tensor) -> None:
-        """Note that a tensor's memory may have another size now."""
-        address = x.untyped_storage()._cdata
-        if not x.untyped_storage().nbytes():
-            self._freed(address)
-        else:
-            self._note(x, "storage.resize_")
-
-    def _freed(self, address: int) -> None:
-        number = self.number_of.pop(address, None)
-        watch = self.watched.pop(address, None)
-        if watch is not None:
-            watch.detach()
-        if number is not None:
-            self.trace.free(number, self.moment)
-
-    def _source(self) -> str:
-        if not self.with_sources:
-            return ""
-        frame = sys._getframe(2)
-        while frame is not None:
-            name = frame.f_code.co_filename
-            if not name.startswith((*_LIBRARIES, "<")):
-                return f"{name}:{frame.f_lineno}, in {frame.f_code.co_name}"
-            frame = frame.f_back
-        return ""
+    if num_steps < 1:
+        raise PlanError(f"num_steps={num_steps}: at least one step is needed.")
+    begins: list[int] = []
+    with (
+        _unnoticed(),
+        FakeTensorMode(),
+        EagerMemory(Workspace(num_threads), with_sources=with_sources) as watch,
+    ):
+        program = build()
+        parameters = dict(program.model.named_parameters()) if program.model is not None else {}
+        watch.mark(parameters.values(), Kind.PARAMETERS, list(parameters))
+        if program.model is not None:
+            watch.mark(program.model.buffers(), Kind.PARAMETERS)
+        for parameter in parameters.values():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: watch.mark([p.grad], Kind.GRADIENTS)
+                )
+        for _ in range(num_steps):
+            begins.append(watch.moment + 1)
+            program.step()
+            if program.optimizer is not None:
+                states = program.optimizer.state.values()
+                watch.mark([x for state in states for x in state.values()], Kind.OPTIMIZER)
+    return EagerRun(watch.trace, tuple(begins))
 
 
-def _is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Let transformers take the way that it takes with real tensors.
 
-
-def _local(x: Any) -> Any:
-    return x._local_tensor if hasattr(x, "_local_tensor") else x
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, list | tuple):
-        return [each for item in x for each in _tensors(item)]
-    if isinstance(x, dict):
-        return _tensors(list(x.values()))
-    return []
+    It looks whether tensors are fake, and then makes masks that a real run does without.
+    """
+    module = sys.modules.get("transformers.utils.import_utils")
+    if module is None:
+        yield
+        return
+    before = module.is_fake_tensor
+    module.is_fake_tensor = lambda x: False
+    try:
+        yield
+    finally:
+        module.is_fake_tensor = before

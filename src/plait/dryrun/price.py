@@ -4,14 +4,10 @@ It replays the very programs that `plait.run` runs, on forms (`replay_step.py`),
 a time, and plays them on the streams of a rank (`cost/simulate.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from plait.compiler.compile import compile
 from plait.cost.clusters import Cluster
 from plait.cost.overlap import exposed_s
 from plait.cost.simulate import Host, Simulation, simulate
@@ -25,11 +21,7 @@ from plait.dryrun.replay import Launched, Replay
 from plait.dryrun.replay_step import StepReplay
 from plait.dryrun.workspace import Workspace
 from plait.errors import PlanError
-from plait.graph.capture import capture
 from plait.graph.schedule import Schedule
-from plait.plan.parallel_plan import ParallelPlan
-
-__all__ = ["Price", "price", "price_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,31 +97,6 @@ def price(
     for _ in range(min(steps, 2) if makes_state else 1):
         steps_replay.step()
     return _Pricing(schedule, cluster, steps_replay, table).result(fragments=fragments)
-
-
-def price_step(
-    model: nn.Module,
-    inputs: Sequence[object],
-    plan: ParallelPlan | None = None,
-    cluster: Cluster | None = None,
-    *,
-    loss: Callable[..., Tensor],
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    level: str = "O0",
-    **settings: Any,
-) -> Price:
-    """Capture a step of any model, compile it and price it; the model may be on the meta device.
-
-    loss: a function `loss(model, *inputs)` that returns a scalar. inputs: of one rank, with the
-    batch of all its micro-batches. optimizer: made of the model's parameters, or None. settings: of
-    `price`. The plan's tp parts the model; fsdp and dp are laid around it.
-    """
-    plan = plan or ParallelPlan()
-    if cluster is None:
-        raise PlanError("price_step needs a cluster, such as plait.clusters.h200(8).")
-    graph = capture(model, *inputs, plan=_without_data_parallel(plan), loss=loss)
-    schedule = compile(graph, plan, level=level, cluster=cluster, optimizer=optimizer)
-    return price(schedule, cluster, **settings)
 
 
 class _Pricing:
@@ -365,9 +332,3 @@ def _check_size(schedule: Schedule, cluster: Cluster) -> None:
             f"the schedule communicates over {needed} ranks ({axes}), and the cluster "
             f"{cluster.name} has {cluster.num_ranks}. Price it on {cluster.name}({needed}) or more."
         )
-
-
-def _without_data_parallel(plan: ParallelPlan) -> ParallelPlan:
-    """What `capture` places; fsdp and dp are programs around the step."""
-    settings = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return ParallelPlan(**{**settings, "dp": 1, "fsdp": 1})

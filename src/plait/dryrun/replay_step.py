@@ -11,6 +11,7 @@ from plait.compiler.shard import shard_shape
 from plait.dryrun.forms import Form, Held, form_of
 from plait.dryrun.memory_trace import Kind
 from plait.dryrun.replay import Replay
+from plait.errors import GraphError
 from plait.graph.graph import Role, Value
 from plait.graph.schedule import Schedule, Step
 
@@ -225,13 +226,22 @@ class StepReplay:
                 Role.GRADIENT: self.gradients,
                 Role.STATE: self.state,
             }[value.role]
-            given.append(known[value.name])
+            given.append(self._of_optimizer(value, known))
         self.replay.hold(given)
         for each in self.replay.run("optimizer", given):
             self.replay.release(each)
         for each in self.gradients.values():
             self.replay.release(each)
         self.gradients.clear()
+
+    def _of_optimizer(self, value: Value, known: Mapping[str, Held]) -> Held:
+        """What the optimizer's program takes. Raises GraphError if it numbers its parameters."""
+        if value.name not in known:
+            raise GraphError(
+                f"the optimizer's {value.role.value} {value.name} is none of the model's. Make the "
+                "optimizer of model.named_parameters(), or price with plait.price_step."
+            )
+        return known[value.name]
 
     def _differentiable(self) -> None:
         """A model under autograd: results are held, gradients returned and kept."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
-from plait.dryrun.eager import EagerMemory
 from plait.dryrun.memory_trace import Kind
+from plait.dryrun.watch_memory import EagerMemory
 from plait.ops.linear_cross_entropy import GROUP_ELEMENTS
 
 _NOT_OURS = ("aten", "prims", "_c10d_functional", "c10d", "streams", "rngprims", "fsdp")
