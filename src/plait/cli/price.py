@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plait.checkpoint.huggingface import load_config
+from plait.cli.large_job import price_large_job
 from plait.cli.output import say, show
 from plait.config import override
-from plait.cost.clusters import NAMED, Cluster
+from plait.cost.accelerators import CLUSTERS, find_cluster
 from plait.cost.table import Table
 from plait.dryrun.price_step import price_step
 from plait.dryrun.report import Titled, to_json, to_text
 from plait.dryrun.report_page import page
-from plait.errors import ConfigError, PlanError, nearest_name
+from plait.errors import ConfigError, PlanError
 from plait.models.decoder import Decoder, DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan
 from plait.recipes.catalog import RECIPES, find_recipe
+from plait.recipes.pretrain import PRETRAIN_RECIPES, find_pretrain_recipe
 from plait.train.job import TORCH_DTYPES, Dtype, Job
 from plait.train.optimizer import make_optimizers
 from plait.train.step import summed_loss
@@ -66,7 +68,9 @@ class Step:
 
 def price_command(
     recipe: Annotated[str, typer.Argument(help="A recipe, or a model folder (its config.json).")],
-    cluster: Annotated[str, typer.Option(help="The machine: " + ", ".join(NAMED) + ".")] = "h100",
+    cluster: Annotated[
+        str, typer.Option(help="The machine: " + ", ".join(CLUSTERS) + ".")
+    ] = "h100",
     world: Annotated[
         int, typer.Option(help="Devices; 0 = as many as the plan needs. dp takes what is left.")
     ] = 0,
@@ -82,16 +86,44 @@ def price_command(
     trace: Annotated[
         Path | None, typer.Option(help="Write the timeline to this file, for ui.perfetto.dev.")
     ] = None,
+    nccl: Annotated[
+        list[Path] | None,
+        typer.Option(help="Of a published model: what nccl-tests measured, its text or a CSV."),
+    ] = None,
+    dollars: Annotated[
+        float | None, typer.Option(help="Of a published model: price of a device and hour.")
+    ] = None,
 ) -> None:
-    """Say what a training step would take, in time and memory of one rank; nothing is run.
+    """Say what a training step would take, in time and memory; nothing is run.
 
-    Example: plait price stdlib_15m --cluster h100 --world 16 --set plan.tp=8
+    A recipe of `plait train` or a model folder is priced for one rank, operator by operator. A
+    published model (llama3_405b, ...) is priced for the whole cluster, pipeline included.
+
+    Example: plait price llama3_405b --cluster h100 --world 16384 --set plan.recompute=selective
     """
     given = settings or []
+    if recipe in PRETRAIN_RECIPES:
+        if table is not None or html is not None:
+            raise ConfigError(f"--table and --html are for one rank; {recipe} is a whole cluster.")
+        ranks = world or find_pretrain_recipe(recipe).plan.num_ranks
+        price_large_job(
+            recipe,
+            world=ranks,
+            cluster=cluster,
+            settings=given,
+            nccl=nccl or [],
+            dollars=dollars,
+            as_json=as_json,
+            trace=trace,
+        )
+        return
+    if nccl or dollars is not None:
+        known = ", ".join(PRETRAIN_RECIPES)
+        raise ConfigError(f"--nccl and --dollars are for published models: {known}.")
     plan = _plan([each for each in given if each.startswith(_PLAN)])
     step = _step(recipe, [each for each in given if not each.startswith(_PLAN)])
     plan = _filled(replace(plan, num_micro_batches=step.num_micro_batches), world)
-    machine = _cluster(cluster, plan.num_ranks)
+    machine = find_cluster(cluster, plan.num_ranks)
     measured = None if table is None else Table.load(table)
     say("capturing, compiling and pricing")
     with torch.device("meta"):
@@ -153,12 +185,6 @@ def _filled(plan: ParallelPlan, world: int) -> ParallelPlan:
             f"and --world is {world}. Choose from {', '.join(map(str, fits))}, or change the plan."
         )
     return replace(plan, dp=world // without)
-
-
-def _cluster(name: str, num_ranks: int) -> Cluster:
-    if name not in NAMED:
-        raise PlanError(f"there is no cluster {name!r}. {nearest_name(name, NAMED)}")
-    return NAMED[name](num_ranks)
 
 
 def _step(recipe: str, assignments: Sequence[str]) -> Step:

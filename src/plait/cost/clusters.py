@@ -5,7 +5,7 @@ off. Peaks are those of dense products. A figure that was not published is marke
 (assumed). Hopper and the CPU are here, other devices in `accelerators.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -176,7 +176,3 @@ def _hopper(
         inside=Link(latency_s=5e-6, bandwidth_bytes_per_s=350e9),
         between=Link(latency_s=15e-6, bandwidth_bytes_per_s=45e9),
     )
-
-
-NAMED: Mapping[str, Callable[[int], Cluster]] = {"cpu": cpu, "h100": h100, "h200": h200}
-"""Clusters of a number of ranks, by name."""
