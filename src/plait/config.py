@@ -57,6 +57,7 @@ def from_json(kind: type[T], data: Json, *, path: str = "") -> T:
 def _assign(kind: Any, data: Json, names: list[str], text: str, *, path: str) -> None:
     """Put one value into the JSON form of a dataclass of type `kind`."""
     for depth, name in enumerate(names):
+        kind = _without_none(kind)
         if not dataclasses.is_dataclass(kind) or not isinstance(data, dict):
             raise ConfigError(f"--set {path}: {'.'.join(names[:depth])} is a single value.")
         hints = _field_types(typing.cast("type[Any]", kind))
@@ -68,6 +69,13 @@ def _assign(kind: Any, data: Json, names: list[str], text: str, *, path: str) ->
             data[name] = to_json(_parse(kind, text, path=path, from_text=True))
         else:
             data = data[name]
+
+
+def _without_none(kind: Any) -> Any:
+    """The X of X | None; else the type itself."""
+    inner = [each for each in typing.get_args(kind) if each is not type(None)]
+    is_optional = isinstance(kind, types.UnionType) and len(inner) == 1
+    return inner[0] if is_optional else kind
 
 
 def _field_types(kind: type) -> dict[str, Any]:

@@ -252,7 +252,9 @@ def test_a_model_of_transformers_is_priced_too(cluster):
     )
     own = price_job(JOB, cluster)
     theirs = price_job(replace(JOB, model=None), cluster, source=hugging_face_source(config))
-    assert theirs.flops_per_token == pytest.approx(own.flops_per_token, rel=0.02)
+    # It gives attention a mask instead of saying that it is causal: kernels see every pair.
+    masked = 6 * 8 * 512 * (1024 - 1)
+    assert theirs.flops_per_token == pytest.approx(own.flops_per_token + masked, rel=0.02)
     assert theirs.step_s == pytest.approx(own.step_s, rel=0.4)
 
 

@@ -68,9 +68,7 @@ class Step:
 
 def price_command(
     recipe: Annotated[str, typer.Argument(help="A recipe, or a model folder (its config.json).")],
-    cluster: Annotated[
-        str, typer.Option(help="The machine: " + ", ".join(CLUSTERS) + ".")
-    ] = "h100",
+    cluster: Annotated[str, typer.Option(help=", ".join(CLUSTERS))] = "h100",
     world: Annotated[
         int, typer.Option(help="Devices; 0 = as many as the plan needs. dp takes what is left.")
     ] = 0,

@@ -20,6 +20,7 @@ from plait.cost.operations import operation_s
 from plait.cost.simulate import COMPUTE, Operation, communication, simulate
 from plait.cost.topology import message, place
 from plait.dryrun.model_source import decoder_source
+from plait.dryrun.pieces import without_torch_warnings
 from plait.dryrun.work import Work, num_bytes_of, work_of
 from plait.errors import PlanError
 from plait.graph.capture import capture
@@ -108,7 +109,7 @@ class _Forward:
         with torch.device("meta"):
             tokens_BT = torch.empty((batch, tokens), dtype=torch.int64)
         plan = ParallelPlan(tp=tp)
-        with torch.no_grad():
+        with torch.no_grad(), without_torch_warnings():
             graph = capture(source.make(layers, vocab_size), tokens_BT, plan, loss=_next_logits)
         for each in passes_of("O0", "fast", plan):
             graph = each.run(graph, plan, cluster)

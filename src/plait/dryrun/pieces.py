@@ -10,8 +10,10 @@ and a whole one, with attention in proportion, for its queries are a share and i
 # pyright: basic
 # (fx nodes are not typed.)
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +28,7 @@ from plait.dryrun.saved import Held, held_of
 from plait.dryrun.work import Kernels, Part, Work, work_of
 from plait.errors import GraphError, PlanError
 from plait.graph.capture import capture
+from plait.graph.cut import BETWEEN
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, call_of
 from plait.plan.find_rules import legal_sizes
 from plait.plan.parallel_plan import ParallelPlan, Recompute
@@ -151,6 +154,14 @@ def points_for(sequences: float) -> Points:
     return (0.5, 1.0) if sequences < 1 else (2.0, 3.0)
 
 
+@contextmanager
+def without_torch_warnings() -> Generator[None]:
+    """Keep back what TorchDynamo warns of in PyTorch's own distributed code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        yield
+
+
 @dataclass
 class PieceStore:
     """Captures each shape of a model once."""
@@ -190,7 +201,8 @@ class PieceStore:
             with torch.device("meta"):
                 tokens_BT = torch.empty((batch, shape.sequence_length // part), dtype=torch.int64)
             plan = ParallelPlan(tp=shape.tp, sp=shape.sp, replicas=shape.replicas)
-            self.graphs[key] = capture(model, tokens_BT, plan, loss=self.source.loss)
+            with without_torch_warnings():
+                self.graphs[key] = capture(model, tokens_BT, plan, loss=self.source.loss)
         plan = ParallelPlan(
             tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=shape.recompute
         )
@@ -242,16 +254,15 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
     kinds = list(dict.fromkeys(store.source.kinds))
     # A layer is a block only beside others of its class, so a kind that is alone stands twice.
     extra = int(len(kinds) == 1)
-    captures = store.called(shape, points, extra)
-    if extra and len(captures[0]) == 4:
-        captures = [[*each[:2], each[3]] for each in captures]
-    if len(captures[0]) != len(kinds) + 2:
+    low, high = (_by_place(each) for each in store.called(shape, points, extra))
+    if len(low) != len(kinds) + 2 + extra:
         raise GraphError(
-            f"{store.source.name} is captured as {len(captures[0])} pieces, {len(kinds) + 2} were "
-            "expected: one before the layers, one for each kind of layer, one behind."
+            f"{store.source.name} is captured with {len(low) - 2} layers, {len(kinds) + extra} "
+            "were expected: its layers are no blocks of one ModuleList."
         )
+    if extra:
+        del low[2], high[2]
     names = [BEFORE, *kinds, BEHIND]
-    low, high = captures
     pieces = [_piece(*each, points) for each in zip(names, low, high, strict=True)]
     return Pieces(
         before=pieces[0],
@@ -259,6 +270,48 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
         behind=pieces[-1],
         is_shared_head=shape.share_head and shape.tp > 1,
     )
+
+
+def _by_place(programs: Sequence[_Program]) -> list[_Program]:
+    """What stands before the layers as one, each layer, and what stands behind as one."""
+    layers = [i for i, each in enumerate(programs) if each.source != BETWEEN]
+    if not layers:
+        return []
+    first, last = layers[0], layers[-1]
+    return [
+        _joined(programs[:first]),
+        *programs[first : last + 1],
+        _joined(programs[last + 1 :]),
+    ]
+
+
+def _joined(programs: Sequence[_Program]) -> _Program:
+    """Several programs as one, one after another."""
+    return _Program(
+        name="+".join(each.name for each in programs),
+        forward=_in_turn([each.forward for each in programs]),
+        backward=_in_turn([each.backward for each in reversed(programs)]),
+        held=Held(
+            saved_bytes=sum(each.held.saved_bytes for each in programs),
+            forward_peak_bytes=max((each.held.forward_peak_bytes for each in programs), default=0),
+            backward_peak_bytes=max(
+                (each.held.backward_peak_bytes for each in programs), default=0
+            ),
+        ),
+        num_elements=sum(each.num_elements for each in programs),
+        num_expert_elements=sum(each.num_expert_elements for each in programs),
+        source=BETWEEN,
+    )
+
+
+def _in_turn(programs: Sequence[tuple[Work, ...]]) -> tuple[Work, ...]:
+    found: list[Work] = []
+    for program in programs:
+        start = len(found)
+        found += [
+            replace(work, depends_on=tuple(start + i for i in work.depends_on)) for work in program
+        ]
+    return tuple(found)
 
 
 def _split_pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
@@ -306,13 +359,14 @@ def _called(graph: Graph, shape: Shape) -> list[_Program]:
         if called is None or called[1] == BACKWARD:
             continue
         template = graph.templates[called[0]]
-        if template.backward is None:
-            raise GraphError(f"{template.name} has no backward: there is nothing to train.")
         if template.name not in seen:
-            fillers = fillers_of(template, weights.get(template.name, set()))
+            fillers = set()
+            if template.backward is not None:
+                fillers = fillers_of(template, weights.get(template.name, set()))
+            backward = template.backward
             seen[template.name] = (
                 work_of(template.forward, shape.kernels),
-                work_of(template.backward, shape.kernels, fillers),
+                () if backward is None else work_of(backward, shape.kernels, fillers),
             )
         parameters = [
             x.meta["val"]

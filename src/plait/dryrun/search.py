@@ -30,6 +30,7 @@ from plait.plan.parallel_plan import Recompute
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
 _REPLICAS = (2,)
+_TELL_EVERY = 100
 OnProgress = Callable[[str], None]
 
 
@@ -167,7 +168,7 @@ class _Search:
         kept.sort(key=_sharing)
         for number, each in enumerate(kept, start=1):
             self._price(each)
-            if number % 200 == 0:
+            if number % _TELL_EVERY == 0:
                 self._tell(number, len(kept))
 
     def _tell(self, number: int, total: int) -> None:

@@ -88,7 +88,8 @@ def stages_of(source: ModelSource, num_stages: int) -> tuple[Stage, ...]:
     sizes = [size + (first <= i < first + rest) for i in range(num_stages)]
     if source.num_layers % num_stages == 0:
         sizes = [source.num_layers // num_stages] * num_stages
-        sizes[0], sizes[-1] = sizes[0] + 1, sizes[-1] + 1
+        sizes[0] += 1
+        sizes[-1] += 1
     found: list[Stage] = []
     at = 0
     for each in sizes:
