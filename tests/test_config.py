@@ -118,5 +118,5 @@ def test_a_group_that_may_be_absent_is_set_by_field_where_it_is_there():
 
     job = override(find_pretrain_recipe("llama3_8b"), ["model.num_layers=4", "plan.tp=2"])
     assert (job.model.num_layers, job.plan.tp) == (4, 2)
-    with pytest.raises(ConfigError, match="is not one|Known|Did you mean"):
+    with pytest.raises(ConfigError, match="Did you mean"):
         override(job, ["plan.recompute=ful"])
