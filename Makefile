@@ -40,6 +40,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overlap --price
 	$(BIN)/python -m benchmarks.dryrun_scale
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.dryrun_accuracy
 	$(BIN)/python -m benchmarks.train_throughput
 	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.data_loading

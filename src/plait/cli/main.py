@@ -6,7 +6,9 @@ import warnings
 import typer
 
 from plait.cli import (
+    calibrate,
     chat,
+    compare,
     debug,
     doctor,
     evaluate,
@@ -43,6 +45,8 @@ app.command("debug")(debug.debug_command)
 app.command("search")(search.search_command)
 app.command("overlap")(overlap.overlap_command)
 app.command("price")(price.price_command)
+app.command("calibrate")(calibrate.calibrate_command)
+app.command("compare")(compare.compare_command)
 app.command("invert")(invert.invert_command)
 app.command("forward")(forward.forward_command)
 app.command("doctor")(doctor.doctor_command)

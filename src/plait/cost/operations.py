@@ -207,6 +207,18 @@ def _attention(packet: str, named: Mapping[str, object]) -> _Work:
     return _Work(kind=Kind.ATTENTION, flops=flops, dtype=query.dtype)
 
 
+def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:
+    """Each row is multiplied once, by the matrix of its group, however rows are routed."""
+    x, weight = _named(named, "x_RI", "weight_GOI")
+    (rows, inner), (groups, columns, _) = x.shape, weight.shape
+    return _Work(
+        kind=Kind.MATRIX,
+        flops=2 * rows * inner * columns * (2 if packet.endswith("backward") else 1),
+        dtype=x.dtype,
+        sizes=(max(rows // groups, 1), inner, columns),  # of one product, at balanced routing
+    )
+
+
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
     """The logits, and with gradients the two products of their backward."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
@@ -216,19 +228,6 @@ def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
         flops=2 * rows * inner * columns * (3 if named["with_gradients"] else 1),
         dtype=cast("torch.dtype", named["dtype"]),
         sizes=(rows, inner, columns),
-    )
-
-
-def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:
-    """Rows parted evenly among the groups; the backward is a product for each operand."""
-    rows, weight = _named(named, "x_RI", "weight_GOI")
-    groups, columns, inner = weight.shape
-    is_backward = packet.endswith("backward")
-    return _Work(
-        kind=Kind.MATRIX,
-        flops=2 * rows.shape[0] * inner * columns * (2 if is_backward else 1),
-        dtype=rows.dtype,
-        sizes=(max(1, rows.shape[0] // groups), inner, columns),
     )
 
 

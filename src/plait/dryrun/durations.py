@@ -86,9 +86,9 @@ class _Durations:
         found = self.table.duration(each.step.target, each.outcome.key, cost)
         launch_s = self.table.launch_s
         return Duration(
-            seconds=found.seconds + launch_s,
-            low_s=found.low_s + launch_s,
-            high_s=found.high_s + launch_s,
+            seconds=max(found.seconds + launch_s, 0.0),
+            low_s=max(found.low_s + launch_s, 0.0),
+            high_s=max(found.high_s + launch_s, 0.0),
             source=found.source,
         )
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,7 +86,7 @@ def _unnoticed() -> Iterator[None]:
 
     It looks whether tensors are fake, and then makes masks that a real run does without.
     """
-    module = sys.modules.get("transformers.utils.import_utils")
+    module: Any = sys.modules.get("transformers.utils.import_utils")
     if module is None:
         yield
         return

@@ -32,7 +32,9 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem 1rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-td.source { text-align: left; font-size: .8rem; color: #555; overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+td.source { text-align: left; font-size: .8rem; color: #555; white-space: normal;
+            overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; }
 pre { background: #f6f6f8; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 .memory text { font: 12px system-ui, sans-serif; fill: #444; }

@@ -17,20 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from plait.cost.collectives import collective_of
 from plait.dryrun.memory_trace import Kind, MemoryTrace, Storage
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_KNOWN = "plait_known_values"  # an attribute of fake tensors
+_MOST_FOLLOWED = 2**16
 _COMMUNICATION = ("c10d.", "_c10d_functional.", "fsdp.")
 
 
 class EagerMemory(TorchDispatchMode):
     """Notes the memory of what runs inside, on fake tensors. `trace` holds what was seen.
 
-    workspace: bytes that a kernel allocates beside its results. Where a program looks at a value,
-    it sees 1.0, or False where that is no float: fake tensors have none.
+    workspace: bytes that a kernel allocates beside its results. A program may look at values that
+    no data decide (positions, step counts): small ones are computed beside the fake tensors. Where
+    it looks at another, it sees 1.0, or False where that is no float.
     """
 
     def __init__(self, workspace: Callable[..., int], *, with_sources: bool = False) -> None:
@@ -50,6 +54,10 @@ class EagerMemory(TorchDispatchMode):
         if func.namespace == "prim":  # questions about a tensor
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
+            value = _value(args[0])
+            if value is not None:
+                with _disable_current_modes():
+                    return value.item()
             return args[0].dtype.is_floating_point and 1.0  # a step count, or False
         if _is_composite(func):
             with self:
@@ -62,6 +70,7 @@ class EagerMemory(TorchDispatchMode):
         operator = str(func)
         for x in _tensors(result):
             self._note(x, operator)
+        _follow_values(func, args, kwargs, result)
         scratch = self.workspace(operator, args, kwargs, result)
         if scratch:
             storage = Storage(scratch, Kind.WORKSPACE, self.moment, "", operator, self._source())
@@ -169,6 +178,42 @@ class EagerMemory(TorchDispatchMode):
                 return f"{name}:{frame.f_lineno}, in {frame.f_code.co_name}"
             frame = frame.f_back
         return ""
+
+
+def _value(x: Tensor) -> Tensor | None:
+    """The values of a tensor, where they are known."""
+    return getattr(x, _KNOWN, None) if isinstance(x, FakeTensor) else x
+
+
+def _follow_values(func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Compute what an operator makes of known values, where it is small and no random draw."""
+    made = _tensors(result)
+    if not made or not all(map(_is_followed, made)):
+        return
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return
+    if any(_value(x) is None for x in _tensors((args, kwargs))):
+        return
+    with _disable_current_modes(), torch.no_grad():
+        values = func(*_with_values(args), **_with_values(kwargs))
+    for x, value in zip(made, _tensors(values), strict=True):
+        if isinstance(x, FakeTensor):
+            setattr(x, _KNOWN, value)
+
+
+def _is_followed(x: Tensor) -> bool:
+    is_number = x.dtype.is_floating_point or x.dtype.is_complex
+    return x.device.type == "cpu" and x.numel() <= (1 if is_number else _MOST_FOLLOWED)
+
+
+def _with_values(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return _value(x)
+    if isinstance(x, list | tuple):
+        return type(x)(_with_values(item) for item in x)
+    if isinstance(x, dict):
+        return {name: _with_values(item) for name, item in x.items()}
+    return x
 
 
 def _is_composite(func: Any) -> bool:
