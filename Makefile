@@ -46,7 +46,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_time --level O2
 	$(BIN)/python -m benchmarks.operators
 	$(BIN)/python -m benchmarks.overlap --price
+	$(BIN)/python -m benchmarks.dryrun_scale
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.dryrun_accuracy
 	$(BIN)/python -m benchmarks.train_throughput
 	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.data_loading

@@ -111,3 +111,12 @@ def test_malformed_json_is_refused_naming_the_field(data, message):
     with pytest.raises(ConfigError) as caught:
         from_json(Outer, data)
     assert message in str(caught.value)
+
+
+def test_a_group_that_may_be_absent_is_set_by_field_where_it_is_there():
+    from plait.recipes.pretrain import find_pretrain_recipe
+
+    job = override(find_pretrain_recipe("llama3_8b"), ["model.num_layers=4", "plan.tp=2"])
+    assert (job.model.num_layers, job.plan.tp) == (4, 2)
+    with pytest.raises(ConfigError, match="Did you mean"):
+        override(job, ["plan.recompute=ful"])

@@ -3,6 +3,9 @@
 from plait.backend.jit import jit as jit
 from plait.checkpoint.huggingface import load_model as load_model
 from plait.compiler.compile import compile as compile
+from plait.cost import clusters as clusters
+from plait.dryrun.price import price as price
+from plait.dryrun.price_step import price_step as price_step
 from plait.errors import PlaitError as PlaitError
 from plait.executor.run import run as run
 from plait.graph.capture import capture as capture

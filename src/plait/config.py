@@ -10,6 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -56,6 +57,7 @@ def from_json(kind: type[T], data: Json, *, path: str = "") -> T:
 def _assign(kind: Any, data: Json, names: list[str], text: str, *, path: str) -> None:
     """Put one value into the JSON form of a dataclass of type `kind`."""
     for depth, name in enumerate(names):
+        kind = _without_none(kind)
         if not dataclasses.is_dataclass(kind) or not isinstance(data, dict):
             raise ConfigError(f"--set {path}: {'.'.join(names[:depth])} is a single value.")
         hints = _field_types(typing.cast("type[Any]", kind))
@@ -67,6 +69,13 @@ def _assign(kind: Any, data: Json, names: list[str], text: str, *, path: str) ->
             data[name] = to_json(_parse(kind, text, path=path, from_text=True))
         else:
             data = data[name]
+
+
+def _without_none(kind: Any) -> Any:
+    """The X of X | None; else the type itself."""
+    inner = [each for each in typing.get_args(kind) if each is not type(None)]
+    is_optional = isinstance(kind, types.UnionType) and len(inner) == 1
+    return inner[0] if is_optional else kind
 
 
 def _field_types(kind: type) -> dict[str, Any]:
@@ -127,8 +136,13 @@ def _parse_dataclass(kind: type[Any], value: Any, *, path: str, from_text: bool)
 
 def _parse_optional(arguments: tuple[Any, ...], value: Any, *, path: str, from_text: bool) -> Any:
     inner = [kind for kind in arguments if kind is not type(None)]
+    if inner == [int, str]:  # a count, or a word in its place
+        try:
+            return _parse_scalar(int, value, path=path, from_text=from_text)
+        except ConfigError:
+            return _parse_scalar(str, value, path=path, from_text=from_text)
     if len(inner) != 1:
-        raise TypeError(f"{path}: only X | None is a supported union, not {arguments}")
+        raise TypeError(f"{path}: only X | None and int | str are supported, not {arguments}")
     if value is None or (from_text and value.strip().lower() == "none"):
         return None
     return _parse(inner[0], value, path=path, from_text=from_text)
@@ -148,6 +162,11 @@ def _parse_tuple(
 
 
 def _parse_scalar(kind: Any, value: Any, *, path: str, from_text: bool) -> Any:
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        names = [each.value for each in kind]
+        if not isinstance(value, str) or value.strip() not in names:
+            raise ConfigError(f"{path}={value!r}: {nearest_name(str(value), names)}")
+        return kind(value.strip())
     if not from_text:
         if kind is float and type(value) is int:
             return float(value)

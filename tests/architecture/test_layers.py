@@ -110,7 +110,10 @@ def test_public_names_are_these():
         "PlaitError",
         "TokenLayout",
         "capture",
+        "clusters",
         "jit",
         "load_model",
+        "price",
+        "price_step",
         "run",
     }

@@ -291,7 +291,7 @@ def test_inputs_of_another_shape_than_captured_are_refused(step):
 
 
 def test_a_plan_over_axes_that_capture_cannot_place_is_refused(step):
-    with pytest.raises(PlanError, match="leave pp at 1"):
+    with pytest.raises(PlanError, match="leave pp and cp at 1"):
         plait.capture(*step, plan=plait.ParallelPlan(pp=2), loss=loss)
 
 

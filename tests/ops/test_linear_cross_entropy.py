@@ -14,7 +14,7 @@ from plait.ops.linear_cross_entropy import linear_cross_entropy, reference_linea
 def sizes(request, monkeypatch):
     """Rows, width and vocabulary; the second time with groups and blocks of a few rows."""
     if request.param == "many-groups":
-        monkeypatch.setattr(module, "_GROUP_ELEMENTS", 40 * 97)
+        monkeypatch.setattr(module, "GROUP_ELEMENTS", 40 * 97)
         monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 7 * 97)
     return 133, 24, 97
 

@@ -6,7 +6,9 @@ import warnings
 import typer
 
 from plait.cli import (
+    calibrate,
     chat,
+    compare,
     debug,
     doctor,
     evaluate,
@@ -14,8 +16,10 @@ from plait.cli import (
     forward,
     invert,
     overlap,
+    price,
     runs,
     sample,
+    search,
     train,
 )
 from plait.cli.output import say
@@ -38,7 +42,11 @@ app.command("sample")(sample.sample_command)
 app.command("chat")(chat.chat_command)
 app.command("explain")(explain.explain_command)
 app.command("debug")(debug.debug_command)
+app.command("search")(search.search_command)
 app.command("overlap")(overlap.overlap_command)
+app.command("price")(price.price_command)
+app.command("calibrate")(calibrate.calibrate_command)
+app.command("compare")(compare.compare_command)
 app.command("invert")(invert.invert_command)
 app.command("forward")(forward.forward_command)
 app.command("doctor")(doctor.doctor_command)

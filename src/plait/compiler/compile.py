@@ -11,7 +11,7 @@ from plait.compiler.split_backward import split_backward
 from plait.compiler.whole_program import as_one_island
 from plait.cost import clusters
 from plait.cost.clusters import Cluster
-from plait.errors import GraphError
+from plait.errors import GraphError, PlanError
 from plait.graph.graph import Graph, Module, Role, Value
 from plait.graph.island import Island
 from plait.graph.partition import part_joint
@@ -38,7 +38,7 @@ def compile(
     returns the gradients.
 
     A step of a plan with fsdp or dp has the programs `unshard` and `reduce_gradients` (see
-    `compiler/shard.py`); the graph is captured with the batch of one rank, and without that plan.
+    `compiler/shard.py`); the graph is captured with the batch of one rank.
 
     numerics: "strict" makes the result and the input gradient of a row (a token) independent of how
     many rows there are (see `compiler/strict.py`); `schedule.report()` says what could not be.
@@ -53,6 +53,11 @@ def compile(
     step is not one program; PlanError if the plan wants a number of replicas that cannot be had.
     """
     plan = plan or ParallelPlan()
+    if plan.cp > 1 or plan.ep > 1:
+        raise PlanError(
+            f"plait.compile does not place cp={plan.cp} and ep={plan.ep} yet; the dry run prices "
+            "them. Set both to 1."
+        )
     cluster = cluster or _default_cluster(graph, plan)
     for each in passes_of(level, numerics, plan):
         graph = each.run(graph, plan, cluster)

@@ -87,7 +87,7 @@ def order_pieces(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Order
         ordered = order_module(template.forward, machine)
         template.forward, found[f"{template.name}.forward"] = ordered.module, ordered
         if template.backward is not None:
-            fillers = _fillers(template, weights.get(template.name, set()))
+            fillers = fillers_of(template, weights.get(template.name, set()))
             ordered = order_module(template.backward, machine, fillers)
             template.backward, found[f"{template.name}.backward"] = ordered.module, ordered
     return graph, found
@@ -264,7 +264,7 @@ def _is_weight(node: object) -> bool:
     )
 
 
-def _fillers(template: Template, weights: set[int]) -> set[Node]:
+def fillers_of(template: Template, weights: set[int]) -> set[Node]:
     """Nodes of the backward on which only gradients of weights rest."""
     assert template.backward is not None
     graph: Any = template.backward.graph

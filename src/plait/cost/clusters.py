@@ -1,8 +1,8 @@
-"""Machines: what a device computes and moves, what a link carries, and named clusters of them.
+"""Machines: what a device computes and moves, what a link carries, and what a cluster is.
 
 Bandwidths of links are what one rank sends, in one direction, with the protocol's overhead taken
 off. Peaks are those of dense products. A figure that was not published is marked (fitted) or
-(assumed).
+(assumed). Hopper and the CPU are here, other devices in `accelerators.py`.
 """
 
 from collections.abc import Mapping
@@ -29,6 +29,8 @@ class Device:
     launch_s: float
     matrix_efficiency: float
     attention_efficiency: float
+    host_bandwidth_bytes_per_s: float = 25e9  # PCIe 4.0 x16, 32 GB/s by its standard (assumed 80 %)
+    interference: float = 1.19
 
     def peak(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s for products of this dtype; that of float32 for one that is not listed."""

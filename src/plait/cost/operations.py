@@ -209,6 +209,18 @@ def _attention(packet: str, named: Mapping[str, object]) -> _Work:
     return _Work(kind=Kind.ATTENTION, flops=flops, dtype=query.dtype)
 
 
+def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:
+    """Each row is multiplied once, by the matrix of its group, however rows are routed."""
+    x, weight = _named(named, "x_RI", "weight_GOI")
+    (rows, inner), (groups, columns, _) = x.shape, weight.shape
+    return _Work(
+        kind=Kind.MATRIX,
+        flops=2 * rows * inner * columns * (2 if packet.endswith("backward") else 1),
+        dtype=x.dtype,
+        sizes=(max(rows // groups, 1), inner, columns),  # of one product, at balanced routing
+    )
+
+
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
     """The logits, and with gradients the two products of their backward."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
@@ -262,6 +274,8 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.causal_part_attention_backward": _attention,
     "plait.strict_causal_attention": _attention,
     "plait.strict_causal_attention_backward": _attention,
+    "plait.grouped_linear": _grouped_linear,
+    "plait.grouped_linear_backward": _grouped_linear,
     "plait.linear_cross_entropy": _linear_cross_entropy,
 }
 _GATHERS = frozenset(

@@ -69,8 +69,13 @@ def capture(
         inputs, plan = inputs[:-1], inputs[-1]
     plan = plan or ParallelPlan()
     plan.check_inputs(inputs)
-    if plan.pp > 1:
-        raise PlanError("plait.capture takes a whole model so far; leave pp at 1 in the plan.")
+    if plan.ep > 1:
+        raise PlanError(f"plait.capture keeps all experts on each rank: ep={plan.ep} must be 1.")
+    if plan.pp > 1 or plan.cp > 1:
+        raise PlanError(
+            "plait.capture takes a whole model and whole sequences so far; leave pp and cp at 1 in "
+            "the plan."
+        )
     if plan.tp == 1:
         return _capture(model, inputs, plan, loss, None)
     device = next((p.device.type for p in model.parameters()), "cpu")

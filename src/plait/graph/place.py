@@ -5,7 +5,7 @@ that is a `Place`, whatever looks at it (a profile, a debugger, a price).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from plait.graph.schedule import CALL, CONSTANT, GETITEM, Program, Schedule, Step, refs_in
@@ -58,10 +58,12 @@ class Place:
         return target not in (GETITEM, CONSTANT) and not target.startswith(CALL)
 
 
-def call_made_by(step: Step, program: Program, schedule: Schedule) -> Call:
+def call_made_by(
+    step: Step, program: Program, schedule: Schedule, known: Mapping[str, str] | None = None
+) -> Call:
     """Describe the call that a step of this program makes."""
     same = [each.name for each in program.steps if each.target == step.target]
-    known = input_names(schedule)
+    known = input_names(schedule) if known is None else known
     taken = [known[name].split(".") for name in refs_in(step.args) if "." in known.get(name, "")]
     return Call(
         step=step.name,

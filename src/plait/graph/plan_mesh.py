@@ -19,7 +19,7 @@ def plan_mesh(plan: ParallelPlan, device_type: str = "cpu") -> Generator[DeviceM
     has, whose collectives move nothing, and nothing of it is left afterwards. Raises PlanError if
     there is a process group of another size.
     """
-    sizes = {"pp": plan.pp, "dp": plan.dp, "fsdp": plan.fsdp, "tp": plan.tp}
+    sizes = {"pp": plan.pp, "dp": plan.dp, "fsdp": plan.fsdp, "cp": plan.cp, "tp": plan.tp}
     axes = {name: size for name, size in sizes.items() if size > 1 or name == "tp"}
     if dist.is_initialized():
         if dist.get_world_size() != plan.num_ranks:

@@ -168,7 +168,9 @@ class _Trace:
         return OptimizerGraph(module, tuple(self.inputs), settings_of(self.optimizers))
 
     def fake(self, x: Tensor) -> Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        """A fake of this form; of a meta tensor, one on the CPU, as `capture` does."""
+        device = "cpu" if x.device.type == "meta" else x.device
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
     def input(self, role: Role, name: str, like: Tensor) -> Tensor:
         fake = self.fake(like)

@@ -10,7 +10,7 @@ loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2].
 import torch
 from torch import Tensor
 
-_GROUP_ELEMENTS = 32 * 2**20
+GROUP_ELEMENTS = 32 * 2**20
 """Logits held at a time in the dtype of the products: 64 MiB in bfloat16. Larger groups mean
 fewer and larger products; beyond this nothing is gained."""
 _BLOCK_ELEMENTS = 2**20
@@ -69,7 +69,7 @@ def _forward(
     weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
     dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
-    num_rows = max(1, _GROUP_ELEMENTS // weight.shape[0])
+    num_rows = max(1, GROUP_ELEMENTS // weight.shape[0])
     for start in range(0, hidden_MD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         hidden_mD = hidden_MD[rows].to(dtype)

@@ -1,0 +1,265 @@
+"""The runs of `dryrun_accuracy`: what is built and stepped, for the truth and for the prediction.
+
+A recipe says everything. `build` makes the model, its optimizer and its step, with real tensors in
+a process of its own, or with fake ones where it is predicted.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+import plait
+from plait.dryrun.eager import EagerProgram
+from plait.executor.ranks import shard_parameters
+from plait.graph.parallelize import parallelize
+from plait.graph.schedule import Schedule
+from plait.models.decoder import Decoder
+from plait.models.registry import FAMILIES
+
+Way = Literal["schedule", "eager"]
+WIDTH = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+COMMON = {**WIDTH, **HEADS, "vocab_size": 2048}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**COMMON, "rms_norm_eps": 1e-5}),
+    "llama-tied": ("LlamaForCausalLM", {**COMMON, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**COMMON, "head_dim": 32}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gemma2": ("Gemma2ForCausalLM", {**COMMON, "head_dim": 32}),
+    "olmo2": ("Olmo2ForCausalLM", COMMON),
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run. way: a compiled schedule, or eager PyTorch. changes: of the architecture's settings.
+
+    ranks: processes. parallel: "tp" or "fsdp" over them; eager tp is DTensor's, eager fsdp is
+    FSDP2's. recompute: of the plan; eager "full" checkpoints each layer.
+    """
+
+    name: str
+    way: Way = "schedule"
+    model: str = "llama"
+    changes: dict[str, Any] = field(default_factory=dict)
+    batch: int = 4
+    tokens: int = 128
+    dtype: torch.dtype = torch.float32
+    recompute: str = "none"
+    micro_batches: int = 1
+    optimizer: str = "adamw"
+    parallel: str = ""
+    hugging_face: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run it."""
+        return 2 if self.parallel else 1
+
+    @property
+    def plan(self) -> plait.ParallelPlan:
+        """As the schedule is compiled for."""
+        return plait.ParallelPlan(
+            num_micro_batches=self.micro_batches,
+            recompute=self.recompute,
+            **({self.parallel: self.ranks} if self.parallel else {}),
+        )
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="llama float32"),
+        Recipe(name="llama bfloat16", dtype=torch.bfloat16),
+        Recipe(name="llama wide", changes={"hidden_size": 384, "intermediate_size": 1024}),
+        Recipe(name="llama deep", changes={"num_hidden_layers": 10}, batch=2),
+        Recipe(name="llama long", tokens=512, batch=2),
+        Recipe(name="llama full recompute", recompute="full", batch=8),
+        Recipe(name="llama selective recompute", recompute="selective", batch=8),
+        Recipe(name="llama 2 micro-batches", micro_batches=2, batch=8),
+        Recipe(name="llama 4 micro-batches, recompute", micro_batches=4, batch=8, recompute="full"),
+        Recipe(name="llama tied, sgd", model="llama-tied", optimizer="sgd"),
+        Recipe(name="qwen3 bfloat16", model="qwen3", dtype=torch.bfloat16, batch=6),
+        Recipe(name="gpt2", model="gpt2"),
+        Recipe(name="mixtral", model="mixtral"),
+        Recipe(name="gemma2", model="gemma2", optimizer="sgd"),
+        Recipe(name="olmo2 recompute", model="olmo2", recompute="full"),
+        Recipe(name="transformers llama", hugging_face=True),
+        Recipe(name="transformers gpt2", model="gpt2", hugging_face=True, changes=NO_DROPOUT),
+        Recipe(name="llama tp", parallel="tp"),
+        Recipe(name="llama tp, recompute", parallel="tp", recompute="full", batch=8),
+        Recipe(name="llama fsdp", parallel="fsdp"),
+        Recipe(name="llama fsdp, 2 micro-batches", parallel="fsdp", micro_batches=2),
+        Recipe(name="eager llama", way="eager"),
+        Recipe(name="eager transformers llama", way="eager", hugging_face=True),
+        Recipe(name="eager llama checkpointed", way="eager", recompute="full", batch=8),
+        Recipe(name="FSDP2 llama", way="eager", parallel="fsdp"),
+        Recipe(name="FSDP2 llama bfloat16", way="eager", parallel="fsdp", dtype=torch.bfloat16),
+        Recipe(name="FSDP2 llama wide", way="eager", parallel="fsdp", changes={"hidden_size": 256}),
+        Recipe(name="FSDP2 checkpointed", way="eager", parallel="fsdp", recompute="full", batch=8),
+        Recipe(name="FSDP2 2 micro-batches", way="eager", parallel="fsdp", micro_batches=2),
+        Recipe(
+            name="FSDP2 qwen3 sgd", way="eager", parallel="fsdp", model="qwen3", optimizer="sgd"
+        ),
+        Recipe(name="FSDP2 transformers", way="eager", parallel="fsdp", hugging_face=True),
+        Recipe(name="DTensor llama", way="eager", parallel="tp"),
+        Recipe(name="DTensor transformers", way="eager", parallel="tp", hugging_face=True),
+        Recipe(name="DTensor checkpointed", way="eager", parallel="tp", recompute="full", batch=8),
+    )
+}
+
+
+def make_model(recipe: Recipe) -> nn.Module:
+    """The model, with random weights, where the context says."""
+    architecture, settings = ARCHITECTURES[recipe.model]
+    settings = {**settings, **recipe.changes}
+    if not recipe.hugging_face:
+        family = FAMILIES[architecture]
+        config = family.read_config({"architectures": [architecture], **_complete(settings)})
+        with _default_dtype(recipe.dtype):
+            return Decoder(config)
+    config_class = getattr(transformers, architecture).config_class
+    settings = {**settings, "vocab_size": 2048, "use_cache": False}
+    config = config_class(**settings, bos_token_id=1, eos_token_id=2)
+    with _default_dtype(recipe.dtype):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def loss_of(recipe: Recipe) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The loss of a step, a mean over all tokens."""
+    if recipe.hugging_face:
+        return _hugging_face_loss
+    return _decoder_loss
+
+
+def make_tokens(recipe: Recipe) -> Tensor:
+    """One batch."""
+    return torch.randint(0, 2048, (recipe.batch, recipe.tokens))
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer | None:
+    """The optimizer; none where a schedule's parameters are DTensors, which it cannot trace yet."""
+    if recipe.way == "schedule" and recipe.parallel == "tp":
+        return None
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(named, lr=0.01, momentum=0.9)
+    fused = recipe.way == "schedule"
+    return torch.optim.AdamW(named, lr=1e-4, fused=fused or None)
+
+
+def make_schedule(recipe: Recipe) -> Schedule:
+    """Capture and compile on the meta device."""
+    with torch.device("meta"):
+        model, tokens_BT = make_model(recipe), make_tokens(recipe)
+    captured = plait.ParallelPlan(
+        num_micro_batches=recipe.micro_batches,
+        recompute=recipe.recompute,
+        tp=recipe.plan.tp,
+    )
+    graph = plait.capture(model, tokens_BT, captured, loss=loss_of(recipe))
+    if recipe.parallel == "fsdp":
+        with plait_mesh(recipe) as mesh:
+            shard_parameters(model, mesh)
+    return plait.compile(graph, recipe.plan, optimizer=make_optimizer(recipe, model))
+
+
+def build_scheduled(recipe: Recipe, schedule: Schedule, mesh: DeviceMesh | None) -> EagerProgram:
+    """A real model, and a step of the schedule on it."""
+    torch.manual_seed(0)  # ranks must agree on the weights
+    model, tokens_BT = make_model(recipe), make_tokens(recipe)
+    if recipe.parallel == "tp":
+        assert mesh is not None
+        parallelize(model, recipe.plan, mesh)
+    elif recipe.parallel == "fsdp":
+        assert mesh is not None
+        shard_parameters(model, mesh)
+    optimizer = make_optimizer(recipe, model)
+
+    def step() -> None:
+        plait.run(schedule, model, tokens_BT, optimizer=optimizer, mesh=mesh)
+        if optimizer is None:
+            model.zero_grad()
+
+    return EagerProgram(step, model, optimizer)
+
+
+def build_eager(recipe: Recipe, mesh: DeviceMesh | None) -> EagerProgram:
+    """A model, and a step of eager PyTorch on it; on fake tensors inside a fake mode."""
+    model, tokens_BT = make_model(recipe), make_tokens(recipe)
+    layers = model.model.layers if recipe.hugging_face else model.layers
+    if recipe.recompute == "full":
+        for layer in layers:
+            layer.forward = _checkpointed(layer.forward)
+    if recipe.parallel == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        assert mesh is not None
+        for layer in layers:
+            fully_shard(layer, mesh=mesh["fsdp"])
+        fully_shard(model, mesh=mesh["fsdp"])
+    elif recipe.parallel == "tp":
+        assert mesh is not None
+        parallelize(model, recipe.plan, mesh)
+    optimizer = make_optimizer(recipe, model)
+    loss = loss_of(recipe)
+
+    def step() -> None:
+        for part in tokens_BT.chunk(recipe.micro_batches):
+            (loss(model, part) / recipe.micro_batches).backward()
+        assert optimizer is not None
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return EagerProgram(step, model, optimizer)
+
+
+@contextlib.contextmanager
+def plait_mesh(recipe: Recipe) -> Iterator[DeviceMesh]:
+    """The mesh of the recipe's plan, in a group of processes or without one."""
+    from plait.graph.plan_mesh import plan_mesh
+
+    with plan_mesh(recipe.plan) as mesh:
+        yield mesh
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"vocab_size": 2048, **settings}
+
+
+def _decoder_loss(model: Any, tokens_BT: Tensor) -> Tensor:
+    return model.loss(model(tokens_BT), tokens_BT) / tokens_BT.numel()
+
+
+def _hugging_face_loss(model: Any, tokens_BT: Tensor) -> Tensor:
+    logits_BTV = model(tokens_BT).logits
+    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT.flatten())

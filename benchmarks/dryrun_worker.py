@@ -1,0 +1,125 @@
+"""A process of `dryrun_accuracy`: measures one rank of a recipe, or predicts recipes.
+
+    python -m benchmarks.dryrun_worker measure NAME RANK STORE_FILE
+    python -m benchmarks.dryrun_worker predict NAME...
+
+Both print JSON: bytes before the first step, and the peak of the first and of the second.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import plait
+from benchmarks.allocator_events import Allocations, record
+from benchmarks.dryrun_recipes import (
+    RECIPES,
+    Recipe,
+    build_eager,
+    build_scheduled,
+    make_schedule,
+    plait_mesh,
+)
+from plait.dryrun.eager import trace_eager
+from plait.dryrun.memory import ledger_of
+from plait.dryrun.memory_trace import MemoryTrace
+
+NUM_STEPS = 6
+Figures = dict[str, Any]
+
+
+def measure(recipe: Recipe) -> tuple[Figures, Allocations]:
+    """Run real steps under the profiler."""
+    schedule = make_schedule(recipe) if recipe.way == "schedule" else None
+
+    def run(mark: Any) -> None:
+        with plait_mesh(recipe) as mesh:
+            mesh = mesh if recipe.parallel else None
+            built = (
+                build_eager(recipe, mesh)
+                if schedule is None
+                else build_scheduled(recipe, schedule, mesh)
+            )
+            for i in range(NUM_STEPS):
+                mark(f"step {i}")
+                built.step()
+            mark("end")
+
+    found = record(run)
+    marks = [*(f"step {i}" for i in range(NUM_STEPS)), "end"]
+    before = [total for at, _, total in found.events if at <= found.marks["step 0"]]
+    peaks = [found.peak(a, b) for a, b in pairwise(marks)]
+    figures = {
+        "start": before[-1],
+        "first": peaks[0],
+        "later": min(peaks[1:]),
+        "spread": max(peaks[1:]) / min(peaks[1:]) - 1,
+    }
+    return figures, found
+
+
+def predict(recipe: Recipe) -> Figures:
+    """Say what the steps would use, with fake tensors only."""
+    began_s = time.perf_counter()
+    if recipe.way == "schedule":
+        price = plait.price(
+            make_schedule(recipe), plait.clusters.cpu(recipe.ranks), fragments=False
+        )
+        first, later = price.first_memory.peak_bytes, price.memory.peak_bytes
+        trace = price.trace
+    else:
+        trace, begins = predicted_trace(recipe)
+        first = ledger_of(trace, first=begins[0], last=begins[1] - 1, fragments=False).peak_bytes
+        later = ledger_of(trace, first=begins[1], fragments=False).peak_bytes
+    return {
+        "start": trace_start(trace, recipe),
+        "first": first,
+        "later": later,
+        "seconds": time.perf_counter() - began_s,
+    }
+
+
+def predicted_trace(recipe: Recipe) -> tuple[MemoryTrace, tuple[int, ...]]:
+    """Two eager steps on fake tensors, and the moments at which they begin."""
+    with plait_mesh(recipe) as mesh:
+        run = trace_eager(lambda: build_eager(recipe, mesh if recipe.parallel else None))
+    return run.trace, run.begins
+
+
+def trace_start(trace: MemoryTrace, recipe: Recipe) -> int:
+    """Bytes before the first step."""
+    if recipe.way == "eager":
+        return 0
+    return sum(each.num_bytes for each in trace.storages if each.moment < 0)
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the first argument says."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    verb, *rest = arguments
+    if verb == "predict":
+        print(json.dumps({name: predict(RECIPES[name]) for name in rest}))
+        return
+    name, rank, store_file = rest
+    recipe = RECIPES[name]
+    if recipe.parallel:
+        store = dist.FileStore(store_file, recipe.ranks)
+        dist.init_process_group("gloo", store=store, rank=int(rank), world_size=recipe.ranks)
+    figures, _ = measure(recipe)
+    print(json.dumps(figures), flush=True)
+    if recipe.parallel:
+        dist.barrier()
+        os._exit(0)  # gloo's threads may outlive the group
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

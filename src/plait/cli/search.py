@@ -1,0 +1,51 @@
+"""`plait search`: the best plans of a large job on a cluster, and why the others are not."""
+
+from typing import Annotated
+
+import typer
+
+from plait.cli.large_job import large_cluster, large_job, size_of
+from plait.cli.output import say, show, show_json
+from plait.dryrun.job_report import search_json, search_report
+from plait.dryrun.search import search
+from plait.errors import ConfigError
+
+
+def search_command(
+    recipe: Annotated[str, typer.Argument(help="Published model, such as llama3_70b.")],
+    world: Annotated[int, typer.Option(help="Ranks of the cluster.")],
+    cluster: Annotated[str, typer.Option(help="a100, h100, h200, b200, mi300x, ...")] = "h100",
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a rank may use, such as 72GiB.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many plans to show.")] = 10,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting.")
+    ] = None,
+    explain: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="A B", help="Compare two of the plans.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Search the plans of a large job: axes, micro-batches, pipeline, recompute, replicas.
+
+    Progress goes to stderr; Ctrl-C prints the best so far.
+
+    Example: plait search llama3_70b --world 1024 --cluster h100 --memory 72GiB --explain 1 2
+    """
+    if top < 1:
+        raise ConfigError(f"--top must be at least 1, got {top}.")
+    result = search(
+        large_job(recipe, settings or []),
+        large_cluster(cluster, world),
+        memory_bytes=None if memory is None else size_of(memory),
+        top=top,
+        on_progress=say,
+    )
+    if as_json:
+        show_json(search_json(result))
+    else:
+        show(search_report(result))
+    if explain is not None:
+        show()
+        show(result.explain(*explain))

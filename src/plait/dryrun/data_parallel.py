@@ -1,0 +1,93 @@
+"""What sharded parameters and copies of a model cost in time: gathers, scattered sums, sums.
+
+Closed forms, not captured: with `reshard` each layer's parameters are gathered for each pass while
+the layer before computes, and its gradients scattered while the next one does; without, they are
+gathered once before the first micro-batch reaches them and scattered behind the last. Ranks of cp
+see parts of the same sequences, so their gradients are summed as well, and they share parameters
+with those of fsdp, as in PyTorch's FSDP2 with context parallelism.
+"""
+
+import math
+from dataclasses import dataclass
+
+from plait.cost.collectives import Collective
+from plait.dryrun.piece_time import PieceClock
+from plait.dryrun.pieces import Piece
+from plait.plan.parallel_plan import ParallelPlan
+
+_WEIGHT_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Times of one piece's parameters over the mesh, in seconds, and bytes when gathered."""
+
+    gather_s: float
+    scatter_s: float
+    sum_s: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owners:
+    """Over how many ranks a piece's parameters are shared, and over how many copied.
+
+    expert_shards counts those that share one rank's experts, besides ep.
+    """
+
+    shards: int
+    copies: int
+    expert_shards: int
+    expert_copies: int
+
+
+def owners_of(plan: ParallelPlan) -> Owners:
+    """Who owns what. Experts are shared over ep first, then over what is left of fsdp and cp.
+
+    Without fsdp nothing but experts is shared, and ranks of cp hold copies.
+    """
+    shards = plan.fsdp * plan.cp if plan.fsdp > 1 else 1
+    left = plan.num_expert_ranks // plan.ep
+    expert_shards = math.gcd(left, shards)
+    return Owners(
+        shards=shards,
+        copies=plan.dp * plan.fsdp * plan.cp // shards,
+        expert_shards=expert_shards,
+        expert_copies=left // expert_shards,
+    )
+
+
+def gathered(
+    piece: Piece, plan: ParallelPlan, clock: PieceClock, *, gradient_bytes: int
+) -> Gathered:
+    """Price the messages of one piece's parameters and gradients."""
+    owners = owners_of(plan)
+    experts = piece.num_expert_elements // plan.ep
+    shard_at = clock.placement("fsdp", owners.shards, plan.tp)
+    copy_at = clock.placement("dp", owners.copies, plan.tp * owners.shards)
+    expert_at = clock.placement("fsdp", owners.expert_shards, plan.tp)
+    expert_copy_at = clock.placement("dp", owners.expert_copies, plan.tp * owners.expert_shards)
+    parts = (
+        (piece.num_elements, shard_at, copy_at),
+        (experts, expert_at, expert_copy_at),
+    )
+    gather_s = scatter_s = sum_s = 0.0
+    for elements, where, copies in parts:
+        gradient = elements * gradient_bytes
+        gather_s += clock.message_s(Collective.ALL_GATHER, _WEIGHT_BYTES * elements, where)
+        scatter_s += clock.message_s(Collective.REDUCE_SCATTER, gradient, where)
+        sum_s += clock.message_s(Collective.ALL_REDUCE, gradient / where.num_ranks, copies)
+    return Gathered(
+        gather_s=gather_s,
+        scatter_s=scatter_s,
+        sum_s=sum_s,
+        num_bytes=_WEIGHT_BYTES * (piece.num_elements + experts),
+    )
+
+
+def beside_s(compute_s: float, message_s: float, interference: float) -> float:
+    """Time of computation with a message beside it; compute is slower while it lasts."""
+    covered_s = message_s / interference
+    if covered_s >= compute_s:
+        return max(message_s, compute_s)
+    return message_s + compute_s - covered_s

@@ -1,0 +1,104 @@
+"""Memory of one rank of a large job, by kind: a closed form for pruning, and a ledger from pieces.
+
+Both leave out what the allocator wastes between blocks; `memory.py` models that for one program.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from plait.dryrun.data_parallel import owners_of
+from plait.dryrun.pieces import Piece
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.plan.parallel_plan import ParallelPlan
+
+_WEIGHT_BYTES = 2
+_CONTEXT_BYTES = 600 * 2**20  # CUDA context, kernels and library workspaces (assumed)
+_COMMUNICATOR_BYTES = 256 * 2**20
+"""Of each process group: NCCL keeps 4 MiB a channel and direction for each peer of rings and trees
+[NCCL_BUFFSIZE, docs.nvidia.com/deeplearning/nccl]; 16 channels of a ring and a tree (assumed)."""
+_GATHERED_AHEAD = 2  # the layer that computes, and the next one
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by kind."""
+
+    bytes_by_kind: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all kinds."""
+        return sum(self.bytes_by_kind.values())
+
+    def largest(self) -> str:
+        """The kind that takes most."""
+        return max(self.bytes_by_kind, key=lambda kind: self.bytes_by_kind[kind])
+
+
+def state_bytes(
+    elements: float, expert_elements: float, job: PretrainJob, plan: ParallelPlan
+) -> dict[str, int]:
+    """Parameters, gradients and optimizer of a rank that works on so many elements.
+
+    expert_elements: of all experts, before ep. Raises nothing: numbers were checked before.
+    """
+    owners = owners_of(plan)
+    experts = expert_elements / plan.ep
+    shared = elements / owners.shards + experts / owners.expert_shards
+    held = shared if plan.reshard else elements + experts
+    return {
+        "parameters": round(_WEIGHT_BYTES * held),
+        "gradients": round(job.gradient_bytes * held),
+        "optimizer state": round(job.optimizer_bytes * shared),
+    }
+
+
+def ledger_of(
+    pieces: Iterable[tuple[Piece, int]],
+    job: PretrainJob,
+    plan: ParallelPlan,
+    *,
+    sequences: float,
+    saved_bytes: float,
+    boundary_bytes: float,
+) -> Ledger:
+    """The ledger of a rank with these pieces.
+
+    saved_bytes: of all micro-batches in flight. boundary_bytes: what a stage sends on.
+    """
+    held = list(pieces)
+    elements = sum(count * piece.num_elements for piece, count in held)
+    experts = sum(count * piece.num_expert_elements for piece, count in held)
+    peaks = [
+        max(piece.forward_peak.at(sequences), piece.backward_peak.at(sequences))
+        for piece, _ in held
+    ]
+    communication = 2 * 2 * boundary_bytes if plan.pp > 1 else 0.0  # in and out, forward and back
+    if plan.reshard:
+        sizes = sorted(_gathered_bytes(piece, plan) for piece, count in held for _ in range(count))
+        communication += sum(sizes[-_GATHERED_AHEAD:])
+    groups = sum(size > 1 for size in (plan.dp, plan.fsdp, plan.cp, plan.tp, plan.pp, plan.ep))
+    return Ledger(
+        {
+            **state_bytes(elements, experts, job, plan),
+            "saved activations": round(saved_bytes),
+            "temporaries": round(max(peaks, default=0.0)),
+            "communication": round(communication) + groups * _COMMUNICATOR_BYTES,
+            "context": _CONTEXT_BYTES,
+        }
+    )
+
+
+def least_bytes(
+    elements_by_stage: Sequence[tuple[float, float]], job: PretrainJob, plan: ParallelPlan
+) -> int:
+    """The least that the fullest rank needs, whatever its activations are.
+
+    elements_by_stage: (elements, expert elements) that a rank holds, for each pipeline rank.
+    """
+    states = [sum(state_bytes(*each, job, plan).values()) for each in elements_by_stage]
+    return max(states) + _CONTEXT_BYTES
+
+
+def _gathered_bytes(piece: Piece, plan: ParallelPlan) -> float:
+    return _WEIGHT_BYTES * (piece.num_elements + piece.num_expert_elements / plan.ep)

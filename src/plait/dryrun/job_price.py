@@ -1,0 +1,195 @@
+"""What a large job costs: times, rates, memory by class of ranks, and how it all reads."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from plait.dryrun.job_memory import Ledger
+from plait.dryrun.pipeline import PipelineRun
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.dryrun.stages import Stage
+
+_GIB = 2**30
+_COMPUTE_FASTER, _COMPUTE_SLOWER = 0.10, 0.35
+_COMMUNICATION_ERROR, _BUBBLE_ERROR = 0.30, 0.15
+"""Relative half-widths, 10th to 90th percentile. Those of a roofline are fitted to the published
+runs of benchmarks/dryrun_scale.py, which are slower more often than faster, for reasons that no
+graph shows (power limits, software of its day); the others are assumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeParts:
+    """What the step of the busiest pipeline rank is made of, in seconds.
+
+    memory_s: operators bound by memory. exposed_s: messages of tp, cp, ep and vocabulary with
+    nothing computed beside. interference_s: what messages beside computation slow it down.
+    data_parallel_s: fsdp and dp, exposed. bubble_s: waiting for other stages. communication_s is
+    no part: all messages of the pieces, hidden ones too.
+    """
+
+    matrix_s: float
+    attention_s: float
+    memory_s: float
+    exposed_s: float
+    interference_s: float
+    data_parallel_s: float
+    optimizer_s: float
+    bubble_s: float
+    communication_s: float
+
+    def shares(self) -> list[tuple[str, float]]:
+        """The parts that add up, by name."""
+        return [
+            ("matrix products", self.matrix_s),
+            ("attention", self.attention_s),
+            ("memory-bound operators", self.memory_s),
+            ("exposed messages (tp, cp, ep)", self.exposed_s),
+            ("interference", self.interference_s),
+            ("exposed fsdp and dp", self.data_parallel_s),
+            ("optimizer", self.optimizer_s),
+            ("pipeline bubble", self.bubble_s),
+        ]
+
+
+def interval_s(step_s: float, parts: TimeParts) -> tuple[float, float]:
+    """The 10th and 90th percentile of a step, from the errors of its parts (independent)."""
+    compute_s = parts.matrix_s + parts.attention_s + parts.memory_s + parts.optimizer_s
+    sent_s = parts.exposed_s + parts.data_parallel_s + parts.interference_s
+    others = (_COMMUNICATION_ERROR * sent_s, _BUBBLE_ERROR * parts.bubble_s)
+    faster_s = math.hypot(_COMPUTE_FASTER * compute_s, *others)
+    slower_s = math.hypot(_COMPUTE_SLOWER * compute_s, *others)
+    return max(0.0, step_s - faster_s), step_s + slower_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankClass:
+    """Ranks that hold the same stages and as many micro-batches."""
+
+    pipeline_ranks: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    ranks_each: int
+    in_flight: int
+    ledger: Ledger
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks are of this class."""
+        return len(self.pipeline_ranks) * self.ranks_each
+
+
+def missing(fullest: RankClass, limit_bytes: int) -> str:
+    """What the ranks of a class lack of a limit, and where their memory goes."""
+    ledger = fullest.ledger
+    lack = (ledger.total_bytes - limit_bytes) / _GIB
+    kinds = sorted(ledger.bytes_by_kind.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds if size)
+    return (
+        f"{lack:.1f} GiB are missing on {fullest.num_ranks} ranks: "
+        f"{ledger.total_bytes / _GIB:.1f} GiB are needed ({parts})"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPrice:
+    """The price of a job. low_s and high_s: 10th and 90th percentile of the step."""
+
+    job: PretrainJob
+    cluster: str
+    num_ranks: int
+    step_s: float
+    low_s: float
+    high_s: float
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops_per_s: float
+    memory_limit_bytes: int
+    num_micro_batches: int
+    parts: TimeParts
+    classes: tuple[RankClass, ...]
+    notes: tuple[str, ...] = ()
+    run: PipelineRun | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the whole cluster."""
+        return self.tokens_per_step / self.step_s
+
+    @property
+    def model_flops_per_s(self) -> float:
+        """Of one rank, without what is computed again."""
+        return self.tokens_per_s * self.flops_per_token / self.num_ranks
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization."""
+        return self.model_flops_per_s / self.peak_flops_per_s
+
+    @property
+    def fullest(self) -> RankClass:
+        """The class that needs most memory."""
+        return max(self.classes, key=lambda each: each.ledger.total_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest rank."""
+        return self.fullest.ledger.total_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has the memory."""
+        return self.peak_bytes <= self.memory_limit_bytes
+
+    def missing(self) -> str:
+        """What the fullest rank lacks, and where its memory goes."""
+        return missing(self.fullest, self.memory_limit_bytes)
+
+    @property
+    def binding(self) -> str:
+        """What holds the job back: memory that is missing, or the largest loss of time."""
+        if not self.fits:
+            return f"memory: {self.missing()}"
+        losses = [each for each in self.parts.shares() if each[0] not in ("matrix products",)]
+        name, loss_s = max(losses, key=lambda each: each[1])
+        return f"{name}: {loss_s / self.step_s:.0%} of the step"
+
+    def dollars_per_billion_tokens(self, dollars_per_rank_hour: float) -> float:
+        """What a billion tokens cost at this price of a rank."""
+        hours = 1e9 / self.tokens_per_s / 3600
+        return hours * self.num_ranks * dollars_per_rank_hour
+
+    def to_dict(self, dollars_per_rank_hour: float | None = None) -> dict[str, Any]:
+        """For JSON: SI units, bytes."""
+        found: dict[str, Any] = {
+            "job": self.job.name,
+            "cluster": self.cluster,
+            "num_ranks": self.num_ranks,
+            "plan": asdict(self.job.plan),
+            "micro_batch_size": self.job.micro_batch_size,
+            "num_micro_batches": self.num_micro_batches,
+            "step_s": self.step_s,
+            "interval_s": [self.low_s, self.high_s],
+            "tokens_per_s": self.tokens_per_s,
+            "mfu": self.mfu,
+            "model_flops_per_s_per_rank": self.model_flops_per_s,
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
+            "binding": self.binding,
+            "parts_s": asdict(self.parts),
+            "classes": [
+                {
+                    "pipeline_ranks": list(each.pipeline_ranks),
+                    "num_ranks": each.num_ranks,
+                    "stages": [dict(stage) for stage in each.stages],
+                    "in_flight": each.in_flight,
+                    "ledger_bytes": each.ledger.bytes_by_kind,
+                    "peak_bytes": each.ledger.total_bytes,
+                }
+                for each in self.classes
+            ],
+            "notes": list(self.notes),
+        }
+        if dollars_per_rank_hour is not None:
+            found["dollars_per_billion_tokens"] = self.dollars_per_billion_tokens(
+                dollars_per_rank_hour
+            )
+        return found

@@ -1,0 +1,109 @@
+"""A table of times from measured steps: each operator where it ran, in the step that it ran in.
+
+`plait calibrate` profiles steps of a few models; a replay of the same schedules says on which forms
+each operator ran, and their costs. So caches are as warm as in a step, and views and the host's own
+time are measured too.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plait.cost.calibrate import fit_device
+from plait.cost.clusters import Device
+from plait.cost.operations import Kind
+from plait.cost.table import Entry, Table
+from plait.cost.timeline import Timeline
+from plait.dryrun.forms import Forms, Outcome
+from plait.dryrun.replay import Replay
+from plait.dryrun.replay_step import StepReplay
+from plait.dryrun.workspace import Workspace
+from plait.errors import PlanError
+from plait.graph.schedule import Schedule
+
+_LEAST_S = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSteps:
+    """Profiles of equal steps of a schedule with one micro-batch, and times of steps unobserved."""
+
+    schedule: Schedule
+    timelines: Sequence[Timeline]
+    steps_s: Sequence[float]
+
+    def __post_init__(self) -> None:
+        """Check that there is something to learn from."""
+        if not self.timelines or not self.steps_s:
+            raise PlanError("a table needs at least one profiled and one timed step.")
+        if self.schedule.num_micro_batches != 1:
+            raise PlanError("measure steps of one micro-batch: places are told apart by name.")
+
+
+def learn_table(machine: str, device: Device, measured: Sequence[MeasuredSteps]) -> Table:
+    """Make a table. device: what is assumed of it; its figures are fitted to the measurements."""
+    found: dict[str, tuple[Outcome, list[float]]] = {}
+    gaps_s: list[float] = []
+    for each in measured:
+        gaps_s.append(_add_samples(each, found))
+    entries: list[Entry] = []
+    samples = []
+    views_s: dict[str, list[float]] = {}
+    for key, (outcome, seconds) in found.items():
+        cost = outcome.cost
+        assert cost is not None
+        if cost.kind is Kind.FREE:
+            views_s.setdefault(outcome.target, []).extend(seconds)
+            continue
+        samples.append((cost, statistics.median(seconds)))
+        entries.append(_entry(key, outcome, seconds))
+    every_view_s = [x for times_s in views_s.values() for x in times_s]
+    views = {name: statistics.median(times_s) for name, times_s in views_s.items()}
+    if every_view_s:
+        views[""] = statistics.median(every_view_s)
+    return Table(
+        machine, tuple(entries), fit_device(device, samples), statistics.median(gaps_s), views
+    )
+
+
+def _add_samples(measured: MeasuredSteps, found: dict[str, tuple[Outcome, list[float]]]) -> float:
+    """Add the times of each operator by key; returns what a launch takes beside its operator.
+
+    That is negative where the clock, which each measured operator reads, takes longer.
+    """
+    schedule = measured.schedule
+    steps = StepReplay(Replay(schedule, Forms(schedule.objects, Workspace())))
+    steps.step()
+    times_s: dict[tuple[object, ...], list[float]] = {}
+    for timeline in measured.timelines:
+        for event in timeline.events:
+            place = (event.program, *(call.step for call in event.calls), event.name)
+            times_s.setdefault(place, []).append(event.duration_s)
+    whole_s, count = 0.0, 0
+    for each in steps.replay.launched:
+        place = (each.program, *(call.step for call in each.calls), each.step.name)
+        if place not in times_s or each.outcome.cost is None:
+            continue
+        whole_s += statistics.median(times_s[place])
+        count += 1
+        found.setdefault(each.outcome.key, (each.outcome, []))[1].extend(times_s[place])
+    if not count:
+        raise PlanError("the profiles are of another schedule: no operator is in both.")
+    return (statistics.median(measured.steps_s) - whole_s) / count
+
+
+def _entry(key: str, outcome: Outcome, seconds: Sequence[float]) -> Entry:
+    cost = outcome.cost
+    assert cost is not None
+    ordered = sorted(seconds)
+    return Entry(
+        key=key,
+        operator=outcome.target,
+        seconds=max(statistics.median(ordered), _LEAST_S),
+        low_s=ordered[len(ordered) // 10],
+        high_s=ordered[-1 - len(ordered) // 10],
+        flops=cost.flops,
+        bytes=cost.bytes,
+        dtype=str(cost.dtype),
+        sizes=cost.sizes or (),
+    )

@@ -1,0 +1,161 @@
+"""Every plan that a job could have on a world, and why the others cannot be.
+
+A plan is refused as early as its numbers allow: by what does not divide, by the least memory that
+its parameters need, and at last by the ledger (`search.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from plait.dryrun.model_source import ModelSource
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.dryrun.stages import check_model, spread_of
+from plait.errors import PlanError
+from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
+
+MICRO_BATCH_SIZES = (1, 2, 4)
+_MANY_STAGES = (2, 4, 8)
+_LEAST_TOKENS = 1024  # of a rank of cp; below it attention's ring is all latency
+_FEWEST_ROUNDS = 1  # micro-batches over pipeline ranks, below which most of the time is bubble
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A legal plan, with sequences in a micro-batch."""
+
+    plan: ParallelPlan
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Plans that cannot be, in words, and one of them."""
+
+    reason: str
+    example: str
+
+
+def candidates(
+    job: PretrainJob,
+    source: ModelSource,
+    world: int,
+    *,
+    ranks_per_node: int,
+    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
+) -> Iterator[Candidate | Rejected]:
+    """Legal plans of a job on a world, and the refusals met on the way.
+
+    tp stays inside a node; sp goes with tp; pipeline schedules as many stages as there are layers
+    for. Recompute is none, selective or full. Replicas are tried on the best plans afterwards.
+    """
+    for tp in _divisors(min(world, ranks_per_node)):
+        wrong = [f"{name}={count}" for name, count in source.counts.items() if count % tp]
+        if wrong or (tp > 1 and not source.can_tp):
+            reason = f"tp does not divide {', '.join(wrong)}" if wrong else "no rule for tp"
+            yield Rejected(reason, f"tp={tp}")
+            continue
+        for cp in _divisors(world // tp):
+            if cp > 1 and job.sequence_length // cp < _LEAST_TOKENS:
+                yield Rejected(f"cp leaves a rank fewer than {_LEAST_TOKENS} tokens", f"cp={cp}")
+                break
+            for pp in _divisors(world // tp // cp):
+                plan = ParallelPlan(tp=tp, cp=cp, pp=1)
+                yield from _with_pipeline(job, source, world, plan, pp, micro_batch_sizes)
+
+
+def _with_pipeline(
+    job: PretrainJob,
+    source: ModelSource,
+    world: int,
+    plan: ParallelPlan,
+    pp: int,
+    micro_batch_sizes: Sequence[int],
+) -> Iterator[Candidate | Rejected]:
+    plan = replace(plan, pp=pp)
+    shards = world // plan.num_ranks
+    if plan.pp > source.num_layers + 2:
+        yield Rejected("more stages than layers", f"pp={plan.pp}")
+        return
+    for fsdp in _divisors(shards):
+        if fsdp == 1 and shards > 1 and job.optimizer_bytes:
+            yield Rejected("fsdp=1 with dp above 1 copies the optimizer", f"dp={shards}")
+            continue
+        sized = replace(plan, fsdp=fsdp, dp=shards // fsdp, sp=plan.tp > 1)
+        for micro_batch_size in micro_batch_sizes:
+            tried = replace(job, plan=sized, micro_batch_size=micro_batch_size)
+            try:
+                spread = spread_of(tried, sized, world)
+                check_model(source, sized)
+            except PlanError as error:
+                yield Rejected(_short(error), f"{_sizes(sized)}, micro-batch {micro_batch_size}")
+                continue
+            if plan.pp > 1 and spread.num_micro_batches < _FEWEST_ROUNDS * plan.pp:
+                yield Rejected(
+                    "fewer micro-batches than pipeline ranks",
+                    f"{_sizes(sized)}, {spread.num_micro_batches} micro-batches",
+                )
+                continue
+            for order in _orders(source, sized, spread.num_micro_batches):
+                for ep in _experts(source, order):
+                    for policy in Recompute:
+                        yield Candidate(replace(order, ep=ep, recompute=policy), micro_batch_size)
+
+
+def _orders(source: ModelSource, plan: ParallelPlan, count: int) -> Iterator[ParallelPlan]:
+    """The schedules that a pipeline can have, and for fsdp when parameters are gathered."""
+    if plan.pp == 1:
+        yield plan
+        if plan.fsdp > 1:
+            yield replace(plan, reshard=True)
+        return
+    room = source.num_layers + 2
+    yield plan
+    for many in _MANY_STAGES:
+        rounds = max(1, count // plan.pp)
+        if plan.pp * many <= room and count % rounds == 0:
+            yield replace(plan, pipeline=Pipeline.INTERLEAVED, stages_per_rank=many)
+    if plan.pp * 2 <= room:
+        yield replace(plan, pipeline=Pipeline.ZBV, stages_per_rank=2)
+        if count >= 2 * plan.pp and source.num_experts:
+            yield replace(plan, pipeline=Pipeline.DUAL_PIPE_V, stages_per_rank=2)
+
+
+def _experts(source: ModelSource, plan: ParallelPlan) -> list[int]:
+    if not source.num_experts:
+        return [1]
+    return [
+        ep for ep in _divisors(source.num_experts) if plan.num_expert_ranks % ep == 0 and ep <= 64
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _sizes(plan: ParallelPlan) -> str:
+    names = ("dp", "fsdp", "cp", "tp", "pp", "ep")
+    return ", ".join(f"{name}={getattr(plan, name)}" for name in names if getattr(plan, name) > 1)
+
+
+def _short(error: PlanError) -> str:
+    """What kind of refusal it is, without its numbers."""
+    text = str(error)
+    if "batch_size" in text:
+        return "the batch cannot be parted among the copies"
+    if "sequence_length" in text:
+        return "the sequence cannot be parted over cp and tp"
+    return text.split(". ")[0]
+
+
+def describe(candidate: Candidate) -> str:
+    """A plan in a few words."""
+    plan = candidate.plan
+    words = [_sizes(plan) or "one rank", f"micro-batch {candidate.micro_batch_size}"]
+    if plan.pp > 1:
+        words.append(f"{plan.pipeline.value} x{plan.stages_per_rank}")
+    words.append(f"recompute {plan.recompute.value}")
+    if plan.reshard:
+        words.append("reshard")
+    if plan.replicas != 1:
+        words.append(f"replicas {plan.replicas}")
+    return ", ".join(words)

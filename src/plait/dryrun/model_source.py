@@ -1,0 +1,146 @@
+"""Where a large model's pieces come from: a function that makes it with a few of its layers.
+
+Layers of one kind cost the same, so a model of a hundred layers is captured with one of each kind.
+Models are made on the meta device and hold no memory.
+"""
+
+# pyright: basic
+# (Hugging Face's configurations are not typed.)
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import MissingExtraError, PlanError
+from plait.models.decoder import Decoder
+from plait.models.decoder_config import DecoderConfig
+from plait.nn.experts import ExpertSettings
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that can be made with chosen layers and vocabulary.
+
+    make(layers, vocab_size): a module on the meta device with the layers of these numbers.
+    kinds: of each layer; layers of one kind cost the same. counts: what tp must divide, by name.
+    num_experts: 0 without experts. expert_rows: how many experts see a token.
+    """
+
+    name: str
+    make: Callable[[Sequence[int], int], nn.Module]
+    loss: Loss
+    kinds: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    counts: dict[str, int]
+    num_experts: int = 0
+    expert_rows: int = 0
+    can_tp: bool = True
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return len(self.kinds)
+
+    @property
+    def kind_layers(self) -> tuple[int, ...]:
+        """The first layer of each kind."""
+        return tuple(self.kinds.index(kind) for kind in dict.fromkeys(self.kinds))
+
+
+def decoder_source(config: DecoderConfig, name: str = "") -> ModelSource:
+    """The source of one of Plait's own models."""
+    kinds = tuple(_kind(config, layer) for layer in range(config.num_layers))
+    counts = {name: getattr(config, name) for name in ("num_heads", "num_kv_heads")}
+    if config.experts is None:
+        counts["intermediate_size"] = config.intermediate_size
+    experts = config.experts
+    return ModelSource(
+        name=name or config.family,
+        make=lambda layers, vocab_size: _decoder(config, layers, vocab_size),
+        loss=_decoder_loss,
+        kinds=kinds,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        counts=counts,
+        num_experts=experts.num_experts if experts else 0,
+        expert_rows=experts.experts_per_token if experts else 0,
+        # Their modules have no rules for tp; see plan/family_rules.py.
+        can_tp=experts is None and config.latent is None,
+    )
+
+
+def hugging_face_source(config: Any, name: str = "") -> ModelSource:
+    """The source of a causal language model of transformers, by its configuration."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingExtraError("pricing a Hugging Face model needs transformers.") from error
+
+    def make(layers: Sequence[int], vocab_size: int) -> nn.Module:
+        small = copy.deepcopy(config)
+        small.num_hidden_layers, small.vocab_size = len(layers), vocab_size
+        if getattr(config, "layer_types", None):
+            small.layer_types = [config.layer_types[layer] for layer in layers]
+        small.use_cache = False
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16)
+
+    types = getattr(config, "layer_types", None)
+    counts = {
+        key: getattr(config, key)
+        for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        if isinstance(getattr(config, key, None), int)
+    }
+    if any(getattr(config, key, None) for key in ("num_local_experts", "num_experts")):
+        raise PlanError(
+            f"{name or config.model_type}: experts of transformers route by the data, which has no "
+            "price. Use one of Plait's own families with experts: mixtral, qwen3_moe, deepseek_v3."
+        )
+    return ModelSource(
+        name=name or config.model_type,
+        make=make,
+        loss=lambda model, tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss,
+        kinds=tuple(types) if types else ("layer",) * config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        counts=counts,
+    )
+
+
+def _kind(config: DecoderConfig, layer: int) -> str:
+    words = [
+        "window" if config.has_window(layer) else "",
+        "experts" if config.has_experts(layer) else "",
+        "plain" if layer in config.plain_layers else "",
+    ]
+    return " ".join(word for word in words if word) or "layer"
+
+
+def _decoder(config: DecoderConfig, layers: Sequence[int], vocab_size: int) -> nn.Module:
+    def kept(numbers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(layers) if layer in numbers)
+
+    experts: ExpertSettings | None = config.experts
+    if experts is not None:
+        experts = replace(experts, dense_layers=kept(experts.dense_layers))
+    small = replace(
+        config,
+        num_layers=len(layers),
+        vocab_size=vocab_size,
+        full_layers=kept(config.full_layers),
+        plain_layers=kept(config.plain_layers),
+        experts=experts,
+    )
+    with torch.device("meta"):
+        return Decoder(small).to(torch.bfloat16)
+
+
+def _decoder_loss(model: Decoder, tokens_BT: Tensor) -> Tensor:
+    return model.loss(model(tokens_BT), tokens_BT) / tokens_BT.numel()

@@ -1,0 +1,439 @@
+"""A large model in pieces: what stands before the layers, each kind of layer, what is behind.
+
+One sequence in a micro-batch is captured as it is. For several, captures with two and with three
+give each operation's cost as a straight line in their number: arithmetic, bytes and sizes of a
+token-wise operation are affine in the tokens, and so is attention as long as sequences keep their
+length. A share of a sequence (cp) is a fraction of one: the line then goes through half a sequence
+and a whole one, with attention in proportion, for its queries are a share and its keys are all.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+import warnings
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from plait.compiler.levels import passes_of
+from plait.compiler.order import fillers_of, weight_arguments
+from plait.cost.clusters import Cluster
+from plait.cost.operations import Cost
+from plait.dryrun.model_source import ModelSource
+from plait.dryrun.saved import Held, held_of
+from plait.dryrun.work import Kernels, Part, Work, work_of
+from plait.errors import GraphError, PlanError
+from plait.graph.capture import capture
+from plait.graph.cut import BETWEEN
+from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, call_of
+from plait.plan.find_rules import legal_sizes
+from plait.plan.parallel_plan import ParallelPlan, Recompute
+
+BEFORE, BEHIND = "before", "behind"
+"""Names of the pieces around the layers."""
+
+
+Points = tuple[float, float]
+"""Two numbers of sequences; equal where there is one capture."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A value at two numbers of sequences, and affine in them."""
+
+    points: Points
+    low: float
+    high: float
+
+    def at(self, sequences: float) -> float:
+        """The value for so many sequences; not below zero."""
+        first, second = self.points
+        if first == second:
+            return self.low
+        share = (sequences - first) / (second - first)
+        return max(0.0, self.low + share * (self.high - self.low))
+
+
+@dataclass(frozen=True)
+class ScaledWork:
+    """An operation at two numbers of sequences."""
+
+    points: Points
+    low: Work
+    high: Work
+
+    def at(self, sequences: float) -> Work:
+        """The operation with so many sequences."""
+
+        def between(first: float, second: float) -> int:
+            return round(Line(self.points, first, second).at(sequences))
+
+        low, high = self.low.cost, self.high.cost
+        sizes = None
+        if low.sizes is not None and high.sizes is not None:
+            pairs = zip(low.sizes, high.sizes, strict=True)
+            rows, inner, columns = (max(1, between(a, b)) for a, b in pairs)
+            sizes = rows, inner, columns
+        cost = Cost(
+            kind=low.kind,
+            bytes=between(low.bytes, high.bytes),
+            flops=between(low.flops, high.flops),
+            dtype=low.dtype,
+            sizes=sizes,
+        )
+        return replace(
+            self.low,
+            cost=cost,
+            num_bytes=between(self.low.num_bytes, self.high.num_bytes),
+            key_bytes=between(self.low.key_bytes, self.high.key_bytes),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A layer, or what stands before or behind them, on one rank of tp.
+
+    Elements are parameters on this rank, those of experts apart. saved and the two peaks are bytes:
+    kept for the backward, and live besides that while a pass runs.
+    """
+
+    name: str
+    forward: tuple[ScaledWork, ...]
+    backward: tuple[ScaledWork, ...]
+    num_elements: int
+    num_expert_elements: int
+    saved: Line
+    forward_peak: Line
+    backward_peak: Line
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """All pieces of a model on one rank of tp, for one length of sequence.
+
+    layers: by the kind of the layer. is_shared_head: whether the vocabulary is parted over tp.
+    """
+
+    before: Piece
+    layers: dict[str, Piece]
+    behind: Piece
+    is_shared_head: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a capture depends on."""
+
+    sequence_length: int
+    tp: int = 1
+    sp: bool = False
+    replicas: int | str = 1
+    recompute: Recompute = Recompute.NONE
+    kernels: Kernels = "fused"
+    share_head: bool = True
+
+
+_FEW: dict[Points, tuple[tuple[int, int], tuple[int, int]]] = {
+    # points -> (sequences, divisor of their length) of the two captures
+    (1.0, 1.0): ((1, 1), (1, 1)),
+    (0.5, 1.0): ((1, 2), (1, 1)),
+    (2.0, 3.0): ((2, 1), (3, 1)),
+}
+
+
+def points_for(sequences: float) -> Points:
+    """Where the captures for so many sequences lie."""
+    if sequences == 1:
+        return (1.0, 1.0)
+    return (0.5, 1.0) if sequences < 1 else (2.0, 3.0)
+
+
+@contextmanager
+def without_torch_warnings() -> Generator[None]:
+    """Keep back what TorchDynamo warns of in PyTorch's own distributed code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        yield
+
+
+@dataclass
+class PieceStore:
+    """Captures each shape of a model once."""
+
+    source: ModelSource
+    cluster: Cluster
+    graphs: dict[tuple[object, ...], Graph] = field(default_factory=dict)
+    pieces: dict[tuple[Shape, Points], Pieces] = field(default_factory=dict)
+
+    def find(self, shape: Shape, sequences: float = 1.0) -> Pieces:
+        """The pieces of a shape, to be scaled to so many sequences.
+
+        Raises PlanError if the model cannot be parted so.
+        """
+        key = shape, points_for(sequences)
+        if key not in self.pieces:
+            self._check(shape)
+            self.pieces[key] = _pieces(self, *key)
+        return self.pieces[key]
+
+    def called(self, shape: Shape, points: Points, extra: int) -> list[list["_Program"]]:
+        """The programs of both captures."""
+        (low, low_part), (high, high_part) = _FEW[points]
+        first = _called(self.graph(shape, low, low_part, extra), shape)
+        if points[0] == points[1]:
+            return [first, first]
+        return [first, _called(self.graph(shape, high, high_part, extra), shape)]
+
+    def graph(self, shape: Shape, batch: int, part: int, extra: int) -> Graph:
+        """A captured graph of one layer of each kind, and the last kind `extra` times more."""
+        key = (shape.sequence_length, shape.tp, shape.sp, shape.replicas, shape.share_head)
+        key = (*key, batch, part, extra)
+        if key not in self.graphs:
+            layers = list(self.source.kind_layers)
+            layers += layers[-1:] * extra
+            model = self.source.make(layers, self._vocabulary(shape))
+            with torch.device("meta"):
+                tokens_BT = torch.empty((batch, shape.sequence_length // part), dtype=torch.int64)
+            plan = ParallelPlan(tp=shape.tp, sp=shape.sp, replicas=shape.replicas)
+            with without_torch_warnings():
+                self.graphs[key] = capture(model, tokens_BT, plan, loss=self.source.loss)
+        plan = ParallelPlan(
+            tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=shape.recompute
+        )
+        graph = self.graphs[key]
+        for each in passes_of("O0", "fast", plan):
+            graph = each.run(graph, plan, self.cluster)
+        return graph
+
+    def _vocabulary(self, shape: Shape) -> int:
+        return -(-self.source.vocab_size // (shape.tp if shape.share_head else 1))
+
+    def _check(self, shape: Shape) -> None:
+        source = self.source
+        wrong = [f"{name}={count}" for name, count in source.counts.items() if count % shape.tp]
+        if wrong:
+            legal = ", ".join(map(str, legal_sizes(source.counts)))
+            raise PlanError(
+                f"tp={shape.tp} does not divide {', '.join(wrong)} of {source.name}. "
+                f"Choose tp from {legal}."
+            )
+        if shape.tp > 1 and not source.can_tp:
+            raise PlanError(
+                f"{source.name} has modules without a rule for tp (experts, latent attention). "
+                "Choose tp=1, and ep, fsdp or pp instead."
+            )
+        if shape.sp and shape.sequence_length % shape.tp:
+            raise PlanError(
+                f"sp shares the tokens over tp={shape.tp}, which does not divide "
+                f"sequence_length={shape.sequence_length}."
+            )
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A template as it is called: both programs, and what they hold."""
+
+    name: str
+    forward: tuple[Work, ...]
+    backward: tuple[Work, ...]
+    held: Held
+    num_elements: int
+    num_expert_elements: int
+    source: str
+
+
+def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
+    if shape.replicas != 1:
+        return _split_pieces(store, shape, points)
+    kinds = list(dict.fromkeys(store.source.kinds))
+    # A layer is a block only beside others of its class, so a kind that is alone stands twice.
+    extra = int(len(kinds) == 1)
+    low, high = (_by_place(each) for each in store.called(shape, points, extra))
+    if len(low) != len(kinds) + 2 + extra:
+        raise GraphError(
+            f"{store.source.name} is captured with {len(low) - 2} layers, {len(kinds) + extra} "
+            "were expected: its layers are no blocks of one ModuleList."
+        )
+    if extra:
+        del low[2], high[2]
+    names = [BEFORE, *kinds, BEHIND]
+    pieces = [_piece(*each, points) for each in zip(names, low, high, strict=True)]
+    return Pieces(
+        before=pieces[0],
+        layers=dict(zip(kinds, pieces[1:-1], strict=True)),
+        behind=pieces[-1],
+        is_shared_head=shape.share_head and shape.tp > 1,
+    )
+
+
+def _by_place(programs: Sequence[_Program]) -> list[_Program]:
+    """What stands before the layers as one, each layer, and what stands behind as one."""
+    layers = [i for i, each in enumerate(programs) if each.source != BETWEEN]
+    if not layers:
+        return []
+    first, last = layers[0], layers[-1]
+    return [
+        _joined(programs[:first]),
+        *programs[first : last + 1],
+        _joined(programs[last + 1 :]),
+    ]
+
+
+def _joined(programs: Sequence[_Program]) -> _Program:
+    """Several programs as one, one after another."""
+    return _Program(
+        name="+".join(each.name for each in programs),
+        forward=_in_turn([each.forward for each in programs]),
+        backward=_in_turn([each.backward for each in reversed(programs)]),
+        held=Held(
+            saved_bytes=sum(each.held.saved_bytes for each in programs),
+            forward_peak_bytes=max((each.held.forward_peak_bytes for each in programs), default=0),
+            backward_peak_bytes=max(
+                (each.held.backward_peak_bytes for each in programs), default=0
+            ),
+        ),
+        num_elements=sum(each.num_elements for each in programs),
+        num_expert_elements=sum(each.num_expert_elements for each in programs),
+        source=BETWEEN,
+    )
+
+
+def _in_turn(programs: Sequence[tuple[Work, ...]]) -> tuple[Work, ...]:
+    found: list[Work] = []
+    for program in programs:
+        start = len(found)
+        found += [
+            replace(work, depends_on=tuple(start + i for i in work.depends_on)) for work in program
+        ]
+    return tuple(found)
+
+
+def _split_pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
+    """The unsplit pieces, with the layer's programs replaced by those of replicas.
+
+    With replicas a piece goes from attention to attention, so the one between two layers is priced
+    as a layer. What stands around the layers stays unsplit; splitting it too would gain a little.
+    """
+    whole = store.find(replace(shape, replicas=1), points[1])
+    if len(whole.layers) > 1:
+        raise PlanError(
+            f"replicas are priced for models with one kind of layer; {store.source.name} has "
+            f"{', '.join(whole.layers)}. Choose replicas=1."
+        )
+    one, two = store.called(shape, points, 2)
+    if len(one) < 4 or one[1].name != one[2].name:
+        raise PlanError(
+            f"replicas={shape.replicas} leave the layers of {store.source.name} different from "
+            "each other, so that one cannot stand for all. Choose replicas=1."
+        )
+    split = _piece("layer", one[1], two[1], points)
+    layers = {
+        kind: replace(piece, forward=split.forward, backward=split.backward)
+        for kind, piece in whole.layers.items()
+    }
+    batch, part = _FEW[points][0]
+    graph = store.graph(shape, batch, part, 2)
+    return replace(whole, layers=layers, notes=tuple(dict.fromkeys(map(str, graph.notes))))
+
+
+def _called(graph: Graph, shape: Shape) -> list[_Program]:
+    """The templates that the root calls, in order, forward and backward."""
+    weights = weight_arguments(graph)
+    shared = Counter(
+        x
+        for node in graph.root.graph.nodes
+        if (called := call_of(node)) and called[1] == FORWARD
+        for x in node.args[2:]
+        if isinstance(x, fx.Node)
+    )
+    seen: dict[str, tuple[tuple[Work, ...], tuple[Work, ...]]] = {}
+    found: list[_Program] = []
+    for node in graph.root.graph.nodes:
+        called = call_of(node)
+        if called is None or called[1] == BACKWARD:
+            continue
+        template = graph.templates[called[0]]
+        if template.name not in seen:
+            fillers = set()
+            if template.backward is not None:
+                fillers = fillers_of(template, weights.get(template.name, set()))
+            backward = template.backward
+            seen[template.name] = (
+                work_of(template.forward, shape.kernels),
+                () if backward is None else work_of(backward, shape.kernels, fillers),
+            )
+        parameters = [
+            x.meta["val"]
+            for x in node.args[2:]
+            if isinstance(x, fx.Node)
+            and x.op == "placeholder"
+            and x.meta["val"].role is Role.PARAMETER
+        ]
+        own = [
+            i
+            for i, x in enumerate(node.args[2:])
+            if isinstance(x, fx.Node) and x.op == "call_function" and shared[x] == 1
+        ]
+        experts = sum(_count(v.shape) for v in parameters if ".experts." in v.name)
+        found.append(
+            _Program(
+                template.name,
+                *seen[template.name],
+                held=held_of(template, own),
+                num_elements=sum(_count(v.shape) for v in parameters) - experts,
+                num_expert_elements=experts,
+                source=template.block,
+            )
+        )
+    return found
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _piece(name: str, one: _Program, two: _Program, points: Points) -> Piece:
+    def line(attribute: str) -> Line:
+        return Line(points, getattr(one.held, attribute), getattr(two.held, attribute))
+
+    return Piece(
+        name=name,
+        forward=_scaled(one.forward, two.forward, points),
+        backward=_scaled(one.backward, two.backward, points),
+        num_elements=one.num_elements,
+        num_expert_elements=one.num_expert_elements,
+        saved=line("saved_bytes"),
+        forward_peak=line("forward_peak_bytes"),
+        backward_peak=line("backward_peak_bytes"),
+        source=one.source,
+    )
+
+
+def _scaled(one: Sequence[Work], two: Sequence[Work], points: Points) -> tuple[ScaledWork, ...]:
+    names = [(work.name, work.depends_on, work.collective) for work in one]
+    if names != [(work.name, work.depends_on, work.collective) for work in two]:
+        raise GraphError(
+            f"micro-batches of {points[0]:g} and {points[1]:g} sequences are captured as different "
+            "programs, so their price cannot be scaled. Choose one sequence in a micro-batch."
+        )
+    pairs = zip(one, two, strict=True)
+    if points[1] > 1 or points[0] == points[1]:
+        return tuple(ScaledWork(points, low, high) for low, high in pairs)
+    return tuple(ScaledWork(points, _part_of(low, high), high) for low, high in pairs)
+
+
+def _part_of(low: Work, high: Work) -> Work:
+    """Attention of half the queries sees all keys: half the work of a whole sequence."""
+    if high.part is not Part.ATTENTION:
+        return low
+    cost = replace(high.cost, flops=high.cost.flops // 2, bytes=high.cost.bytes // 2)
+    return replace(low, cost=cost)

@@ -1,0 +1,428 @@
+"""`price_job`: the step time and the memory of a large job, from captured and priced pieces.
+
+Ranks of dp, fsdp, cp, ep and tp do the same; pipeline ranks differ by their stages. So a job of
+thousands of ranks is a few pieces, each captured once on fake tensors, timed on two streams, put
+together to stages and played through the table of the pipeline.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from plait.cost.clusters import Cluster
+from plait.cost.nccl_tests import Measured
+from plait.cost.topology import send_s
+from plait.dryrun.data_parallel import Gathered, beside_s, gathered, owners_of
+from plait.dryrun.job_memory import ledger_of
+from plait.dryrun.job_price import JobPrice, RankClass, TimeParts, interval_s
+from plait.dryrun.model_source import ModelSource, decoder_source
+from plait.dryrun.piece_time import PassTimes, PieceClock, PieceTimes, Setting
+from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, Shape
+from plait.dryrun.pipeline import (
+    InFlight,
+    PipelineRun,
+    StageTimes,
+    in_flight,
+    play,
+    shorter,
+    with_offload,
+)
+from plait.dryrun.pipeline_tables import Table, table_of, table_of_one
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.dryrun.stages import Spread, Stage, check_model, spread_of, stages_of
+from plait.errors import PlanError
+from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
+
+_ACTIVATION_BYTES = 2
+_OPTIMIZER_PASSES_BYTES = 30
+"""Adam reads a gradient, a master copy and two moments in float32 and writes three of them, and a
+bfloat16 copy: 4 * 4 + 3 * 4 + 2 bytes a parameter."""
+_CLIP_BYTES = 4  # the norm reads every gradient once
+
+
+@dataclass
+class Pricer:
+    """Prices plans of one job on one cluster; pieces are captured and timed once for all of them.
+
+    Raises PlanError for a plan that does not divide what it should.
+    """
+
+    job: PretrainJob
+    cluster: Cluster
+    source: ModelSource
+    measured: Sequence[Measured] = ()
+    moved: dict[tuple[object, ...], Gathered] = field(default_factory=dict)
+    flops: dict[tuple[object, ...], float] = field(default_factory=dict)
+    store: PieceStore = field(init=False)
+    clock: PieceClock = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the stores."""
+        self.store = PieceStore(self.source, self.cluster)
+        self.clock = PieceClock(self.store, self.cluster, self.measured)
+
+    def price(self, job: PretrainJob, *, exact: bool = True) -> JobPrice:
+        """The price of a job that differs in its plan and micro-batches only.
+
+        exact: play the whole pipeline; else take long pipelines from two short ones.
+        """
+        return _Job(self, job, exact).price()
+
+    def classes(self, job: PretrainJob) -> tuple[RankClass, ...]:
+        """The classes of ranks of a job, and their memory, without its time."""
+        return _Job(self, job, False).classes()
+
+
+def price_job(
+    job: PretrainJob,
+    cluster: Cluster,
+    *,
+    source: ModelSource | None = None,
+    measured: Sequence[Measured] = (),
+) -> JobPrice:
+    """Price a job on a cluster, all of whose ranks its plan must use.
+
+    source: of a model that is not one of Plait's own. measured: runs of nccl-tests.
+    """
+    return Pricer(job, cluster, source or source_of(job), measured).price(job)
+
+
+def source_of(job: PretrainJob) -> ModelSource:
+    """The source of the job's model."""
+    if job.model is None:
+        raise PlanError(f"the job {job.name!r} has no model. Set its model, or give a source.")
+    return decoder_source(job.model, job.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StageSums:
+    """A stage: its times, and what they are made of."""
+
+    times: StageTimes
+    parts: PassTimes
+    gather_exposed_s: float
+    gathers: tuple[Gathered, ...]
+    alone_forward_s: float
+    alone_backward_s: float
+
+
+class _Job:
+    """One job being priced."""
+
+    def __init__(self, pricer: Pricer, job: PretrainJob, exact: bool) -> None:
+        self.pricer, self.exact = pricer, exact
+        self.cluster, self.clock, self.source = pricer.cluster, pricer.clock, pricer.source
+        check_model(self.source, job.plan)
+        self.spread: Spread = spread_of(job, job.plan, self.cluster.num_ranks)
+        given = job.plan.num_micro_batches
+        if given not in (1, self.spread.num_micro_batches):
+            raise PlanError(
+                f"plan.num_micro_batches={given}, but batch_size={job.batch_size} over "
+                f"{self.spread.copies} copies in micro-batches of {job.micro_batch_size} makes "
+                f"{self.spread.num_micro_batches}. Leave it at 1, or change micro_batch_size."
+            )
+        self.job, self.plan = job, job.plan
+        self.shape = shape_of(job)
+        self.setting = self._setting()
+        self.pieces: Pieces = pricer.store.find(self.shape, self.spread.sequences)
+        self.by_name = {
+            BEFORE: self.pieces.before,
+            BEHIND: self.pieces.behind,
+            **self.pieces.layers,
+        }
+        self.stages = stages_of(self.source, self.plan.pp * self.plan.stages_per_rank)
+        rank_of_stage = self._table(shorter(self.spread.num_micro_batches, self.plan.pp))
+        self.ranks = [
+            [i for i in range(len(self.stages)) if rank_of_stage.rank_of_stage[i] == rank]
+            for rank in range(self.plan.pp)
+        ]
+
+    def _setting(self) -> Setting:
+        plan, job = self.plan, self.job
+        return Setting(
+            shape=self.shape,
+            sequences=self.spread.sequences,
+            cp=plan.cp,
+            cp_stride=plan.tp,
+            ep=plan.ep,
+            ep_stride=1 if plan.sp else plan.tp,
+            overlap=job.overlap,
+            expert_load=job.expert_load,
+        )
+
+    def price(self) -> JobPrice:
+        """Put stages, pipeline, data parallelism and optimizer together."""
+        stages, ranks = self.stages, self.ranks
+        sums = {stage: self._stage(stage) for stage in dict.fromkeys(stages)}
+        run, makespan_s = self._pipeline([sums[stage].times for stage in stages])
+        ends = [self._end_s([sums[stages[i]] for i in held]) for held in ranks]
+        optimizer = [self._optimizer_s([stages[i] for i in held]) for held in ranks]
+        tail_s = max(a + b for a, b in zip(ends, optimizer, strict=True))
+        step_s = makespan_s + tail_s
+        busiest = max(range(self.plan.pp), key=lambda rank: run.busy_s[rank])
+        parts = self._parts(
+            [sums[stages[i]] for i in ranks[busiest]], makespan_s, tail_s, max(optimizer)
+        )
+        low_s, high_s = interval_s(step_s, parts)
+        return JobPrice(
+            job=self.job,
+            cluster=self.cluster.name,
+            num_ranks=self.cluster.num_ranks,
+            step_s=step_s,
+            low_s=low_s,
+            high_s=high_s,
+            tokens_per_step=self.job.batch_size * self.job.sequence_length,
+            flops_per_token=self._model_flops_per_token(),
+            peak_flops_per_s=self.cluster.device.peak(torch.bfloat16),
+            memory_limit_bytes=self.cluster.device.memory_bytes,
+            num_micro_batches=self.spread.num_micro_batches,
+            parts=parts,
+            classes=self.classes(),
+            notes=self._notes(),
+            run=run,
+        )
+
+    def _table(self, count: int) -> Table:
+        plan = self.plan
+        if plan.pp == 1:
+            return table_of_one(count)
+        return table_of(plan.pipeline, plan.pp, plan.stages_per_rank, count)
+
+    def _pipeline(self, times: list[StageTimes]) -> tuple[PipelineRun, float]:
+        """The run, of a few micro-batches unless it is to be exact, and the time of all."""
+        count = self.spread.num_micro_batches
+        hop_s = 0.0
+        if self.plan.pp > 1:
+            hop_s = send_s(self._boundary_bytes(), self.cluster, stride=self._pp_stride())
+        short = count if self.exact else shorter(count, self.plan.pp)
+        run = play(self._table(short), times, send_s=hop_s)
+        if short == count:
+            return run, run.total_s
+        before_s = play(self._table(short - self.plan.pp), times, send_s=hop_s).total_s
+        rounds = (count - short) // self.plan.pp
+        return run, run.total_s + rounds * (run.total_s - before_s)
+
+    def _pp_stride(self) -> int:
+        return self.cluster.num_ranks // self.plan.pp
+
+    def _boundary_bytes(self) -> float:
+        tokens = self.spread.sequences * self.job.sequence_length
+        own = tokens / (self.plan.tp if self.plan.sp else 1)
+        return own * self.source.hidden_size * _ACTIVATION_BYTES
+
+    def _stage(self, stage: Stage) -> _StageSums:
+        """Sum the pieces of a stage; with reshard their parameters travel beside them."""
+        forward_s = input_s = weight_s = exposed_s = saved = 0.0
+        parts = PassTimes()
+        gathers: list[Gathered] = []
+        interference = self.cluster.device.interference
+        for name, count in stage:
+            piece = self.piece(name)
+            times: PieceTimes = self.clock.times(name, self.setting)
+            moved = gathered(piece, self.plan, self.clock, gradient_bytes=self.job.gradient_bytes)
+            gathers += [moved] * count
+            ahead, behind = times.forward.total_s, times.backward.total_s
+            if self.plan.reshard:
+                ahead = beside_s(ahead, moved.gather_s, interference)
+                behind = beside_s(
+                    behind, moved.gather_s + moved.scatter_s + moved.sum_s, interference
+                )
+            late_s = behind - times.backward.total_s
+            exposed_s += count * (ahead - times.forward.total_s + late_s)
+            forward_s += count * ahead
+            own_input_s, own_weight_s = self._split(times)
+            input_s += count * (own_input_s + late_s)
+            weight_s += count * own_weight_s
+            saved += count * piece.saved.at(self.spread.sequences)
+            parts = parts.plus(times.forward, count).plus(times.backward, count)
+        stage_times = StageTimes(
+            forward_s=forward_s,
+            backward_input_s=input_s,
+            backward_weight_s=weight_s,
+            saved_bytes=saved,
+        )
+        if self.job.offload:
+            bandwidth = self.cluster.device.host_bandwidth_bytes_per_s
+            stage_times = with_offload(stage_times, self.job.offload, bandwidth)
+        return _StageSums(
+            times=stage_times,
+            parts=parts,
+            gather_exposed_s=exposed_s,
+            gathers=tuple(gathers),
+            alone_forward_s=forward_s,
+            alone_backward_s=input_s + weight_s,
+        )
+
+    def _gathered(self, piece: Piece) -> Gathered:
+        plan = self.plan
+        key = (piece.name, plan.dp, plan.fsdp, plan.cp, plan.tp, plan.sp, plan.ep)
+        key = (*key, self.job.gradient_bytes)
+        if key not in self.pricer.moved:
+            self.pricer.moved[key] = gathered(
+                piece, plan, self.clock, gradient_bytes=self.job.gradient_bytes
+            )
+        return self.pricer.moved[key]
+
+    def _split(self, times: PieceTimes) -> tuple[float, float]:
+        """The backward's two parts: as they take apart, or together where nobody parts them."""
+        if self.plan.pipeline in (Pipeline.ZERO_BUBBLE, Pipeline.ZBV, Pipeline.DUAL_PIPE_V):
+            return times.backward_input_s, times.backward_weight_s
+        whole_s = times.backward.total_s
+        return max(0.0, whole_s - times.backward_weight_s), min(whole_s, times.backward_weight_s)
+
+    def _end_s(self, held: list[_StageSums]) -> float:
+        """What is left of gathers and sums that happen once in a step.
+
+        They run beside the first forward and the last backward of the rank; the first and the last
+        piece have nothing to run beside.
+        """
+        if self.plan.reshard or self.cluster.num_ranks == 1:
+            return 0.0
+        pieces = [each for sums in held for each in sums.gathers]
+        shared = owners_of(self.plan).shards > 1 or owners_of(self.plan).expert_shards > 1
+        gathers = [each.gather_s if shared else 0.0 for each in pieces]
+        sums_s = [each.scatter_s + each.sum_s for each in pieces]
+        if not self.job.overlap:
+            return sum(gathers) + sum(sums_s)
+        forward_s = sum(each.alone_forward_s for each in held)
+        backward_s = sum(each.alone_backward_s for each in held)
+        interference = self.cluster.device.interference
+        late = [
+            beside_s(forward_s, sum(gathers[1:]), interference) - forward_s,
+            beside_s(backward_s, sum(sums_s[1:]), interference) - backward_s,
+        ]
+        return gathers[0] + sums_s[0] + sum(late)
+
+    def _optimizer_s(self, stages: list[Stage]) -> float:
+        owners = owners_of(self.plan)
+        shared = 0.0
+        for stage in stages:
+            for name, count in stage:
+                piece = self.piece(name)
+                shared += count * piece.num_elements / owners.shards
+                shared += count * piece.num_expert_elements / self.plan.ep / owners.expert_shards
+        num_bytes = shared * (_OPTIMIZER_PASSES_BYTES + _CLIP_BYTES)
+        return num_bytes / self.cluster.device.memory_bandwidth_bytes_per_s
+
+    def classes(self) -> tuple[RankClass, ...]:
+        """Ranks that hold the same stages and as many micro-batches, with their memory."""
+        stages = self.stages
+        saved = [
+            sum(n * self.piece(name).saved.at(self.spread.sequences) for name, n in stage)
+            for stage in stages
+        ]
+        table = self._table(shorter(self.spread.num_micro_batches, self.plan.pp))
+        held_now: InFlight = in_flight(table, [(1 - self.job.offload) * each for each in saved])
+        found: dict[tuple[object, ...], RankClass] = {}
+        for rank, held in enumerate(self.ranks):
+            key = (tuple(stages[i] for i in held), held_now.micro_batches[rank])
+            if key in found:
+                known = found[key]
+                found[key] = replace(known, pipeline_ranks=(*known.pipeline_ranks, rank))
+                continue
+            ledger = ledger_of(
+                [(self.piece(name), count) for i in held for name, count in stages[i]],
+                self.job,
+                self.plan,
+                sequences=self.spread.sequences,
+                saved_bytes=held_now.saved_bytes[rank],
+                boundary_bytes=self._boundary_bytes(),
+            )
+            found[key] = RankClass(
+                pipeline_ranks=(rank,),
+                stages=tuple(stages[i] for i in held),
+                ranks_each=self.cluster.num_ranks // self.plan.pp,
+                in_flight=held_now.micro_batches[rank],
+                ledger=ledger,
+            )
+        return tuple(found.values())
+
+    def _parts(
+        self, held: list[_StageSums], makespan_s: float, tail_s: float, optimizer_s: float
+    ) -> TimeParts:
+        count = self.spread.num_micro_batches
+        total = PassTimes()
+        for sums in held:
+            total = total.plus(sums.parts, count)
+        gather_s = count * sum(sums.gather_exposed_s for sums in held)
+        busy_s = total.total_s + gather_s
+        slowed_s = (
+            total.total_s - total.matrix_s - total.attention_s - total.memory_s - total.exposed_s
+        )
+        return TimeParts(
+            matrix_s=total.matrix_s,
+            attention_s=total.attention_s,
+            memory_s=total.memory_s,
+            exposed_s=total.exposed_s,
+            interference_s=max(0.0, slowed_s),
+            data_parallel_s=gather_s + tail_s - optimizer_s,
+            optimizer_s=optimizer_s,
+            bubble_s=max(0.0, makespan_s - busy_s),
+            communication_s=total.communication_s,
+        )
+
+    def _model_flops_per_token(self) -> float:
+        """Products and attention of a forward and backward without recompute, over all of tp.
+
+        Attention's backward counts twice its forward, as is usual for MFU [PaLM, arXiv 2204.02311,
+        appendix B], though kernels do more; pairs of causal attention count once.
+        """
+        shape = replace(self.shape, recompute=Recompute.NONE, replicas=1)
+        key = (shape, self.spread.sequences)
+        if key not in self.pricer.flops:
+            self.pricer.flops[key] = self._count_flops(replace(self.setting, shape=shape))
+        return self.pricer.flops[key]
+
+    def _count_flops(self, setting: Setting) -> float:
+        flops = 0.0
+        counts: dict[str, int] = {BEFORE: 1, BEHIND: 1}
+        for kind in self.source.kinds:
+            counts[kind] = counts.get(kind, 0) + 1
+        for name, count in counts.items():
+            times = self.clock.times(name, setting)
+            one = times.forward.matrix_flops + times.backward.matrix_flops
+            one += 3 * times.forward.attention_flops
+            ranks = self.plan.tp
+            if name == BEHIND and not self.pieces.is_shared_head:
+                ranks = 1
+            flops += count * one * ranks
+        return flops / (self.spread.sequences * self.job.sequence_length)
+
+    def piece(self, name: str) -> Piece:
+        """The piece of that name."""
+        return self.by_name[name]
+
+    def _notes(self) -> tuple[str, ...]:
+        plan = self.plan
+        notes = list(self.pieces.notes)
+        if plan.fsdp * plan.dp > 1:
+            how = "beside neighbouring layers" if self.job.overlap else "alone"
+            notes.append(f"closed form: gathers and sums of fsdp and dp, {how}")
+        if plan.cp > 1:
+            notes.append("closed form: the ring of cp, beside attention; parts are taken as equal")
+        if plan.ep > 1:
+            load = self.job.expert_load
+            notes.append(f"closed form: exchanges of ep; the busiest rank has {load:g} of the mean")
+        if self.pieces.is_shared_head:
+            notes.append("closed form: sums over a vocabulary parted over tp")
+        return tuple(notes)
+
+
+def shape_of(job: PretrainJob) -> Shape:
+    """What a job's pieces depend on."""
+    plan = job.plan
+    return Shape(
+        sequence_length=job.sequence_length,
+        tp=plan.tp,
+        sp=plan.sp,
+        replicas=plan.replicas,
+        recompute=plan.recompute,
+        kernels=job.kernels,
+        share_head=job.share_head,
+    )
+
+
+def with_plan(job: PretrainJob, plan: ParallelPlan, micro_batch_size: int) -> PretrainJob:
+    """The job with another plan."""
+    return replace(job, plan=plan, micro_batch_size=micro_batch_size)

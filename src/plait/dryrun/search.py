@@ -1,0 +1,290 @@
+"""`search`: the plans of a job on a cluster, priced, the best first, and why the others are not.
+
+Plans are enumerated (`legal_plans.py`), pruned by the least memory of their parameters, then by the
+ledger of every rank class, and priced. Pieces are captured and timed once for all plans that share
+them. The best are priced again with the whole pipeline, and with replicas.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from plait.cost.clusters import Cluster
+from plait.dryrun.job_memory import least_bytes
+from plait.dryrun.job_price import JobPrice, missing
+from plait.dryrun.legal_plans import (
+    MICRO_BATCH_SIZES,
+    Candidate,
+    Rejected,
+    candidates,
+    describe,
+)
+from plait.dryrun.model_source import ModelSource
+from plait.dryrun.pieces import Shape
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.dryrun.price_job import Pricer, source_of, with_plan
+from plait.dryrun.stages import stages_of
+from plait.errors import GraphError, PlanError
+from plait.plan.parallel_plan import Recompute
+
+_GIB = 2**30
+_NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
+_REPLICAS = (2,)
+_TELL_EVERY = 100
+OnProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A plan and its price."""
+
+    candidate: Candidate
+    price: JobPrice
+
+    def line(self) -> str:
+        """In a line: step, MFU, memory, plan."""
+        price = self.price
+        return (
+            f"{price.step_s:9.3f} s  {price.mfu:6.1%}  {price.tokens_per_s / 1e6:8.3f} M tokens/s  "
+            f"{price.peak_bytes / _GIB:6.1f} GiB  {describe(self.candidate)}"
+        )
+
+
+@dataclass
+class SearchResult:
+    """What a search found; `best` is in order. rejected: by reason, how many and an example.
+
+    too_large: how far the plan that came nearest to the limit missed it, in words.
+    """
+
+    job: PretrainJob
+    limit_bytes: int
+    best: list[Priced] = field(default_factory=list)
+    num_candidates: int = 0
+    num_priced: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    nearest: tuple[int, str] | None = None
+    is_complete: bool = False
+
+    def reject(self, reason: str, example: str) -> None:
+        """Count a refusal."""
+        self.rejected[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def explain(self, first: int, second: int) -> str:
+        """Say why one of the best (from 1) is priced below another, part by part."""
+        a, b = self._numbered(first), self._numbered(second)
+        lines = [
+            f"{first}: {describe(a.candidate)}",
+            f"{second}: {describe(b.candidate)}",
+            f"{'':<32}{first:>12}{second:>12}{'difference':>14}",
+            _row("step [s]", a.price.step_s, b.price.step_s),
+        ]
+        others = dict(b.price.parts.shares())
+        for name, seconds in sorted(
+            a.price.parts.shares(), key=lambda part: -abs(others[part[0]] - part[1])
+        ):
+            lines.append(_row(f"  {name} [s]", seconds, others[name]))
+        mine, theirs = (each.price.fullest.ledger.bytes_by_kind for each in (a, b))
+        lines.append(_row("memory [GiB]", a.price.peak_bytes / _GIB, b.price.peak_bytes / _GIB))
+        for kind in mine:
+            lines.append(_row(f"  {kind} [GiB]", mine[kind] / _GIB, theirs[kind] / _GIB))
+        return "\n".join(lines)
+
+    def _numbered(self, number: int) -> Priced:
+        if not 1 <= number <= len(self.best):
+            raise PlanError(f"--explain {number}: the plans are 1 to {len(self.best)}.")
+        return self.best[number - 1]
+
+
+def search(
+    job: PretrainJob,
+    cluster: Cluster,
+    *,
+    memory_bytes: int | None = None,
+    source: ModelSource | None = None,
+    top: int = 10,
+    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
+    on_progress: OnProgress = lambda text: None,
+) -> SearchResult:
+    """Search the plans of a job. memory_bytes: of a rank, by default all that the device has.
+
+    KeyboardInterrupt ends it; what was found so far is returned, with is_complete False. Raises
+    PlanError with what is missing if no plan fits.
+    """
+    found = source or source_of(job)
+    limit = memory_bytes or cluster.device.memory_bytes
+    result = SearchResult(job, limit)
+    hunt = _Search(job, cluster, found, result, on_progress)
+    hunt.micro_batch_sizes = micro_batch_sizes
+    try:
+        hunt.run()
+        hunt.refine(top)
+        result.is_complete = True
+    except KeyboardInterrupt:
+        on_progress("stopped; the best so far:")
+    result.best.sort(key=lambda each: each.price.step_s)
+    del result.best[top:]
+    if not result.best:
+        raise PlanError(_nothing(result, cluster))
+    return result
+
+
+class _Search:
+    def __init__(
+        self,
+        job: PretrainJob,
+        cluster: Cluster,
+        source: ModelSource,
+        result: SearchResult,
+        on_progress: OnProgress,
+    ) -> None:
+        self.job, self.cluster, self.source, self.result = job, cluster, source, result
+        self.on_progress = on_progress
+        self.micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
+        limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
+        self.pricer = Pricer(job, limited, source)
+        self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
+
+    def run(self) -> None:
+        """Price every candidate that fits, in groups that share pieces."""
+        seen = candidates(
+            self.job,
+            self.source,
+            self.cluster.num_ranks,
+            ranks_per_node=self.cluster.ranks_per_node,
+            micro_batch_sizes=self.micro_batch_sizes,
+        )
+        legal: list[Candidate] = []
+        for each in seen:
+            if isinstance(each, Rejected):
+                self.result.reject(each.reason, each.example)
+            else:
+                legal.append(each)
+        self.result.num_candidates = len(legal)
+        kept = [each for each in legal if self._least_fits(each)]
+        self.on_progress(f"{len(legal)} legal plans, {len(kept)} whose parameters fit")
+        kept.sort(key=_sharing)
+        for number, each in enumerate(kept, start=1):
+            self._price(each)
+            if number % _TELL_EVERY == 0:
+                self._tell(number, len(kept))
+
+    def _tell(self, number: int, total: int) -> None:
+        best = min(self.result.best, key=lambda each: each.price.step_s, default=None)
+        text = f"{number} of {total} plans"
+        self.on_progress(text if best is None else f"{text}, best {best.price.step_s:.3f} s")
+
+    def _least_fits(self, candidate: Candidate) -> bool:
+        plan = candidate.plan
+        key = plan.tp, plan.pp, plan.stages_per_rank
+        if key not in self.elements:
+            self.elements[key] = self._elements(candidate)
+        least = least_bytes(self.elements[key], self.job, plan)
+        if least <= self.result.limit_bytes:
+            return True
+        self.result.reject(
+            "parameters, gradients and optimizer alone exceed the memory", describe(candidate)
+        )
+        self._near(least, candidate)
+        return False
+
+    def _elements(self, candidate: Candidate) -> list[tuple[float, float]]:
+        """Elements and expert elements of each rank of a pipeline."""
+        plan = candidate.plan
+        pieces = self.pricer.store.find(
+            Shape(
+                sequence_length=self.job.sequence_length,
+                tp=plan.tp,
+                sp=plan.sp,
+                kernels=self.job.kernels,
+                share_head=self.job.share_head,
+            )
+        )
+        by_name = {"before": pieces.before, "behind": pieces.behind, **pieces.layers}
+        stages = stages_of(self.source, plan.pp * plan.stages_per_rank)
+        found = [(0.0, 0.0)] * plan.pp
+        for i, stage in enumerate(stages):
+            for name, count in stage:
+                piece = by_name[name]
+                own, experts = found[i % plan.pp]
+                found[i % plan.pp] = (
+                    own + count * piece.num_elements,
+                    experts + count * piece.num_expert_elements,
+                )
+        return found
+
+    def _price(self, candidate: Candidate) -> None:
+        job = with_plan(self.job, candidate.plan, candidate.micro_batch_size)
+        try:
+            fullest = max(self.pricer.classes(job), key=lambda each: each.ledger.total_bytes)
+            needed = fullest.ledger.total_bytes
+            if needed > self.result.limit_bytes:
+                kind = fullest.ledger.largest()
+                reason = f"the ledger exceeds the memory, most of it {kind}"
+                self.result.reject(reason, describe(candidate))
+                self._near(needed, candidate, missing(fullest, self.result.limit_bytes))
+                return
+            price = self.pricer.price(job, exact=False)
+        except (PlanError, GraphError) as error:
+            self.result.reject(str(error).split(". ")[0], describe(candidate))
+            return
+        self.result.num_priced += 1
+        self.result.best.append(Priced(candidate, replace(price, run=None)))
+
+    def _near(self, needed: int, candidate: Candidate, text: str = "") -> None:
+        if self.result.nearest is None or needed < self.result.nearest[0]:
+            self.result.nearest = needed, f"{describe(candidate)}{': ' if text else ''}{text}"
+
+    def refine(self, top: int) -> None:
+        """Price the best again, exactly and with replicas."""
+        self.result.best.sort(key=lambda each: each.price.step_s)
+        again = self.result.best[: max(top, _NUM_AGAIN)]
+        rest = self.result.best[len(again) :]
+        exact = [Priced(each.candidate, self._exact(each.candidate)) for each in again]
+        self.result.best = exact + rest
+        for each in list(exact[:top]):
+            plan = each.candidate.plan
+            for replicas in _REPLICAS if plan.tp > 1 else ():
+                split = Candidate(replace(plan, replicas=replicas), each.candidate.micro_batch_size)
+                try:
+                    price = self._exact(split)
+                except (PlanError, GraphError) as error:
+                    self.result.reject(f"replicas: {str(error).split('. ')[0]}", describe(split))
+                    continue
+                if price.fits:
+                    self.result.best.append(Priced(split, price))
+                    self.result.num_priced += 1
+
+    def _exact(self, candidate: Candidate) -> JobPrice:
+        return self.pricer.price(with_plan(self.job, candidate.plan, candidate.micro_batch_size))
+
+
+def _sharing(candidate: Candidate) -> tuple[int, int, int, int, str]:
+    """Plans that share captures and pipelines stand together; small ones first."""
+    plan = candidate.plan
+    order = list(Recompute).index(plan.recompute)
+    return (-plan.tp, candidate.micro_batch_size, plan.cp, order, f"{plan.pp:06}{plan.pipeline}")
+
+
+def _row(name: str, a: float, b: float) -> str:
+    return f"{name:<32}{a:>12.3f}{b:>12.3f}{b - a:>+14.3f}"
+
+
+def _nothing(result: SearchResult, cluster: Cluster) -> str:
+    limit = result.limit_bytes / _GIB
+    text = (
+        f"no plan of {result.job.name} fits {cluster.num_ranks} ranks of {cluster.name} with "
+        f"{limit:.1f} GiB each."
+    )
+    if result.nearest is None:
+        reasons = "; ".join(
+            f"{reason} ({count})" for reason, count in result.rejected.most_common(3)
+        )
+        return f"{text} Reasons: {reasons}."
+    needed, example = result.nearest
+    return (
+        f"{text} The nearest needs {needed / _GIB:.1f} GiB, {needed / _GIB - limit:.1f} more: "
+        f"{example}. Take more ranks, devices with more memory, or offload."
+    )

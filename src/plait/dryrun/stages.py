@@ -1,0 +1,102 @@
+"""Which layers stand on which pipeline stage, and what a plan asks of a job's numbers."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from plait.dryrun.model_source import ModelSource
+from plait.dryrun.pieces import BEFORE, BEHIND
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.errors import PlanError
+from plait.plan.parallel_plan import ParallelPlan
+
+Stage = tuple[tuple[str, int], ...]
+"""Names of pieces and how many of each: (("before", 1), ("layer", 7))."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How a job's batch is spread. copies: of the model, with sequences of their own."""
+
+    copies: int
+    sequences: float
+    num_micro_batches: int
+
+
+def spread_of(job: PretrainJob, plan: ParallelPlan, world: int) -> Spread:
+    """Spread a job over a world. Raises PlanError that names the number that does not divide."""
+    if plan.num_ranks != world:
+        sizes = "dp * fsdp * cp * tp * pp"
+        rest = plan.num_ranks // (plan.dp * plan.fsdp)
+        advice = (
+            f"Set plan.fsdp * plan.dp to {world // rest}."
+            if world % rest == 0
+            else (f"cp * tp * pp = {rest} does not divide {world}; choose them from its divisors.")
+        )
+        raise PlanError(f"{sizes} = {plan.num_ranks}, but the world has {world} ranks. {advice}")
+    copies = plan.dp * plan.fsdp
+    group = copies * job.micro_batch_size
+    if job.batch_size % group:
+        legal = [n for n in range(1, job.batch_size + 1) if job.batch_size % n == 0]
+        near = [n for n in legal if n % job.micro_batch_size == 0 and n <= 2 * group]
+        raise PlanError(
+            f"batch_size={job.batch_size} cannot be parted among dp * fsdp = {copies} copies in "
+            f"micro-batches of {job.micro_batch_size}. Choose dp * fsdp * micro_batch_size from "
+            f"{', '.join(map(str, near[-8:]))}, or another batch_size."
+        )
+    if job.sequence_length % (plan.cp * (plan.tp if plan.sp else 1)):
+        raise PlanError(
+            f"sequence_length={job.sequence_length} cannot be parted over cp={plan.cp}"
+            f"{f' and tp={plan.tp} (sp)' if plan.sp else ''}."
+        )
+    return Spread(
+        copies=copies,
+        sequences=job.micro_batch_size / plan.cp,
+        num_micro_batches=job.batch_size // group,
+    )
+
+
+def check_model(source: ModelSource, plan: ParallelPlan) -> None:
+    """Raise PlanError where the model's numbers contradict the plan."""
+    if plan.ep > 1 and not source.num_experts:
+        raise PlanError(f"ep={plan.ep} shares experts, and {source.name} has none. Set ep=1.")
+    if source.num_experts and source.num_experts % plan.ep:
+        legal = [n for n in range(1, source.num_experts + 1) if source.num_experts % n == 0]
+        raise PlanError(
+            f"ep={plan.ep} does not divide num_experts={source.num_experts}. "
+            f"Choose ep from {', '.join(map(str, legal))}."
+        )
+    num_stages = plan.pp * plan.stages_per_rank
+    if num_stages > source.num_layers + 2:
+        raise PlanError(
+            f"pp={plan.pp} with stages_per_rank={plan.stages_per_rank} are {num_stages} stages, "
+            f"and {source.name} has {source.num_layers} layers. Choose at most "
+            f"{source.num_layers + 2} stages: the first may hold the embedding alone, the last the "
+            "head."
+        )
+
+
+def stages_of(source: ModelSource, num_stages: int) -> tuple[Stage, ...]:
+    """Layers in stages of equal numbers, the embedding in the first and the head in the last.
+
+    Where layers do not divide, embedding and head count as a layer each, so that the first and the
+    last stage have a layer less, as in Llama 3 [arXiv 2407.21783, section 3.3.2]; what is left over
+    goes to the stages in the middle.
+    """
+    slots = [BEFORE, *source.kinds, BEHIND]
+    size, rest = divmod(len(slots), num_stages)
+    first = (num_stages - rest) // 2
+    sizes = [size + (first <= i < first + rest) for i in range(num_stages)]
+    if source.num_layers % num_stages == 0:
+        sizes = [source.num_layers // num_stages] * num_stages
+        sizes[0] += 1
+        sizes[-1] += 1
+    found: list[Stage] = []
+    at = 0
+    for each in sizes:
+        found.append(_stage(slots[at : at + each]))
+        at += each
+    return tuple(found)
+
+
+def _stage(names: list[str]) -> Stage:
+    return tuple(Counter(names).items())

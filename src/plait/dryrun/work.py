@@ -1,0 +1,311 @@
+"""What one program of a captured piece does: operations with their cost, messages, and their order.
+
+A program is a module of a `Graph`, forward or backward. Its operators become `Work`: as they were
+captured ("eager"), or with neighbouring pointwise operators and reductions taken as one kernel that
+reads what comes in and writes what goes out ("fused"), as a compiler or hand-written kernels do.
+"""
+
+# pyright: basic
+# (fx nodes are not typed.)
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from heapq import heappop, heappush
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from plait.cost.collectives import Collective, collective_of
+from plait.cost.operations import FREE, Cost, Kind, cost_of
+from plait.errors import GraphError
+from plait.graph.collectives import group_of, is_collective, is_wait
+from plait.graph.graph import Module, Node
+from plait.graph.partition import is_view
+from plait.graph.schedule import name_of
+
+Kernels = Literal["fused", "eager"]
+
+
+class Part(Enum):
+    """What a model's layers are priced by."""
+
+    PLAIN = "plain"
+    ATTENTION = "attention"
+    EXPERTS = "experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One operation. depends_on: positions in the program. num_bytes: of a message.
+
+    is_weight_only: only gradients of parameters rest on it. part: attention and experts, whose cost
+    depends on cp and ep. key_bytes: of attention's keys and values. expert_bytes: of the matrices
+    of all experts, read or written.
+    """
+
+    name: str
+    cost: Cost
+    depends_on: tuple[int, ...]
+    collective: Collective | None = None
+    group: str = ""
+    num_bytes: int = 0
+    is_wait: bool = False
+    is_weight_only: bool = False
+    part: Part = Part.PLAIN
+    key_bytes: int = 0
+    expert_bytes: int = 0
+
+
+def work_of(module: Module, kernels: Kernels, fillers: Iterable[Node] = ()) -> tuple[Work, ...]:
+    """The operations of a module in an order that can be launched.
+
+    fillers: nodes on which only gradients of parameters rest. Raises GraphError for a shape that
+    depends on data.
+    """
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        _check_shapes(node)
+    costs = {node: _cost(node) for node in nodes if not _is_free(node)}
+    groups = _fused(nodes, costs) if kernels == "fused" else [[node] for node in costs]
+    return _in_order(groups, costs, set(fillers))
+
+
+def _cost(node: Node) -> Cost:
+    if is_collective(node) or is_wait(node):
+        return FREE
+    name = name_of(node.target)
+    if name is None:
+        return FREE
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])  # type: ignore[misc]
+    return cost_of(name, args, kwargs, node.meta["val"])
+
+
+def _is_free(node: Node) -> bool:
+    """Views and parts of results; waits stay, for streams wait there."""
+    return is_view(node) or not isinstance(node.target, torch._ops.OpOverload)
+
+
+def _check_shapes(node: Node) -> None:
+    for value in _tensors(node.meta.get("val")):
+        for size in value.shape:
+            if not isinstance(size, int) and not str(size).isdigit():
+                raise GraphError(
+                    f"{node.target} makes a tensor of a size that depends on data: "
+                    f"{tuple(value.shape)}. The dry run cannot know it; bound it, for example by "
+                    "padding to a capacity, or by sorting rows and keeping group ends as a tensor."
+                )
+
+
+_REDUCTIONS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "mean",
+        "sum",
+        "amax",
+        "var_mean",
+        "_softmax",
+        "_softmax_backward_data",
+        "_log_softmax",
+        "native_layer_norm",
+        "native_layer_norm_backward",
+        "_fused_rms_norm",
+        "_fused_rms_norm_backward",
+        "cat",
+        "clone",
+        "_to_copy",
+        "slice_backward",
+        "native_dropout",
+        "native_dropout_backward",
+        "full",
+        "zeros_like",
+        "arange",
+    )
+)
+"""What a fused kernel can hold besides pointwise operators."""
+
+
+def _can_fuse(node: Node, costs: dict[Node, Cost]) -> bool:
+    cost = costs.get(node)
+    if cost is None or cost.kind is not Kind.MEMORY:
+        return False
+    tags = getattr(node.target, "tags", ())
+    packet = str(node.target).rpartition(".")[0]
+    return torch.Tag.pointwise in tags or packet in _REDUCTIONS
+
+
+def _fused(nodes: list[Node], costs: dict[Node, Cost]) -> list[list[Node]]:
+    """Connected nodes that can be fused, where nothing else stands between them.
+
+    A node's level counts the other operators behind it, so that no group waits for itself.
+    """
+    level: dict[Node, int] = {}
+    owner: dict[Node, list[Node]] = {}
+    groups: list[list[Node]] = []
+    for node in nodes:
+        if node not in costs:
+            continue
+        sources = _sources(node, costs)
+        fuses = _can_fuse(node, costs)
+        behind = [level[x] + (not (fuses and _can_fuse(x, costs))) for x in sources]
+        level[node] = max(behind, default=0)
+        mine = [node]
+        if fuses:
+            near = [x for x in sources if _can_fuse(x, costs) and level[x] == level[node]]
+            for group in {id(owner[x]): owner[x] for x in near}.values():
+                mine = group + mine
+                groups = [each for each in groups if each is not group]
+        groups.append(mine)
+        for each in mine:
+            owner[each] = mine
+    return groups
+
+
+def _sources(node: Node, costs: dict[Node, Cost]) -> list[Node]:
+    """The operations whose results the node needs, seen through views."""
+    found: list[Node] = []
+    for source in node.all_input_nodes:
+        if source in costs:
+            found.append(source)
+        elif source.op == "call_function":
+            found += _sources(source, costs)
+    return found
+
+
+def _in_order(
+    groups: list[list[Node]], costs: dict[Node, Cost], fillers: set[Node]
+) -> tuple[Work, ...]:
+    """Each group as soon as what it needs is there, in the order of what was captured."""
+    position = {node: i for i, node in enumerate(costs)}
+    owner = {node: i for i, group in enumerate(groups) for node in group}
+    needs = [
+        {owner[x] for node in group for x in _sources(node, costs)} - {i}
+        for i, group in enumerate(groups)
+    ]
+    users: list[list[int]] = [[] for _ in groups]
+    for i, before in enumerate(needs):
+        for each in before:
+            users[each].append(i)
+    waits_for = [len(before) for before in needs]
+    ready = [(position[group[0]], i) for i, group in enumerate(groups) if not waits_for[i]]
+    ready.sort()
+    place: dict[int, int] = {}
+    work: list[Work] = []
+    while ready:
+        _, i = heappop(ready)
+        place[i] = len(work)
+        depends_on = tuple(sorted(place[each] for each in needs[i]))
+        work.append(_work(groups[i], costs, depends_on, fillers))
+        for user in users[i]:
+            waits_for[user] -= 1
+            if not waits_for[user]:
+                heappush(ready, (position[groups[user][0]], user))
+    assert len(work) == len(groups), "fused groups wait for each other"
+    return tuple(work)
+
+
+def _work(
+    group: list[Node], costs: dict[Node, Cost], depends_on: tuple[int, ...], fillers: set[Node]
+) -> Work:
+    node = group[0]
+    is_weight_only = all(each in fillers for each in group)
+    if is_collective(node):
+        kind = collective_of(str(node.target))
+        if kind is None:
+            raise GraphError(f"there is no price for the collective {node.target}.")
+        num_bytes = max(num_bytes_of(node), *(num_bytes_of(x) for x in node.all_input_nodes))
+        return Work(
+            name=node.name,
+            cost=FREE,
+            depends_on=depends_on,
+            collective=kind,
+            group=group_of(node),
+            num_bytes=num_bytes,
+        )
+    part = _part(node, costs[node])
+    return Work(
+        name=node.name,
+        cost=costs[node] if len(group) == 1 else _fused_cost(group),
+        depends_on=depends_on,
+        is_wait=is_wait(node),
+        is_weight_only=is_weight_only,
+        part=part,
+        key_bytes=_key_bytes(node) if part is Part.ATTENTION else 0,
+        expert_bytes=_expert_bytes(node) if part is Part.EXPERTS else 0,
+    )
+
+
+def _part(node: Node, cost: Cost) -> Part:
+    if cost.kind is Kind.ATTENTION:
+        return Part.ATTENTION
+    return Part.EXPERTS if "grouped" in str(node.target) else Part.PLAIN
+
+
+def _key_bytes(node: Node) -> int:
+    """Of keys and values, the second and third of the operands with four dims."""
+    forms = [x for arg in node.args for x in _tensors(_meta(arg)) if x.dim() == 4]
+    named = [x for arg in node.kwargs.values() for x in _tensors(_meta(arg)) if x.dim() == 4]
+    operands = [*forms, *named]
+    start = 1 if "backward" not in str(node.target) else 2
+    return sum(x.numel() * x.element_size() for x in operands[start : start + 2])
+
+
+def _expert_bytes(node: Node) -> int:
+    """Of what has a matrix for each expert: operands and results with three dims."""
+    values = [*(_meta(arg) for arg in node.args), node.meta.get("val")]
+    matrices = [x for value in values for x in _tensors(value) if x.dim() == 3]
+    return sum(_held(x) * x.element_size() for x in matrices)
+
+
+def _meta(arg: object) -> object:
+    return arg.meta.get("val") if isinstance(arg, fx.Node) else None
+
+
+def _fused_cost(group: list[Node]) -> Cost:
+    """What comes in and what goes out, each once."""
+    members = set(group)
+    read: dict[Node, int] = {}
+    written = 0
+    for node in group:
+        for source in node.all_input_nodes:
+            base = _base(source)
+            if base not in members:
+                read[base] = max(read.get(base, 0), num_bytes_of(source))
+        if any(not _stays_inside(user, members) for user in node.users):
+            written += num_bytes_of(node)
+    return Cost(kind=Kind.MEMORY, bytes=sum(read.values()) + written)
+
+
+def _base(node: Node) -> Node:
+    while node.op == "call_function" and is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _stays_inside(user: Node, members: set[Node]) -> bool:
+    if user in members:
+        return True
+    if user.op != "call_function" or not is_view(user):
+        return False
+    return all(_stays_inside(each, members) for each in user.users)
+
+
+def num_bytes_of(node: Node) -> int:
+    """Bytes of the tensors that a node yields; one that is expanded has what it has in memory."""
+    return sum(_held(x) * x.element_size() for x in _tensors(node.meta.get("val")))
+
+
+def _held(x: Tensor) -> int:
+    count = 1
+    for size, step in zip(x.shape, x.stride(), strict=True):
+        count *= size if step else 1
+    return int(count)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [x for x in value if isinstance(x, Tensor)]
+    return []

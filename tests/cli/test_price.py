@@ -1,0 +1,75 @@
+"""plait price, plait calibrate and plait compare, as commands."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from plait.cli.main import main
+from plait.cost.table import Table
+
+
+def plait_command(*arguments):
+    code = "from plait.cli.main import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_price_writes_figures_a_page_and_a_trace(tmp_path):
+    page, trace = tmp_path / "report.html", tmp_path / "trace.json"
+    done = plait_command(
+        *("price", "stdlib_demo", "--world", 4, "--set", "plan.tp=2", "--json"),
+        *("--html", page, "--trace", trace),
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["num_ranks"] == 4
+    assert figures["memory"]["peak_bytes"] >= figures["first_memory"]["peak_bytes"] > 0
+    assert 0 < figures["low_s"] <= figures["step_s"] <= figures["high_s"]
+    text = page.read_text()
+    for part in ("id='streams'", 'id="memory"', "id='ledger'", "saved activations"):
+        assert part in text
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert json.loads(trace.read_text())["traceEvents"]
+    same = tmp_path / "same.json"
+    same.write_text(done.stdout)
+    compared = plait_command("compare", same, same)
+    assert compared.returncode == 0, compared.stderr
+    assert "+0.00%" in compared.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stdlib_demo", "--cluster", "h1000"], "Did you mean 'h100'"),
+        (["stdlib_demo", "--world", "3", "--set", "plan.tp=2"], "--world is 3. Choose from"),
+        (["stdlib_demo", "--set", "plan.tq=2"], "a plan has no field 'tq'. Did you mean 'tp'"),
+        (["stdlib_dem"], "Did you mean 'stdlib_demo'"),
+        (["sft"], "price that, plait price MODEL_FOLDER"),
+    ],
+    ids=["cluster", "world", "plan", "recipe", "tuning"],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plait", "price", *arguments])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.exhaustive
+def test_calibrate_writes_a_table_that_price_takes(tmp_path):
+    table = tmp_path / "table.json"
+    done = plait_command("calibrate", "--quick", "--steps", 2, "--out", table)
+    assert done.returncode == 0, done.stderr
+    assert Table.load(table).entries
+    priced = plait_command(
+        *("price", "stdlib_demo", "--cluster", "cpu", "--table", table, "--json")
+    )
+    assert priced.returncode == 0, priced.stderr
+    assert json.loads(priced.stdout)["sources"]["interpolated"]["num_operators"] > 0

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from plait.cli.large_job import large_job, price_large_job, size_of
+from plait.cli.main import app
+from plait.errors import ConfigError, PlanError
+
+SMALL = [
+    "model.num_layers=4",
+    "model.hidden_size=1024",
+    "model.intermediate_size=2048",
+    "model.num_heads=8",
+    "model.vocab_size=1024",
+    "sequence_length=1024",
+    "batch_size=16",
+]
+
+
+def test_a_search_prints_plans_reasons_and_a_comparison():
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    words = ["search", "llama3_8b", "--world", "4", "--memory", "4GiB", "--explain", "1", "2"]
+    result = CliRunner().invoke(app, [*words, *settings])
+    assert result.exit_code == 0, result.output
+    assert "legal plans" in result.output
+    assert "matrix products" in result.output
+
+
+def test_a_large_job_is_priced_as_text_and_as_json(capsys, tmp_path):
+    trace = tmp_path / "pipeline.json"
+    settings = [*SMALL, "plan.pp=2"]
+    price_large_job("llama3_8b", world=4, cluster="h100", settings=settings, trace=trace)
+    assert "MFU" in capsys.readouterr().out
+    assert json.loads(trace.read_text())["traceEvents"]
+    price_large_job("llama3_8b", world=4, cluster="h100", settings=settings, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["fsdp"] == 2
+    assert found["fits"]
+
+
+def test_a_job_that_does_not_fit_is_an_error_with_what_is_missing():
+    with pytest.raises(PlanError, match="GiB are missing"):
+        price_large_job("llama3_8b", world=4, cluster="h100", settings=SMALL, memory="1GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("72GiB", 72 * 2**30), ("1.5 GB", 15 * 10**8), ("7", 7)]
+)
+def test_sizes_are_read_with_their_units(text, size):
+    assert size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["72gib", "GiB", "-1GiB", "0GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="--memory"):
+        size_of(text)
+
+
+def test_fsdp_takes_the_ranks_that_are_left_unless_it_is_given():
+    assert large_job("llama3_70b", [], 1024).plan.fsdp == 32
+    assert large_job("llama3_70b", ["plan.tp=4"], 1024).plan.fsdp == 64
+    assert large_job("llama3_70b", ["plan.fsdp=8"], 1024).plan.fsdp == 8
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean 'llama3_70b'"):
+        large_job("llama3_7b0", [], 8)

@@ -1,0 +1,214 @@
+"""The price of a schedule: closed forms of time, and what is said of bad input."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import plait
+from plait.cost.clusters import Cluster, Link, h100
+from plait.cost.table import Source, Table
+from plait.cost.timeline import Stream
+from plait.dryrun.compare import compare
+from plait.dryrun.learn import MeasuredSteps, learn_table
+from plait.dryrun.report import Titled, to_json, to_text
+from plait.errors import GraphError, PlanError
+from plait.executor.profile import profile_step
+from plait.graph.storage import from_json
+from plait.graph.storage import to_json as schedule_to_json
+
+
+class Layer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Tower(nn.Module):
+    def __init__(self, width=32, num_layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width) for _ in range(num_layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def squares(model, x):
+    return model(x).square().mean()
+
+
+def schedule_of(model, x, plan=None, **settings):
+    graph = plait.capture(model, x, loss=squares)
+    return plait.compile(graph, plan, **settings)
+
+
+def test_arithmetic_is_two_products_forward_and_four_backward_less_the_first():
+    width, rows, layers = 32, 6, 3
+    found = plait.price(
+        schedule_of(Tower(width, layers), torch.zeros(rows, width)), plait.clusters.cpu()
+    )
+    product = 2 * rows * width * 2 * width
+    assert found.flops == layers * 6 * product - product  # x needs no gradient
+    assert found.recomputed_flops == 0
+    assert found.mfu == pytest.approx(found.flops / found.step_s / 1e11)
+
+
+def test_recompute_does_not_count_as_arithmetic_of_the_model():
+    x, tower = torch.zeros(6, 32), Tower()
+    plain = plait.price(schedule_of(tower, x), plait.clusters.cpu())
+    plan = plait.ParallelPlan(recompute="full")
+    again = plait.price(
+        plait.compile(plait.capture(tower, x, plan, loss=squares), plan), plait.clusters.cpu()
+    )
+    assert again.flops == plain.flops
+    assert again.recomputed_flops > 0
+    assert again.saved_bytes < plain.saved_bytes
+
+
+def test_a_stored_schedule_has_the_price_of_the_one_that_was_stored():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32))
+    cluster = h100(1)
+    stored = from_json(schedule_to_json(schedule))
+    assert plait.price(stored, cluster).step_s == plait.price(schedule, cluster).step_s
+
+
+def test_messages_take_the_time_of_their_link_and_the_timeline_shows_them():
+    model, num_ranks = Tower(), 4
+    link = Link(latency_s=1.0, bandwidth_bytes_per_s=1e12)
+    device = plait.clusters.cpu().device
+    cluster = Cluster(
+        name="slow", device=device, num_ranks=4, ranks_per_node=4, inside=link, between=link
+    )
+    plan = plait.ParallelPlan(dp=num_ranks)
+    found = plait.price(schedule_of(model, torch.zeros(6, 32), plan), cluster)
+    assert found.communication_s == pytest.approx(1.0, rel=1e-3)
+    assert found.exposed_s == pytest.approx(1.0, rel=1e-3)
+    assert found.timeline.busy_s(Stream.COMMUNICATION) == found.communication_s
+    assert found.step_s == pytest.approx(found.timeline.duration_s)
+    assert found.low_s <= found.step_s <= found.high_s
+
+
+def test_a_rank_of_fsdp_holds_its_part_of_parameters_and_state():
+    model, x = Tower(64, 4), torch.zeros(8, 64)
+
+    def optimizer():
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    whole, parted = (
+        plait.price_step(
+            model,
+            [x],
+            plait.ParallelPlan(fsdp=n),
+            h100(4),
+            loss=squares,
+            optimizer=optimizer(),
+            fragments=False,
+        )
+        for n in (1, 4)
+    )
+    for kind in ("parameters", "optimizer state"):
+        ours, theirs = (
+            sum(s.num_bytes for s in each.trace.storages if s.kind == kind)
+            for each in (parted, whole)
+        )
+        assert ours == theirs / 4
+    assert set(parted.programs_s) == {
+        *("unshard", "forward", "backward", "reduce_gradients", "optimizer")
+    }
+
+
+def test_a_model_that_no_machine_here_could_hold_is_priced():
+    with torch.device("meta"):
+        model, x = Tower(2**16, 4), torch.empty(4, 2**16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = plait.price_step(
+        model, [x], plait.ParallelPlan(), h100(1), loss=squares, optimizer=optimizer
+    )
+    assert found.memory.peak_bytes > 2 * 2**37
+    assert found.memory.reserved is not None
+    assert found.memory.reserved.peak_bytes >= found.memory.peak_bytes
+
+
+@torch.library.custom_op("dryrun_test::squashed", mutates_args=())
+def squashed(x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(x)
+
+
+@squashed.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_an_operator_without_a_cost_is_named_and_never_free():
+    with torch.no_grad():
+        graph = plait.capture(nn.Sequential(nn.Linear(8, 8)), torch.zeros(4, 8))
+        bare = plait.price(plait.compile(graph), plait.clusters.cpu())
+        graph = plait.capture(Squashing(), torch.zeros(4, 8))
+    found = plait.price(plait.compile(graph), plait.clusters.cpu())
+    assert bare.warnings == ()
+    assert "dryrun_test.squashed" in found.warnings[0]
+    (event,) = [e for e in found.timeline.events if "squashed" in e.operator]
+    assert event.duration_s > 0
+
+
+class Squashing(nn.Module):
+    def forward(self, x):
+        return squashed(x)
+
+
+def test_a_cluster_with_too_few_ranks_is_refused():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=4))
+    with pytest.raises(PlanError, match=r"over 4 ranks \(dp=4\), and the cluster h100 has 2"):
+        plait.price(schedule, h100(2))
+    with pytest.raises(PlanError, match="2 are missing"):
+        plait.price_step(
+            Tower(), [torch.zeros(6, 32)], plait.ParallelPlan(dp=4), h100(2), loss=squares
+        )
+
+
+def test_steps_are_counted_from_one_and_a_numbered_optimizer_is_explained():
+    model, x = Tower(), torch.zeros(6, 32)
+    schedule = schedule_of(model, x, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(PlanError, match="counted from 1"):
+        plait.price(schedule, h100(1), steps=0)
+    with pytest.raises(GraphError, match="named_parameters"):
+        plait.price(schedule, h100(1))
+
+
+def test_measured_operators_price_the_step_that_they_came_from():
+    model, x = Tower(), torch.randn(6, 32)
+    schedule = schedule_of(model, x)
+    plait.run(schedule, model, x)
+    timelines = [profile_step(schedule, model, x).timeline for _ in range(3)]
+    steps_s = [timeline.duration_s for timeline in timelines]
+    device = plait.clusters.cpu().device
+    measured = MeasuredSteps(schedule=schedule, timelines=timelines, steps_s=steps_s)
+    table = learn_table("here", device, [measured])
+    assert Table.from_json(table.to_json()) == table
+    found = plait.price(schedule, plait.clusters.cpu(), table=table)
+    median_s = sorted(steps_s)[1]
+    assert found.step_s == pytest.approx(median_s, rel=0.5)  # a few microseconds an operator
+    assert found.sources[Source.MEASURED].num_operators > 0
+    other = plait.price(
+        schedule_of(Tower(48), torch.randn(6, 48)), plait.clusters.cpu(), table=table
+    )
+    assert other.sources[Source.INTERPOLATED].num_operators > 0
+
+
+def test_a_price_reads_as_text_and_compares_with_itself():
+    found = plait.price(schedule_of(Tower(), torch.zeros(6, 32)), h100(1))
+    titled = Titled(title="a tower", price=found, tokens=6)
+    text = to_text(titled, memory_bytes=80 * 10**9)
+    for words in ("a tower", "step time", "with fragments", "fits", "roofline"):
+        assert words in text
+    figures = json.loads(to_json(titled))
+    assert figures["step_s"] == found.step_s
+    assert {each.error for each in compare(figures, figures)} == {0.0}
+    with pytest.raises(PlanError, match="no figure in common"):
+        compare(figures, {"other": 1})

@@ -1,0 +1,265 @@
+from dataclasses import replace
+
+import pytest
+
+from plait.cost.accelerators import find_cluster
+from plait.cost.collectives import Collective
+from plait.cost.nccl_tests import Measured
+from plait.dryrun.data_parallel import beside_s, owners_of
+from plait.dryrun.job_report import job_report, pipeline_trace
+from plait.dryrun.model_source import decoder_source
+from plait.dryrun.pieces import PieceStore, Shape
+from plait.dryrun.pretrain_job import PretrainJob
+from plait.dryrun.price_job import price_job
+from plait.errors import GraphError, PlanError
+from plait.models.decoder import Decoder
+from plait.models.decoder_config import DecoderConfig
+from plait.nn.experts import ExpertSettings
+from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
+
+CONFIG = DecoderConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_size=64,
+    max_positions=2048,
+)
+JOB = PretrainJob(
+    name="small",
+    model=CONFIG,
+    plan=ParallelPlan(fsdp=8),
+    sequence_length=1024,
+    batch_size=64,
+    gradient_bytes=4,
+)
+LAYER = 4 * 512 * 512 + 3 * 512 * 1024
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    return find_cluster("h100", 8)
+
+
+def test_model_flops_are_six_for_each_weight_and_six_for_each_pair_and_channel(cluster):
+    """PaLM, arXiv 2204.02311, appendix B; causal pairs once."""
+    products = 6 * (8 * LAYER + 512 * 4096)
+    attention = 6 * 8 * 512 * (1024 + 1)
+    assert price_job(JOB, cluster).flops_per_token == pytest.approx(products + attention)
+
+
+def test_model_flops_do_not_depend_on_the_plan(cluster):
+    base = price_job(JOB, cluster).flops_per_token
+    plans = [
+        ParallelPlan(tp=4, sp=True, fsdp=2),
+        ParallelPlan(tp=2, fsdp=4, recompute=Recompute.FULL),
+        ParallelPlan(cp=2, fsdp=4),
+        ParallelPlan(pp=2, fsdp=4),
+    ]
+    for plan in plans:
+        got = price_job(replace(JOB, plan=plan), cluster).flops_per_token
+        assert got == pytest.approx(base, rel=1e-3), plan
+
+
+def test_the_states_of_parameters_follow_a_closed_form(cluster):
+    """Rajbhandari et al. 2020, arXiv 1910.02054: 2 + 4 + 12 bytes, the last over all ranks."""
+    elements = 8 * (LAYER + 2 * 512) + 512 + 2 * 512 * 4096
+    ledger = price_job(JOB, cluster).fullest.ledger.bytes_by_kind
+    assert ledger["parameters"] == 2 * elements
+    assert ledger["gradients"] == 4 * elements
+    assert ledger["optimizer state"] == 12 * elements / 8
+    sharded = price_job(replace(JOB, plan=ParallelPlan(fsdp=8, reshard=True)), cluster)
+    assert sharded.fullest.ledger.bytes_by_kind["parameters"] == 2 * elements / 8
+
+
+def test_parts_of_the_step_add_up(cluster):
+    for plan in (
+        ParallelPlan(fsdp=8),
+        ParallelPlan(fsdp=8, reshard=True),
+        ParallelPlan(tp=2, sp=True, pp=2, fsdp=2),
+    ):
+        price = price_job(replace(JOB, plan=plan), cluster)
+        assert sum(s for _, s in price.parts.shares()) == pytest.approx(price.step_s, rel=0.01)
+        assert price.low_s < price.step_s < price.high_s
+
+
+def test_full_recompute_costs_a_forward_and_frees_activations(cluster):
+    base = price_job(JOB, cluster)
+    full = price_job(replace(JOB, plan=ParallelPlan(fsdp=8, recompute="full")), cluster)
+    assert full.parts.matrix_s > 1.2 * base.parts.matrix_s
+    kind = "saved activations"
+    assert full.fullest.ledger.bytes_by_kind[kind] < base.fullest.ledger.bytes_by_kind[kind] / 3
+
+
+def test_several_sequences_are_priced_from_two_captures_as_if_captured_themselves(cluster):
+    store = PieceStore(decoder_source(CONFIG), cluster)
+    shape = Shape(sequence_length=256)
+    scaled = store.find(shape, 4.0).layers["layer"]
+    twice = store.find(replace(shape, sequence_length=1024)).layers["layer"]
+
+    def flops(piece, sequences):
+        return sum(
+            work.at(sequences).cost.flops
+            for work in piece.forward
+            if work.low.cost.kind.value == "matrix"
+        )
+
+    assert flops(scaled, 4.0) == flops(twice, 1.0) == 2 * 1024 * LAYER
+    assert scaled.saved.at(4.0) == pytest.approx(2 * scaled.saved.at(2.0), rel=0.01)
+
+
+def test_a_share_of_a_sequence_costs_that_share(cluster):
+    store = PieceStore(decoder_source(CONFIG), cluster)
+    shape = Shape(sequence_length=1024)
+    part, whole = (store.find(shape, x).layers["layer"] for x in (0.25, 1.0))
+    for share, one in zip(part.forward, whole.forward, strict=True):
+        wanted = one.at(1.0).cost.flops / 4
+        assert share.at(0.25).cost.flops == pytest.approx(wanted, rel=0.01)
+
+
+def test_pipeline_ranks_fall_into_classes_by_stages_and_what_they_hold(cluster):
+    plan = ParallelPlan(pp=4, fsdp=2)
+    price = price_job(replace(JOB, plan=plan), cluster)
+    assert [each.pipeline_ranks for each in price.classes] == [(0,), (1,), (2,), (3,)]
+    assert [each.in_flight for each in price.classes] == [4, 3, 2, 1]
+    assert sum(each.num_ranks for each in price.classes) == 8
+    gpipe = price_job(replace(JOB, plan=replace(plan, pipeline=Pipeline.GPIPE)), cluster)
+    assert [each.pipeline_ranks for each in gpipe.classes] == [(0,), (1, 2), (3,)]
+
+
+def test_offload_takes_activations_away(cluster):
+    base = price_job(JOB, cluster).fullest.ledger.bytes_by_kind["saved activations"]
+    half = price_job(replace(JOB, offload=0.5), cluster)
+    assert half.fullest.ledger.bytes_by_kind["saved activations"] == pytest.approx(base / 2)
+
+
+def test_experts_are_shared_over_ep_and_exchange_their_tokens(cluster):
+    experts = ExpertSettings(num_experts=8, experts_per_token=2, intermediate_size=1024)
+    job = replace(JOB, model=replace(CONFIG, family="mixtral", experts=experts))
+    alone = price_job(job, cluster)
+    shared = price_job(replace(job, plan=ParallelPlan(fsdp=8, ep=8)), cluster)
+    weights = 8 * 8 * 3 * 512 * 1024
+    kinds = [each.fullest.ledger.bytes_by_kind["parameters"] for each in (alone, shared)]
+    assert kinds[0] - kinds[1] == pytest.approx(2 * weights * 7 / 8)
+    assert shared.parts.exposed_s > 0
+    loaded = price_job(replace(job, plan=ParallelPlan(fsdp=8, ep=8), expert_load=1.5), cluster)
+    assert loaded.step_s > shared.step_s
+
+
+def test_two_stream_closed_form_of_a_message_beside_computation():
+    assert beside_s(10.0, 2.0, 1.0) == 10.0
+    assert beside_s(10.0, 2.0, 1.25) == pytest.approx(10.0 + 2.0 - 2.0 / 1.25)
+    assert beside_s(1.0, 5.0, 1.25) == 5.0
+
+
+def test_ranks_of_cp_own_parameters_only_together_with_fsdp():
+    assert owners_of(ParallelPlan(fsdp=4, cp=2, dp=3)).shards == 8
+    alone = owners_of(ParallelPlan(cp=2, dp=3))
+    assert (alone.shards, alone.copies) == (1, 6)
+
+
+def test_measured_messages_change_the_price(cluster):
+    job = replace(JOB, plan=ParallelPlan(tp=8, sp=True))
+    slow = [
+        Measured(
+            collective=kind,
+            num_ranks=8,
+            ranks_per_node=8,
+            num_bytes=(1,),
+            durations_s=(1.0,),
+        )
+        for kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
+    ]
+    assert price_job(job, cluster, measured=slow).step_s > 10 * price_job(job, cluster).step_s
+
+
+def test_a_plan_that_does_not_divide_the_model_names_number_and_legal_ones(cluster):
+    with pytest.raises(PlanError, match=r"tp=3 does not divide num_heads=8.*Choose tp from 1"):
+        price_job(replace(JOB, plan=ParallelPlan(tp=3)), find_cluster("h100", 3))
+
+
+def test_micro_batches_that_contradict_the_batch_are_refused(cluster):
+    with pytest.raises(PlanError, match="makes 8"):
+        price_job(replace(JOB, plan=ParallelPlan(fsdp=8, num_micro_batches=3)), cluster)
+
+
+def test_a_cluster_that_is_too_small_says_what_is_missing_by_kind(cluster):
+    tiny = replace(cluster, device=replace(cluster.device, memory_bytes=2**28))
+    price = price_job(JOB, tiny)
+    assert not price.fits
+    assert "GiB are missing" in price.binding
+    assert "saved activations" in price.binding
+
+
+def test_shapes_that_depend_on_data_are_refused(cluster):
+    def loss(model, tokens):
+        hidden = model(tokens)
+        return model.loss(hidden[tokens > 3][None], tokens[tokens > 3][None])
+
+    source = replace(decoder_source(CONFIG), loss=loss)
+    with pytest.raises(GraphError):
+        price_job(JOB, cluster, source=source)
+
+
+def test_a_job_without_a_model_is_refused(cluster):
+    with pytest.raises(PlanError, match="has no model"):
+        price_job(replace(JOB, model=None), cluster)
+
+
+def test_a_report_says_rates_memory_and_what_binds(cluster):
+    price = price_job(replace(JOB, plan=ParallelPlan(pp=2, fsdp=4)), cluster)
+    text = job_report(price, dollars_per_rank_hour=2.0)
+    for word in ("MFU", "tokens/s", "bound by", "pipeline rank 0", "for a billion tokens"):
+        assert word in text
+    rows = [event for event in pipeline_trace(price)["traceEvents"] if event["ph"] == "X"]
+    assert len(rows) == 2 * 2 * price.num_micro_batches
+    hours = 1e9 / price.tokens_per_s / 3600
+    assert price.dollars_per_billion_tokens(2.0) == pytest.approx(hours * 8 * 2.0)
+
+
+def test_replicas_hide_messages_of_a_wide_layer():
+    wide = replace(
+        CONFIG,
+        hidden_size=4096,
+        intermediate_size=8192,
+        num_heads=32,
+        num_kv_heads=32,
+        head_size=128,
+    )
+    cluster = find_cluster("h100", 8)
+    job = replace(JOB, model=wide, plan=ParallelPlan(tp=8, sp=True), sequence_length=2048)
+    job = replace(job, overlap=False)
+    whole = price_job(job, cluster)
+    split = price_job(replace(job, plan=replace(job.plan, replicas=2)), cluster)
+    assert split.parts.exposed_s < whole.parts.exposed_s
+
+
+def test_a_model_of_transformers_is_priced_too(cluster):
+    transformers = pytest.importorskip("transformers")
+    from plait.dryrun.model_source import hugging_face_source
+
+    config = transformers.LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=2048,
+    )
+    own = price_job(JOB, cluster)
+    theirs = price_job(replace(JOB, model=None), cluster, source=hugging_face_source(config))
+    # It gives attention a mask instead of saying that it is causal: kernels see every pair.
+    masked = 6 * 8 * 512 * (1024 - 1)
+    assert theirs.flops_per_token == pytest.approx(own.flops_per_token + masked, rel=0.02)
+    assert theirs.step_s == pytest.approx(own.step_s, rel=0.4)
+
+
+def test_a_source_makes_a_model_of_chosen_layers_without_memory():
+    model = decoder_source(CONFIG).make((0, 5), 128)
+    assert isinstance(model, Decoder)
+    assert len(model.layers) == 2
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
