@@ -1,7 +1,4 @@
-"""Train on four processes: two share each product (tp), two the parameters (fsdp), two replicas.
-
-Starts itself under torchrun; the processes talk by gloo on this machine.
-"""
+"""Train on four processes: two share each product (tp), two the parameters (fsdp), two replicas."""
 
 import os
 import subprocess
@@ -22,6 +19,7 @@ CONFIG = plait.DecoderConfig(
     intermediate_size=128,
     num_layers=2,
     num_heads=4,
+    num_kv_heads=4,
     head_size=16,
     max_positions=128,
 )
