@@ -27,6 +27,7 @@ result = search(
     memory_bytes=72 * 2**30,
     source=hugging_face_source(config, "qwen3_32b"),
     micro_batch_sizes=(1,),
+    top=3,
 )
 print(f"{result.num_candidates:,} legal plans, {result.num_priced:,} fit and are priced")
 for number, each in enumerate(result.best[:3], start=1):

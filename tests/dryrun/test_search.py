@@ -23,6 +23,7 @@ CONFIG = DecoderConfig(
 JOB = PretrainJob(name="small", model=CONFIG, sequence_length=2048, batch_size=32)
 WORLD = 4
 ONE = (1,)
+LIMIT = 19 * 2**30 // 10  # a quarter of the plans need more
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def result(cluster):
-    return search(JOB, cluster, memory_bytes=2**32, micro_batch_sizes=ONE)
+    return search(JOB, cluster, memory_bytes=LIMIT, micro_batch_sizes=ONE)
 
 
 def legal_plans():
@@ -44,7 +45,7 @@ def test_the_best_plans_come_first_and_fit(result):
     assert result.is_complete
     assert len(steps) == 10
     assert steps == sorted(steps)
-    assert all(each.price.peak_bytes <= 2**32 for each in result.best)
+    assert all(each.price.peak_bytes <= LIMIT for each in result.best)
 
 
 def test_every_legal_plan_is_priced_or_rejected_with_a_reason(result, cluster):
@@ -65,7 +66,7 @@ def test_no_plan_that_fits_is_better_than_the_best(result, cluster):
     for each in legal_plans():
         if isinstance(each, Candidate) and each.micro_batch_size == 1 and each.plan.pp == 1:
             price = pricer.price(with_plan(JOB, each.plan, 1))
-            assert price.peak_bytes > 2**32 or price.step_s >= result.best[0].price.step_s
+            assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
 
 
 def test_two_plans_are_explained_part_by_part(result):

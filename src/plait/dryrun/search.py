@@ -30,7 +30,7 @@ from plait.plan.parallel_plan import Recompute
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
 _REPLICAS = (2,)
-_TELL_EVERY = 100
+_TELL_EVERY = 25
 OnProgress = Callable[[str], None]
 
 
