@@ -9,7 +9,6 @@ each core, and put into the places that Inductor left for them.
 # (TorchInductor is not typed.)
 
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -99,9 +98,6 @@ def warm_up() -> Future[None]:
     Both are runs of the C++ compiler, of seconds if nothing is cached; a program is read meanwhile.
     A compiler that does not work is met again, and told of, when the kernels are built.
     """
-    with warnings.catch_warnings():
-        # PyTorch's own modules use what PyTorch calls deprecated.
-        warnings.simplefilter("ignore", DeprecationWarning)
 
     def build_nothing() -> None:
         _build([Kernel([], _NOTHING)])
