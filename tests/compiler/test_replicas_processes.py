@@ -1,35 +1,14 @@
 """Replicas in real processes, which exchange real data over gloo."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
+from tests.rank_processes import run_ranks
+
 pytestmark = pytest.mark.multiprocess
-_TIME_LIMIT_S = 500  # of which 40 are used on an idle machine
 
 
 def run(world, task, folder):
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.compiler.replica_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder / "store"), task],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=_TIME_LIMIT_S)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error[-3000:]
+    run_ranks(world, "tests.compiler.replica_worker", world, folder / "store", task)
 
 
 @pytest.mark.parametrize(

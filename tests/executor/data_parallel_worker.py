@@ -1,6 +1,7 @@
 """One rank of two: steps of a schedule with fsdp or dp, beside eager references.
 
-Run as `data_parallel_worker.py RANK STORE_FILE AXIS`; raises if anything differs.
+Run as `python -m tests.executor.data_parallel_worker RANK STORE_FILE AXIS`; raises if anything
+differs.
 """
 
 import sys

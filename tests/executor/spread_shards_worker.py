@@ -1,6 +1,6 @@
 """One rank of four, tp=2 and fsdp=2: steps in replicas beside one process with all the batches.
 
-Run as `spread_shards_worker.py RANK STORE_FILE`; raises if anything differs.
+Run as `python -m tests.executor.spread_shards_worker RANK STORE_FILE`; raises if anything differs.
 """
 
 import sys

@@ -1,9 +1,5 @@
 """Data parallel programs: the bits of one process that averages the ranks' gradients."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,34 +8,18 @@ import plait
 from plait.errors import PlanError
 from plait.graph.storage import from_json, to_json
 from plait.graph.verify_schedule import verify_schedule
-
-WORKER = Path(__file__).with_name("data_parallel_worker.py")
-
-
-def run_ranks(number, script, *arguments):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), *arguments], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(number)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * number, errors
+from tests.rank_processes import run_ranks
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("axis", ["fsdp", "dp"])
 def test_two_ranks_have_the_bits_of_one_process_and_agree_with_fsdp2(axis, tmp_path):
-    run_ranks(2, WORKER, tmp_path / "store", axis)
+    run_ranks(2, "tests.executor.data_parallel_worker", tmp_path / "store", axis)
 
 
 @pytest.mark.multiprocess
 def test_four_ranks_of_a_plan_with_fsdp_tp_and_replicas_train_as_one_process(tmp_path):
-    run_ranks(4, WORKER.with_name("spread_shards_worker.py"), tmp_path / "store")
+    run_ranks(4, "tests.executor.spread_shards_worker", tmp_path / "store")
 
 
 def step_of(model, plan):

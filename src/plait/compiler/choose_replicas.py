@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from plait.compiler.order import Machine, Ordered, estimated_s, machine_of, order_pieces
+from plait.compiler.refute import Trials
 from plait.compiler.replicate import Replicated, replicate
 from plait.cost.clusters import Cluster
 from plait.errors import PlanError
@@ -44,14 +46,16 @@ def best_split(
     *,
     axis: str | None = None,
     causal_split: bool = False,
+    trials: Trials | None = None,
 ) -> Split:
     """Split a graph in so many replicas, with the best of some sizes.
 
-    axis, causal_split, and what is raised: see `replicate`.
+    axis, causal_split, trials, and what is raised: see `replicate`.
     """
+    how: Any = {"axis": axis, "causal_split": causal_split, "trials": trials or Trials()}
     splits: dict[tuple[int, ...], Split] = {}
     for shares in SHARES.get(num_replicas, ((),)):
-        found = replicate(graph, num_replicas, axis=axis, causal_split=causal_split, shares=shares)
+        found = replicate(graph, num_replicas, shares=shares, **how)
         splits.setdefault(found.parts.sizes, Split(found, machine))
     only, *others = splits.values()
     return min(splits.values(), key=lambda each: each.duration_s) if others else only
@@ -69,10 +73,12 @@ def choose_replicas(graph: Graph, plan: ParallelPlan, cluster: Cluster) -> Graph
             best_split(graph, plan.replicas, machine, causal_split=plan.causal_split).found
         )
     best, best_s = graph, estimated_s(*order_pieces(graph, machine))
-    tried = [_tried(1, best_s)]
+    tried, trials = [_tried(1, best_s)], Trials()
     for number in CANDIDATES:
         try:
-            split = best_split(graph, number, machine, causal_split=plan.causal_split)
+            split = best_split(
+                graph, number, machine, causal_split=plan.causal_split, trials=trials
+            )
         except PlanError as error:
             tried.append(
                 Note(by=NAME, operator="graph", node="root", text=str(error), is_refusal=True)

@@ -27,7 +27,10 @@ class ConstantMasks:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.root: dict[Node, Tensor | None] = {}
-        self.pieces: dict[Node, dict[Node, Tensor | None]] = {}  # by forward call
+        # Calls that take the same known values share what is computed of them: a deep model has
+        # one mask, not one for each layer. What is known stays in `root`, so its id stays its own.
+        self.pieces: dict[tuple[str, tuple[int, ...]], dict[Node, Tensor | None]] = {}
+        self.answers: dict[tuple[str, Node], bool] = {}
         self.calls: dict[str, list[Node]] = {}
         for node in graph.root.graph.nodes:
             called = call_of(node)
@@ -36,20 +39,27 @@ class ConstantMasks:
 
     def is_causal(self, template: Template, mask: Node) -> bool:
         """Whether the mask, a node of the template's joint graph, is causal in every call."""
-        with _disable_current_modes(), torch.no_grad():
-            values = [self._in_piece(each, mask) for each in self.calls[template.name]]
-            return all(x is not None and _is_causal(x) for x in values)
+        key = (template.name, mask)
+        if key not in self.answers:
+            with _disable_current_modes(), torch.no_grad():
+                values = {id(x): x for x in self._in_calls(template, mask)}
+                self.answers[key] = all(x is not None and _is_causal(x) for x in values.values())
+        return self.answers[key]
+
+    def _in_calls(self, template: Template, mask: Node) -> list[Tensor | None]:
+        return [self._in_piece(each, mask) for each in self.calls[template.name]]
 
     def _in_piece(self, forward: Node, node: Node) -> Tensor | None:
         """Value of a node of a piece, in one call of it."""
         template = self.graph.templates[str(forward.args[0])]
-        if forward not in self.pieces:
+        values = [self._in_root(x) for x in forward.args[2:]]
+        key = (template.name, tuple(map(id, values)))
+        if key not in self.pieces:
             joint = template.joint or template.forward
             placeholders = joint.graph.find_nodes(op="placeholder")
-            values = [self._in_root(x) for x in forward.args[2:]]
             values += [None] * (len(placeholders) - len(values))  # gradients
-            self.pieces[forward] = dict(zip(placeholders, values, strict=True))
-        return _evaluated(node, self.pieces[forward])
+            self.pieces[key] = dict(zip(placeholders, values, strict=True))
+        return _evaluated(node, self.pieces[key])
 
     def _in_root(self, node: Any) -> Tensor | None:
         if node not in self.root:

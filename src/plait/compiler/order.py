@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from plait.compiler.group import num_bytes
 from plait.compiler.replicate_joint import PLACE, REPLICA
 from plait.cost.clusters import Cluster, Link
 from plait.cost.collectives import collective_of, collective_s
@@ -133,7 +134,7 @@ class _Problem:
             )
         pinned = 0
         if node in self.fillers:
-            pinned = sum(_num_bytes(x) for x in node.all_input_nodes)
+            pinned = num_bytes(node.all_input_nodes)
         return Operation(node.name, COMPUTE, self._compute_s(node), depends_on, pinned)
 
     def _sources(self, node: Node) -> list[Node]:
@@ -149,8 +150,10 @@ class _Problem:
     def _collective_s(self, node: Node, group: str) -> float:
         kind = collective_of(str(node.target))
         assert kind is not None, node.format_node()
-        num_bytes = max(_num_bytes(node), *(_num_bytes(x) for x in node.all_input_nodes))
-        return collective_s(kind, num_bytes, self.machine.sizes[group], self.machine.links[group])
+        message_bytes = max(num_bytes([x]) for x in (node, *node.all_input_nodes))
+        return collective_s(
+            kind, message_bytes, self.machine.sizes[group], self.machine.links[group]
+        )
 
     def _compute_s(self, node: Node) -> float:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])  # type: ignore[misc]
@@ -236,12 +239,6 @@ class _Problem:
 
 def _is_free(node: Node) -> bool:
     return is_view(node) or is_wait(node) or not isinstance(node.target, torch._ops.OpOverload)
-
-
-def _num_bytes(node: Node) -> int:
-    value = node.meta["val"]
-    values = value if isinstance(value, tuple | list) else [value]
-    return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))
 
 
 def weight_arguments(graph: Graph) -> dict[str, set[int]]:

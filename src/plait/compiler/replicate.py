@@ -95,13 +95,16 @@ def replicate(
     axis: str | None = None,
     causal_split: bool = False,
     shares: Sequence[int] = (),
+    trials: Trials | None = None,
 ) -> Replicated:
     """Split a joint graph in `num_replicas` parts of the batch, or of its tokens.
 
     axis: "batch" or "token"; by default the batch if it is large enough. causal_split: on the token
     axis, split causal attention by its queries too. shares: of tokens, by replica, as near as parts
-    can be; by default equal. Raises PlanError if there is nothing to split
-    along, if a shard would have to be put together, or if no attention can be split as asked.
+    can be; by default equal. trials: what was tried before of the same graph.
+
+    Raises PlanError if there is nothing to split along, if a shard would have to be put together,
+    or if no attention can be split as asked.
     """
     if not graph.templates:
         raise PlanError(
@@ -115,7 +118,8 @@ def replicate(
     else:
         parts = parts_of(total, num_replicas, 1)
     try:
-        found = _Replicator(graph, axis, parts, causal_split and axis == "token").run()
+        splits_causal = causal_split and axis == "token"
+        found = _Replicator(graph, axis, parts, splits_causal, trials or Trials()).run()
     except NotSplit as error:
         raise PlanError(f"replicas={num_replicas} along the {axis}: {error}") from error
     if num_replicas > 1 and not found.collectives:
@@ -198,12 +202,14 @@ def _share(graph: Graph) -> int:
 
 
 class _Replicator:
-    def __init__(self, graph: Graph, axis: str, parts: Parts, splits_causal: bool) -> None:
+    def __init__(
+        self, graph: Graph, axis: str, parts: Parts, splits_causal: bool, trials: Trials
+    ) -> None:
         self.graph, self.axis, self.parts = graph, axis, parts
         self.masks = ConstantMasks(graph) if splits_causal else None
         self.axes = {name: group.size for name, group in graph.groups.items()}
         self.certificates: dict[str, Certificate] = {}
-        self.trials = Trials()
+        self.trials = trials
         self.proofs: dict[tuple, Certificate] = {}
         self.templates: dict[Use, Template] = {}
         self.nodes: list[Node] = list(graph.root.graph.nodes)
