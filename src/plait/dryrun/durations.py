@@ -19,7 +19,7 @@ _NOTHING = Duration(seconds=0.0, low_s=0.0, high_s=0.0, source=Source.MEASURED)
 
 
 @dataclass(frozen=True)
-class Work:
+class TimedLaunch:
     """An operation for the simulation, and its duration. is_priced: it takes time of its own."""
 
     operation: Operation
@@ -27,18 +27,18 @@ class Work:
     is_priced: bool
 
 
-def work_of(
+def timed_launches(
     launched: Sequence[Launched],
     groups: Mapping[str, int],
     cluster: Cluster,
     table: Table | None,
-) -> list[Work]:
+) -> list[TimedLaunch]:
     """The work of consecutive launches; what depends on earlier ones does not wait for them."""
     durations = _Durations(cluster, table, groups)
     if not launched:
         return []
     first = launched[0].number
-    found: list[Work] = []
+    found: list[TimedLaunch] = []
     for each in launched:
         duration = durations.of(each)
         operation = Operation(
@@ -47,7 +47,7 @@ def work_of(
             duration.seconds,
             tuple(i - first for i in each.depends_on if i >= first),
         )
-        found.append(Work(operation, duration, is_priced=duration is not _NOTHING))
+        found.append(TimedLaunch(operation, duration, is_priced=duration is not _NOTHING))
     return found
 
 

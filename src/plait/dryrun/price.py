@@ -13,7 +13,7 @@ from plait.cost.overlap import exposed_s
 from plait.cost.simulate import Host, Simulation, simulate
 from plait.cost.table import Source, Table
 from plait.cost.timeline import Event, Stream, Timeline
-from plait.dryrun.durations import work_of
+from plait.dryrun.durations import timed_launches
 from plait.dryrun.forms import Forms
 from plait.dryrun.memory import Ledger, Places, ledger_of, outside_bytes
 from plait.dryrun.memory_trace import MemoryTrace
@@ -107,7 +107,7 @@ class _Pricing:
         self.replay = steps.replay
         self.first = steps.first_launches[-1]
         self.launched = self.replay.launched[self.first :]
-        self.works = work_of(self.launched, schedule.groups, cluster, table)
+        self.works = timed_launches(self.launched, schedule.groups, cluster, table)
         self.table = table
 
     def result(self, *, fragments: bool) -> Price:
