@@ -84,12 +84,12 @@ class Size:
             max_positions=self.tokens,
         )
 
-    def captured(self, dtype: torch.dtype) -> Graph:
-        """The step of one rank, ready to be split."""
+    def captured(self, dtype: torch.dtype, *, causal_split: bool = False) -> Graph:
+        """The step of one rank, ready to be split; causal attention too, or not."""
         with torch.device("meta"):
             model = Decoder(self.config).to(dtype)
             tokens_BT = torch.empty((self.batch, self.tokens), dtype=torch.int64)
-        plan = ParallelPlan(tp=TP, replicas="auto")
+        plan = ParallelPlan(tp=TP, replicas="auto", causal_split=causal_split)
         return prepared(capture(model, tokens_BT, plan, loss=_loss))
 
     def drawn(self) -> Tensor:
@@ -108,8 +108,13 @@ class Bench:
     def __init__(
         self, size: Size, dtype: torch.dtype, group: DelayedProcessGroup, num_rounds: int
     ) -> None:
-        self.graph, self.group, self.num_rounds = size.captured(dtype), group, num_rounds
-        base = unordered(self.graph)
+        self.group, self.num_rounds = group, num_rounds
+        # What is split decides how large the pieces are, so each has a graph of its own.
+        self.graphs = {
+            causal_split: size.captured(dtype, causal_split=causal_split)
+            for causal_split in (False, True)
+        }
+        base = unordered(self.graphs[False])
         self.inputs = example_inputs(base, vocab_size=size.config.vocab_size)
         self.unsplit = self.step(Runnable(base))
         group.scale = 0.0
@@ -144,7 +149,7 @@ class Bench:
         how: dict[str, Any] = {"axis": axis, "causal_split": causal_split}
         for number in replicas:
             try:
-                found.append(forms_of(self.graph, number, self.on(ratio), **how))
+                found.append(forms_of(self.graphs[causal_split], number, self.on(ratio), **how))
             except PlanError:
                 if number == 1:
                     raise

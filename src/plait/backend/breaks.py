@@ -151,7 +151,7 @@ _BREAKS = [
         _OUTSIDE,
     ),
     (
-        r"module: time, qualname: (?P<name>\w+)",
+        r"(module: time, qualname: |graph breaks on `time\.)(?P<name>\w+)",
         "the clock is read with time.{name}",
         "read the clock outside of the compiled function",
     ),

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from plait.graph.torch_release import operands_of_kernel
+
 # Inductor takes a second to import, and most programs do without it: it is imported where needed.
 
 _ENTRY = "plait_kernels"
@@ -157,11 +159,17 @@ def num_modules() -> int:
 
 
 def _bindings(argtypes: Sequence[Sequence[str]]) -> str:
-    functions = [_FUNCTION.format(i=i, call=_call(i, types)) for i, types in enumerate(argtypes)]
-    methods = [
-        f'    {{"kernel_{i}", kernel_{i}_py, METH_VARARGS, ""}},' for i in range(len(argtypes))
+    template = _modules().suffix_template
+    operands, flag = operands_of_kernel(template)
+    functions = [
+        _FUNCTION.format(i=i, operands=operands, call=_call(i, types))
+        for i, types in enumerate(argtypes)
     ]
-    suffix = _modules().suffix_template.format(
+    methods = [
+        f'    {{"kernel_{i}", (PyCFunction)(void*)kernel_{i}_py, {flag}, ""}},'
+        for i in range(len(argtypes))
+    ]
+    suffix = template.format(
         arg_len=0, call_entry_func="Py_RETURN_NONE;", entry_func=_ENTRY, extra_parse_arg=""
     )
     # Inductor's bindings of one function, with ours before its table of methods.
@@ -179,7 +187,7 @@ def _call(i: int, argtypes: Sequence[str]) -> str:
 
 
 _FUNCTION = """
-static PyObject* kernel_{i}_py(PyObject* self, PyObject* args) {{
+static PyObject* kernel_{i}_py(PyObject* self, {operands}) {{
     try {{
         {call}
     }} catch(std::exception const& e) {{

@@ -50,10 +50,13 @@ class Piece:
 def cut(module: Module, *, num_attentions: int = 0) -> list[Piece]:
     """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent.
 
-    num_attentions: cut behind each attention, or each second one, ...; 0: from block to block.
+    num_attentions: cut behind each attention, or each second one, ..., the first left out; 0: from
+    block to block.
     Between two attentions each token is treated by itself, so there the work of one part of the
     tokens can hide the communication of another (where a cut lies says only what can be ordered
-    together). Pieces of equal layers are equal, as blocks are.
+    together). The first piece spans one attention more: its backward is the last of all, and has
+    the weight gradients of a layer to hide its last messages behind. Pieces of equal layers are
+    equal, as blocks are.
     """
     if num_attentions:
         inline_regions(module)
@@ -102,7 +105,7 @@ class _Cutter:
             self.between.append(node)
             if self.num_attentions and _mixes_tokens(node):
                 self.num_seen += 1
-                if self.num_seen % self.num_attentions == 0:
+                if self.num_seen > 1 and (self.num_seen - 1) % self.num_attentions == 0:
                     self.finish()
 
     def change_mode(self, node: Node) -> None:

@@ -39,6 +39,7 @@ from torch._guards import ChainedSource
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from plait.graph.modes import Modes, current_modes
+from plait.graph.torch_release import attribute_of
 
 _MIN_REPEATS = 2
 _ANY_NUMBER = 10**9
@@ -231,7 +232,7 @@ def _flatten(variable, tx, leaves: list) -> tuple:
         is_global = getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
         if is_global and kind.__dataclass_params__.frozen and not hasattr(kind, "__post_init__"):
             names = tuple(f.name for f in fields(kind))
-            parts = tuple(_flatten(variable.var_getattr(tx, name), tx, leaves) for name in names)
+            parts = tuple(_flatten(attribute_of(variable, tx, name), tx, leaves) for name in names)
             return ("dataclass", _maker(kind, names), parts)
     leaves.append(variable)
     return ("leaf",)

@@ -1,0 +1,19 @@
+"""What differs between the releases of PyTorch that Plait runs on, asked here and nowhere else."""
+
+# pyright: basic
+# (TorchDynamo is not typed.)
+
+from typing import Any
+
+
+def attribute_of(variable: Any, tx: Any, name: str) -> Any:
+    """What TorchDynamo knows of an attribute of an object that it follows."""
+    read = getattr(variable, "tp_getattro_impl", None) or variable.var_getattr
+    return read(tx, name)
+
+
+def operands_of_kernel(bindings: str) -> tuple[str, str]:
+    """How Inductor's bindings of a C++ kernel take its operands: type in C++, flag for Python."""
+    if "METH_FASTCALL" in bindings:
+        return "PyObject* const* args, Py_ssize_t", "METH_FASTCALL"
+    return "PyObject* args", "METH_VARARGS"
