@@ -239,6 +239,57 @@ def blocks_that_append_to_their_cache():
     return two_calls(wrapped(remember, 3), watch=[cache])
 
 
+def _handed_a_list(use):
+    """Blocks that each get one list from the program, which returns how long it became."""
+
+    def run(blocks, x):
+        shared = [x * i for i in range(1, 7)]
+        for block in blocks:
+            x = block(x, shared)
+        return x * len(shared) + sum(shared)
+
+    class Sharing(Block):
+        def forward(self, x, shared):
+            return use(super().forward(x), shared)
+
+    return two_calls(Tower((Sharing() for _ in range(4)), run))
+
+
+@program(graphs=None)
+def blocks_that_append_to_a_list_they_are_given():
+    def append(x, shared):
+        shared.append(x)
+        return x + sum(shared)
+
+    return _handed_a_list(append)
+
+
+@program(graphs=None)
+def blocks_that_take_from_a_list_they_are_given():
+    return _handed_a_list(lambda x, shared: x + shared.pop())
+
+
+@program(graphs=None)
+def blocks_that_keep_a_slice_in_a_cache():
+    class Cache:
+        def __init__(self):
+            self.kept = {}
+
+    class Keeping(Block):
+        def forward(self, x, cache):
+            y = super().forward(x)
+            cache.kept[len(cache.kept)] = y[:, -2:]
+            return y * 1.5
+
+    def run(blocks, x):
+        cache = Cache()
+        for block in blocks:
+            x = block(x, cache)
+        return x, *cache.kept.values()
+
+    return two_calls(Tower((Keeping() for _ in range(3)), run))
+
+
 @program(graphs=None, breaks=("print(",))
 def blocks_that_print():
     def talk(block, x):

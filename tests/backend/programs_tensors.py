@@ -336,3 +336,14 @@ def scalars_as_tensors():
 
 
 PROGRAMS = collect(globals())
+
+
+@program(graphs=1)
+def images_of_another_size():
+    def f(x):
+        modes = ("nearest", "bilinear", "bicubic", "area", "nearest-exact")
+        resized = [nn.functional.interpolate(x, size=(13, 11), mode=mode) for mode in modes]
+        smaller = nn.functional.interpolate(x, size=(5, 5), mode="bilinear", antialias=True)
+        return sum(resized), smaller, nn.functional.interpolate(x[0], size=13, mode="linear")
+
+    return calls(f, Call(leaf(2, 3, 8, 8)), Call(leaf(2, 3, 8, 8)))

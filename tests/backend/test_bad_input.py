@@ -113,3 +113,34 @@ def test_level_0_needs_no_compiler(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("level", ["O0", "O1"])
+def test_a_gradient_penalty_is_refused_and_not_left_out(level):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(4, 8, requires_grad=True)
+    value = plait.jit(model, level=level, cache=False)(x).sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.allclose(gradient, expected)
+    with pytest.raises(GraphError, match="second derivative"):
+        (value + gradient.pow(2).sum()).backward()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_sizes_that_vary_from_the_start_may_meet_numbers_of_layers(depth):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.inner(self.norm(x))
+
+    model = nn.Sequential(*(Layer() for _ in range(depth)))
+    compiled = plait.jit(model, dynamic=True, cache=False)
+    for rows in (3, 5, 7):
+        x = torch.randn(rows, 8)
+        assert torch.equal(compiled(x), model(x))
+    assert compiled.report().num_graphs == 1
+    assert not compiled.report().recompilations

@@ -51,3 +51,20 @@ def _step(run, model: nn.Module, arguments: dict[str, Any], step: int) -> dict[s
     }
     tensors = [leaf for leaf in unpack(dict(output)) if isinstance(leaf, Tensor)]
     return {"outputs": snapshot(tensors), "gradients": gradients, "draw": torch.rand(()).item()}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_a_training_step_that_fills_a_cache_has_the_bits_of_the_eager_one(name):
+    torch.manual_seed(SEED)
+    model, arguments = FAMILIES[name]()
+    arguments = {key: x for key, x in arguments.items() if key != "use_cache"}
+
+    def step(run):
+        torch.manual_seed(SEED)
+        model.zero_grad(set_to_none=True)
+        output = run(**arguments)
+        output.loss.backward()
+        keys = [layer.keys for layer in output.past_key_values.layers]
+        return snapshot([output.loss, output.logits, *keys, *(p.grad for p in model.parameters())])
+
+    assert differences(step(model), step(plait.jit(model))) == []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from torch import fx
+from torch._dynamo import exc
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
@@ -35,13 +36,14 @@ from plait.executor.run import Runnable
 from plait.graph import regions
 from plait.graph.compose import compose
 from plait.graph.cut import BETWEEN
+from plait.graph.eager_kernels import kernels_of_eager
 from plait.graph.graph import FORWARD, Graph, call_of
 from plait.graph.inline import inline_regions
 from plait.graph.island import Island
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
 from plait.graph.sources import name_sources
-from plait.graph.trace import NotATemplate
+from plait.graph.trace import NotATemplate, first_line
 from plait.graph.whole import AS_EAGER
 from plait.plan.parallel_plan import ParallelPlan
 
@@ -115,17 +117,19 @@ class Backend:
         frame = WholeFrame(self, module)
         self.report.whole_graphs[place_of(module)] = reason
         try:
-            with self._timed("trace"):
+            with self._timed("trace"), kernels_of_eager():
                 return aot_autograd(
                     fw_compiler=frame.compile_forward,
                     bw_compiler=frame.compile_backward,
                     inference_compiler=frame.compile_forward,
                     partition_fn=frame.partition,
                 )(module, inputs)
+        except exc.RestartAnalysis:
+            raise  # Dynamo reads the program anew, and knows more of it then
         except (RuntimeError, NotImplementedError) as error:
             # What Dynamo captured is the user's own operators: they run as they are, under
             # autograd, and the report says so.
-            self.report.eager_graphs[place_of(module)] = str(error).strip().splitlines()[0]
+            self.report.eager_graphs[place_of(module)] = first_line(error)
             self.report.graphs.append(CapturedGraph(place_of(module), 0, {}, 0))
             return module.forward
 

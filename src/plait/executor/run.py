@@ -195,8 +195,19 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @torch._dynamo.disable
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        is_graph_wanted = torch.is_grad_enabled()  # with create_graph=True
+        box = list(gradients)
+        del gradients
+        with torch.no_grad():
+            found = _Differentiable.gradients(ctx, box)
+        if is_graph_wanted:
+            found = _Once.apply(torch.zeros((), requires_grad=True), *found)
+        return (None, *found)
+
+    @staticmethod
+    def gradients(ctx, arriving: list[Tensor | None]) -> list[Tensor | None]:
+        """Of each input, or None. arriving: emptied, so each is freed after its last use."""
         runnable = ctx.runnable
         own = list(ctx.own)
         if not keeps_graph():
@@ -210,13 +221,28 @@ class _Differentiable(torch.autograd.Function):
         own.clear()
         box = _merge(runnable.schedule.saved, inputs, computed)
         computed.clear()
-        box += [_as_traced(gradients[i], value) for i, value in runnable.tangents]
-        del gradients
+        box += [_as_traced(arriving[i], value) for i, value in runnable.tangents]
+        arriving.clear()
         assert runnable.backward is not None
         found: list[Tensor | None] = [None] * ctx.num_inputs
         for i, gradient in zip(runnable.gradient_of, runnable.backward(box), strict=True):
             found[i] = gradient
-        return (None, *found)
+        return found
+
+
+class _Once(torch.autograd.Function):
+    """Gradients of which nobody can ask for gradients: without it, they would silently be zero."""
+
+    @staticmethod
+    def forward(ctx, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.detach() for x in gradients)
+
+    @staticmethod
+    def backward(ctx, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise GraphError(
+            "a compiled program has no second derivative (create_graph=True, as in a gradient "
+            "penalty). Leave what is differentiated twice out of plait.jit and torch.compile."
+        )
 
 
 def _merge(saved: Sequence[Value], inputs: list[Tensor], computed: list[Tensor]) -> list[Tensor]:

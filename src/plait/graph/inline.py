@@ -5,6 +5,7 @@
 
 import operator
 
+import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
@@ -28,7 +29,7 @@ def _inline(module: Module, node: Node, region: Module) -> None:
         for source in region.graph.nodes:
             if source.op in ("placeholder", "output"):
                 continue
-            if source.target == "item" and isinstance(inner[source.args[0]], int | float):
+            if source.target == "item" and _is_number(inner[source.args[0]]):
                 inner[source] = inner[source.args[0]]  # a number that Dynamo had boxed
                 continue
             copy = graph.node_copy(source, lambda x: inner[x])
@@ -41,6 +42,11 @@ def _inline(module: Module, node: Node, region: Module) -> None:
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _is_number(operand: object) -> bool:
+    value = operand.meta.get("example_value") if isinstance(operand, fx.Node) else operand
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
 
 
 def _adopt(module: Module, region: Module, target: str) -> str:

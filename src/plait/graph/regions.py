@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch._dynamo import exc
@@ -28,10 +28,11 @@ from torch._dynamo.guards import (
     GuardBuilder,
     install_guard,
 )
+from torch._dynamo.variables import higher_order_ops
 from torch._dynamo.variables import invoke_subgraph as dynamo_regions
 from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
-from torch._dynamo.variables.lists import ListVariable, TupleVariable
+from torch._dynamo.variables.lists import TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
@@ -51,7 +52,7 @@ class Blocks:
     """What a backend knows of the blocks of its models; a backend that wants them has one."""
 
     refused: dict[type, str] = field(default_factory=dict)
-    is_inside: bool = False
+    inside: type | None = None  # the block that is being traced
     takes_hooks: bool = False  # hooks are traced; that none is added later is nobody's concern
 
     def refuse(self, block: type, reason: str) -> None:
@@ -60,6 +61,7 @@ class Blocks:
 
 
 _marking: ContextVar[Blocks | None] = ContextVar("marking", default=None)
+_tracing: ContextVar[Blocks | None] = ContextVar("tracing", default=None)
 
 
 @contextmanager
@@ -78,12 +80,14 @@ def watch_blocks() -> None:
     UnspecializedNNModuleVariable.call_function = _call_function
     dynamo_regions.is_reusable = _is_reusable
     dynamo_regions.stamp_out_subgraph = _reuse
+    higher_order_ops.taint_filtered_vt = _taint
     GUARD_VALUE_DISPATCH[_no_hooks.__name__] = SKIP_GUARD  # not compared when a trace is reused
 
 
 _call_flat = UnspecializedNNModuleVariable.call_function
 _is_reusable_now = dynamo_regions.is_reusable
 _stamp_out = dynamo_regions.stamp_out_subgraph
+_taint_now = higher_order_ops.taint_filtered_vt
 _clone = ChainedSource.clone
 
 
@@ -149,7 +153,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _call_function(self, tx, args, kwargs):
     blocks = _marking.get() or _blocks_of(tx.output.compiler_fn)
-    if blocks is None or blocks.is_inside or not _is_block(self, tx, blocks):
+    if blocks is None or blocks.inside or not _is_block(self, tx, blocks):
         return _call_flat(self, tx, args, kwargs)
     block = type(self.value)
     leaves: list = []
@@ -158,7 +162,8 @@ def _call_function(self, tx, args, kwargs):
     given = [leaf.as_proxy().node for leaf in leaves if isinstance(leaf, TensorVariable)]
     if len(set(given)) < len(given):
         return _call_flat(self, tx, args, kwargs)
-    blocks.is_inside = True
+    blocks.inside = block
+    token = _tracing.set(blocks)
     try:
         region = TorchHigherOrderOperatorVariable.make(invoke_subgraph)
         function = UserFunctionVariable(_region_function(block, form, named, current_modes()))
@@ -168,11 +173,32 @@ def _call_function(self, tx, args, kwargs):
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
     except (exc.UncapturedHigherOrderOpError, exc.Unsupported, RuntimeError) as error:
-        blocks.refuse(block, _first_line(error))
-        reason = f"{block.__name__} cannot be captured as a block"
-        raise exc.UnspecializeRestartAnalysis(restart_reason=reason) from error
+        _start_again(blocks, block, _first_line(error), error)
     finally:
-        blocks.is_inside = False
+        blocks.inside = None
+        _tracing.reset(token)
+
+
+def _start_again(
+    blocks: Blocks, block: type, reason: str, error: BaseException | None = None
+) -> NoReturn:
+    """Let Dynamo read the frame anew, and this class of block flat."""
+    blocks.refuse(block, reason)
+    restart = f"{block.__name__} cannot be captured as a block"
+    raise exc.UnspecializeRestartAnalysis(restart_reason=restart) from error
+
+
+def _taint(variable) -> None:
+    """Mark a tensor of a block that cannot be a result of it, as it shares memory with another.
+
+    If it is used outside all the same, as what a layer puts in a cache is, the block is read flat.
+    """
+    _taint_now(variable)
+    blocks = _tracing.get()
+    if blocks is not None and blocks.inside is not None:
+        block = blocks.inside
+        reason = "it leaves behind a tensor that shares memory with its inputs or results"
+        variable.as_proxy = lambda: _start_again(blocks, block, reason)
 
 
 def _blocks_of(compiler: Callable | None) -> Blocks | None:
@@ -220,13 +246,11 @@ def _flatten(variable, tx, leaves: list) -> tuple:
     """Append the leaves of an argument, and return its form, from which `_build` makes it again.
 
     Dynamo compares calls leaf by leaf; it flattens structures too, but by tracing pytree's code,
-    which takes longer than all else.
+    which takes longer than all else. Only what never changes is taken apart: the block gets a copy.
     """
     variable = variable.realize()
-    if isinstance(variable, TupleVariable | ListVariable):
-        kind = type(variable).__name__.removesuffix("Variable").lower()
-        if variable.python_type() in (tuple, list):
-            return (kind, tuple(_flatten(item, tx, leaves) for item in variable.items))
+    if isinstance(variable, TupleVariable) and variable.python_type() is tuple:
+        return ("tuple", tuple(_flatten(item, tx, leaves) for item in variable.items))
     if isinstance(variable, UserDefinedObjectVariable) and is_dataclass(variable.value):
         kind: Any = type(variable.value)
         is_global = getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
@@ -254,8 +278,7 @@ def _build(form: tuple, leaves: list):
         return leaves.pop(0)
     if form[0] == "dataclass":
         return form[1](*[_build(part, leaves) for part in form[2]])
-    parts = [_build(part, leaves) for part in form[1]]
-    return tuple(parts) if form[0] == "tuple" else parts
+    return tuple([_build(part, leaves) for part in form[1]])
 
 
 @cache

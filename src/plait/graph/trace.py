@@ -27,6 +27,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from plait.graph.eager_kernels import kernels_of_eager
 from plait.graph.graph import Module, Node, Role, Template, Value, describe
 from plait.graph.modes import Modes
 from plait.graph.partition import extract_forward, part_joint
@@ -73,7 +74,7 @@ def trace(piece: Module, use: Use, *, name: str, block: str, fake_mode: FakeTens
     except NotATemplate:
         raise
     except Exception as error:  # what a piece cannot do alone, the whole may: the reason is kept
-        raise NotATemplate(f"{block} cannot be traced by itself: {_first_line(error)}") from error
+        raise NotATemplate(f"{block} cannot be traced by itself: {first_line(error)}") from error
     _drop_detaches(module)
     name_sources(module)
     (outputs,) = module.graph.output_node().args
@@ -147,6 +148,7 @@ def _trace_functional(traced: Callable, operands: list[Tensor], tangents: list[T
         ),
         enable_python_dispatcher(),
         FunctionalTensorMode(),
+        kernels_of_eager(),
         fx_traceback.preserve_node_meta(),
     ):
         return make_fx(functional, decomposition_table={}, record_module_stack=True)(
@@ -154,7 +156,8 @@ def _trace_functional(traced: Callable, operands: list[Tensor], tangents: list[T
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.errors import GraphError
 from plait.graph.compose import Names
+from plait.graph.eager_kernels import kernels_of_eager
 from plait.graph.graph import Graph, Module, Role, describe
 from plait.graph.inline import inline_regions
 from plait.graph.sources import name_sources
@@ -38,7 +39,7 @@ def compose_whole(module: Module, fake_mode: FakeTensorMode, names: Names) -> Gr
     inline_regions(module)
     inputs = module.graph.find_nodes(op="placeholder")
     examples = tuple(node.meta["example_value"] for node in inputs)
-    with ExitStack() as stack, functorch_config.patch(AS_EAGER):
+    with ExitStack() as stack, functorch_config.patch(AS_EAGER), kernels_of_eager():
         exported = aot_export_joint_with_descriptors(stack, module, examples)
     root: Any = exported.graph_module
     name_sources(root)
