@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from plait.backend.report import CapturedGraph, Report, is_collecting
 from plait.backend.store import Entry, call_form, key_of, load, save
 from plait.backend.torch_backend import Backend
 from plait.backend.watch import Watch
+from plait.collector import collector_paused
 from plait.config import cache_folder
 from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
@@ -75,6 +77,7 @@ class Jitted:
         self._found: Fingerprint | None = None
         self._stored: dict[str, tuple[Entry, Runnable]] = {}
         self._captured: set[str] = set()  # forms of calls that Dynamo knows in this process
+        self._has_run = False
         name = getattr(function, "__qualname__", type(function).__qualname__)
         self._backend.report.name = name.rpartition("<locals>.")[2]
         optimize = torch._dynamo.optimize(
@@ -118,8 +121,12 @@ class Jitted:
 
     def _capture_and_run(self, args: tuple, kwargs: dict):
         watch = Watch()
+        is_first, self._has_run = not self._has_run, True
         try:
-            with torch._dynamo.config.patch(_FAITHFUL):
+            with (
+                torch._dynamo.config.patch(_FAITHFUL),
+                collector_paused() if is_first else nullcontext(),
+            ):
                 return self._compiled(*args, **kwargs)
         except exc.TorchRuntimeError as error:
             if watch.breaks():

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.backend.breaks import is_library
 from plait.backend.report import CapturedGraph, new_report
+from plait.collector import collector_paused
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.fuse import fuse_module
 from plait.compiler.levels import has_islands, passes_of
@@ -77,7 +78,7 @@ class Backend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
         """Return a function of the frame's inputs, as torch.compile asks for."""
-        with functorch_config.patch(AS_EAGER):
+        with functorch_config.patch(AS_EAGER), collector_paused():
             return self._compile(module, inputs)
 
     def _compile(self, module: fx.GraphModule, inputs: Sequence) -> Callable:
@@ -114,6 +115,7 @@ class Backend:
     def _compile_whole(self, module: fx.GraphModule, inputs: Sequence, reason: str) -> Callable:
         """Capture by AOTAutograd, which knows every case, block after block."""
         inline_regions(module)
+        module.recompile()
         frame = WholeFrame(self, module)
         self.report.whole_graphs[place_of(module)] = reason
         try:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
+from plait.collector import collector_paused
 from plait.compiler.levels import has_islands, passes_of
 from plait.compiler.lower import Lowering
 from plait.compiler.shard import add_data_parallel
@@ -21,6 +22,7 @@ from plait.ops.numerics import Numerics
 from plait.plan.parallel_plan import ParallelPlan
 
 
+@collector_paused()
 def compile(
     graph: Graph,
     plan: ParallelPlan | None = None,

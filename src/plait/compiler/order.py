@@ -81,17 +81,17 @@ def order(graph: Graph, cluster: Cluster) -> Graph:
 
 def order_pieces(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Ordered]]:
     """The graph in its new order, and what the cost model says of each program."""
-    graph = graph.copy()
     weights = weight_arguments(graph)
     found: dict[str, Ordered] = {}
+    templates: dict[str, Template] = {}
     for template in graph.templates.values():
-        ordered = order_module(template.forward, machine)
-        template.forward, found[f"{template.name}.forward"] = ordered.module, ordered
+        forward = found[f"{template.name}.forward"] = order_module(template.forward, machine)
+        new = templates[template.name] = replace(template, forward=forward.module)
         if template.backward is not None:
             fillers = fillers_of(template, weights.get(template.name, set()))
-            ordered = order_module(template.backward, machine, fillers)
-            template.backward, found[f"{template.name}.backward"] = ordered.module, ordered
-    return graph, found
+            backward = order_module(template.backward, machine, fillers)
+            new.backward, found[f"{template.name}.backward"] = backward.module, backward
+    return replace(graph, templates=templates), found
 
 
 def order_module(module: Module, machine: Machine, fillers: Iterable[Node] = ()) -> Ordered:

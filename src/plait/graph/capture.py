@@ -19,6 +19,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
+from plait.collector import collector_paused
 from plait.errors import GraphError, PlanError
 from plait.graph.compose import Names, compose
 from plait.graph.distributed import localize, name_groups
@@ -83,6 +84,7 @@ def capture(
         return _capture(model, inputs, plan, loss, mesh["tp"])
 
 
+@collector_paused()
 def _capture(
     model: nn.Module,
     inputs: tuple[object, ...],

@@ -74,6 +74,7 @@ class _Cutter:
         self.between: list[Node] = []
         self.inside: set[Node] = set()  # nodes of finished pieces between blocks
         self.exits: dict[Node, torch.autocast] = {}
+        self.parts: dict[str, tuple[str, Module]] = {}  # name and module, by key
 
     def run(self) -> list[Piece]:
         grad = torch.is_grad_enabled()
@@ -169,11 +170,12 @@ class _Cutter:
                 raise NotATemplate("a DTensor passes between blocks")
             if not isinstance(value, Tensor) and node.op != "get_attr":
                 raise NotATemplate("something that is not a tensor passes between blocks")
-        part = _extract(self.module, nodes, operands, results)
-        name = block_name(part) if self.num_attentions else None
-        self.pieces.append(
-            Piece(_text(part), name or BETWEEN, part, operands, list(results), current_modes())
-        )
+        key = _text(nodes, operands, results)
+        if key not in self.parts:  # a copy takes longer than the text
+            part = _extract(self.module, nodes, operands, results)
+            name = block_name(part) if self.num_attentions else None
+            self.parts[key] = (name or BETWEEN, part)
+        self.pieces.append(Piece(key, *self.parts[key], operands, list(results), current_modes()))
 
     def is_module(self, node: Node) -> bool:
         return node.op == "get_attr" and not isinstance(_attribute(self.module, node), Tensor)
@@ -211,12 +213,17 @@ def _extract(
     return module_of(module, graph)
 
 
-def _text(module: Module) -> str:
+def _text(nodes: Sequence[Node], operands: Sequence[Node], results: Sequence[Node]) -> str:
     """The piece's code with its own numbering, so that equal pieces read the same."""
-    numbers = {node: i for i, node in enumerate(module.graph.nodes)}
-    lines = []
-    for node in module.graph.nodes:
-        args = fx.map_arg((node.args, node.kwargs), lambda x: f"%{numbers[x]}")
+    numbers = {node: i for i, node in enumerate((*operands, *nodes))}
+
+    def number(node: Node) -> str:
+        # What is not of the piece is a module or DTensor's mesh, known by its name.
+        return f"%{numbers[node]}" if node in numbers else f"@{node.target}"
+
+    lines = [f"{len(operands)} operands, results {[numbers[node] for node in results]}"]
+    for node in nodes:
+        args = fx.map_arg((node.args, node.kwargs), number)  # type: ignore[arg-type]
         target = node.target
         name = getattr(target, "__qualname__", None) or str(target)
         unique = f"{getattr(target, '__module__', '')}.{name}#{id(target)}"

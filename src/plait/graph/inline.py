@@ -13,13 +13,13 @@ from plait.graph.graph import Module, Node
 
 
 def inline_regions(module: Module) -> None:
-    """Replace each region by its nodes."""
+    """Replace each region by its nodes.
+
+    Who runs the module afterwards calls `recompile` first, which writes its Python code.
+    """
     regions = [node for node in module.graph.nodes if node.target is invoke_subgraph]
     for node in regions:
         _inline(module, node, getattr(module, node.args[0].target))
-    if regions:
-        module.graph.lint()
-        module.recompile()
 
 
 def _inline(module: Module, node: Node, region: Module) -> None:

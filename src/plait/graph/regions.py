@@ -172,7 +172,12 @@ def _call_function(self, tx, args, kwargs):
         return region.call_function(tx, [function, self, *leaves], {})
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
-    except (exc.UncapturedHigherOrderOpError, exc.Unsupported, RuntimeError) as error:
+    except (
+        exc.UncapturedHigherOrderOpError,
+        exc.Unsupported,
+        RuntimeError,
+        AssertionError,  # of Dynamo, in PyTorch 2.11, where a number became a tensor outside
+    ) as error:
         _start_again(blocks, block, _first_line(error), error)
     finally:
         blocks.inside = None

@@ -37,6 +37,7 @@ AS_EAGER = {
 def compose_whole(module: Module, fake_mode: FakeTensorMode, names: Names) -> Graph:
     """Make the joint graph of a module from TorchDynamo, without templates."""
     inline_regions(module)
+    module.recompile()
     inputs = module.graph.find_nodes(op="placeholder")
     examples = tuple(node.meta["example_value"] for node in inputs)
     with ExitStack() as stack, functorch_config.patch(AS_EAGER), kernels_of_eager():
