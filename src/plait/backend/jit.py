@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from plait.backend.breaks import make_break
 from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
-from plait.backend.report import CapturedGraph, Report, is_collecting
+from plait.backend.report import Report, is_collecting
 from plait.backend.store import Entry, call_form, key_of, load, save
 from plait.backend.torch_backend import Backend
 from plait.backend.watch import Watch
@@ -167,7 +167,7 @@ class Jitted:
         report = self._backend.report
         report.from_cache = True
         report.note_islands(entry.schedule, runnable.islands)
-        report.graphs.append(CapturedGraph("the compile cache", entry.schedule.num_steps, {}, 0))
+        report.graphs.append(entry.graph)
         self._stored[text] = (entry, runnable)
         return entry, runnable
 
@@ -232,7 +232,13 @@ class Jitted:
                 self._forget(f"the result holds a {type(leaf).__name__}")
                 return
         try:
-            entry = Entry(frame.schedule, sources, pytree.treespec_dumps(spec), kept)
+            entry = Entry(
+                schedule=frame.schedule,
+                sources=sources,
+                result=pytree.treespec_dumps(spec),
+                leaves=kept,
+                graph=frame.graph,
+            )
             save(Path(self._folder), key, entry, self._found.files | frame.files)
         except (NotImplementedError, ValueError, GraphError, OSError) as error:
             self._forget(str(error))

@@ -40,6 +40,7 @@ from plait.graph.inline import inline_regions
 from plait.graph.island import Island
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
+from plait.graph.source import resumed
 from plait.graph.sources import name_sources
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import AS_EAGER
@@ -89,13 +90,15 @@ class Backend:
             return self._compile_whole(module, inputs, str(error))
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
-        self.report.add(describe_graph(where, graph), graph)
+        described = describe_graph(where, graph)
+        self.report.add(described, graph)
         self.report.note_islands(runnable.schedule, runnable.islands)
         translator = InstructionTranslator.current_tx()
         if not self.is_storing or _has_side_effects(translator.output.side_effects):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
+            graph=described,
             input_ids=[id(x) for x in inputs],
             files={code.co_filename for code in translator.output.tracing_context.traced_code},
         )
@@ -143,6 +146,7 @@ class Frame:
     """A composed graph without side effects, which could be kept: what `jit` needs to store it."""
 
     schedule: Schedule
+    graph: CapturedGraph
     input_ids: list[int]
     files: set[str]
     results: tuple | None = None  # of the first run, until they were looked at
@@ -253,7 +257,7 @@ def place_of(module: fx.GraphModule) -> str:
         for line in (node.meta.get("stack_trace") or "").splitlines():
             found = _FRAME.match(line)
             if found and found["file"] != regions.__file__ and not is_library(found["file"]):
-                return f"{found['file']}:{found['line']}, in {found['function']}"
+                return f"{found['file']}:{found['line']}, in {resumed(found['function'])}"
     return "a graph of library code"
 
 
