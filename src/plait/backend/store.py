@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from plait.backend.fingerprint import Fingerprint
+from plait.backend.reads import Read
 from plait.backend.report import CapturedGraph
 from plait.errors import GraphError
 from plait.graph.modes import current_modes
@@ -39,7 +40,7 @@ class Entry:
     sources: for each input of the schedule, "t<number>" of the fingerprint's tensors or "a<number>"
     of the call's leaves. result: the return value as pytree JSON. leaves: "o<number>" of the
     schedule's outputs, "a..." and "t..." as above, or a plain constant. graph: what the report says
-    of it.
+    of it. reads: what else the program read, with what was found there.
     """
 
     schedule: Schedule
@@ -47,6 +48,7 @@ class Entry:
     result: str
     leaves: list
     graph: CapturedGraph
+    reads: list[Read]
 
 
 def call_form(args: tuple, kwargs: dict) -> tuple[list, str] | None:
@@ -96,8 +98,9 @@ def load(folder: Path, key: str) -> Entry | None:
             result=data["result"],
             leaves=data["leaves"],
             graph=CapturedGraph(**data["graph"]),
+            reads=[Read.from_json(read) for read in data["reads"]],
         )
-    except (OSError, ValueError, KeyError, TypeError, GraphError):
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, GraphError):
         return None  # rebuilt, and written anew
 
 
@@ -110,6 +113,7 @@ def save(folder: Path, key: str, entry: Entry, files: Iterable[str]) -> None:
         "result": entry.result,
         "leaves": entry.leaves,
         "graph": asdict(entry.graph),
+        "reads": [read.to_json() for read in entry.reads],
     }
     text = json.dumps(data)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from torch import fx
@@ -21,6 +21,8 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.backend.breaks import is_library
+from plait.backend.fingerprint import Fingerprint, Uncacheable
+from plait.backend.reads import Read, reads_of
 from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.fuse import fuse_module
@@ -70,7 +72,7 @@ class Backend:
             warm_up()
         self.blocks = Blocks()
         self.frames: list[Frame] = []
-        self.is_storing = False  # whether `frames` are wanted
+        self.storing: Fingerprint | None = None  # of the program whose `frames` are wanted
         self.report = new_report(level)
         watch_blocks()
 
@@ -94,7 +96,7 @@ class Backend:
         self.report.add(described, graph)
         self.report.note_islands(runnable.schedule, runnable.islands)
         translator = InstructionTranslator.current_tx()
-        if not self.is_storing or _has_side_effects(translator.output.side_effects):
+        if self.storing is None or _has_side_effects(translator.output.side_effects):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
@@ -102,11 +104,15 @@ class Backend:
             input_ids=[id(x) for x in inputs],
             files={code.co_filename for code in translator.output.tracing_context.traced_code},
         )
+        try:
+            frame.reads = reads_of(translator.output.guards, _scope(translator), self.storing)
+        except Uncacheable as reason:
+            frame.obstacle = str(reason)
         self.frames.append(frame)
 
         def first_and_later(*values):
             results = runnable(*values)
-            if frame.results is None and self.is_storing:
+            if frame.results is None and self.storing is not None:
                 frame.results = results
             return results
 
@@ -149,6 +155,8 @@ class Frame:
     graph: CapturedGraph
     input_ids: list[int]
     files: set[str]
+    reads: list[Read] = field(default_factory=list)
+    obstacle: str = ""  # why what it reads cannot be compared in another process
     results: tuple | None = None  # of the first run, until they were looked at
 
 
@@ -214,6 +222,11 @@ def _fake_mode() -> FakeTensorMode:
     mode = TracingContext.get().fake_mode
     assert mode is not None
     return mode
+
+
+def _scope(translator) -> dict[str, dict]:
+    root = translator.output.root_tx
+    return {"G": root.f_globals, "L": root.f_locals}
 
 
 def _has_side_effects(side_effects) -> bool:
