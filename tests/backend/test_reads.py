@@ -93,7 +93,7 @@ for kind in json.loads(sys.argv[1]):
     vars(CONFIG).clear()
     torch.manual_seed(0)
     model, x = Model(kind), torch.randn(4, 8)
-    compiled = plait.jit(model)
+    compiled = plait.jit((lambda x: model(x)) if kind == "hook of all" else model)
     before = torch.equal(compiled(x), model(x))
     report = compiled.report()
     from_cache, notes = report.from_cache, list(report.notes)

@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,11 @@ def same(now: list, then: list) -> bool:
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
+def _of_object(held: Any) -> list:
+    state = held.__dict__
+    return [type(held), *state, *state.values()]
+
+
 def _of_mapping(held: Mapping) -> list:
     return [*held, *held.values()]
 
@@ -165,6 +171,7 @@ class _Walk:
             raise Uncacheable(f"{path} is a {name_of(type(x))}")
         self.source(type(x))
         self.say(path, "object", name_of(type(x)))
+        self.watch(_of_object, x)
         self.mapping(vars(x), path)
 
     def tensor(self, x: Tensor, path: str, place: tuple | None) -> None:
@@ -189,7 +196,7 @@ class _Walk:
         self.source(type(x))
         self.say(path, "module", name_of(type(x)))
         self.class_globals(type(x), path)
-        self.watch(_of_mapping, vars(x))
+        self.watch(_of_object, x)
         for name, value in vars(x).items():
             if name in _HOOKS or name in _NOT_IN_FORWARD:
                 continue

@@ -10,6 +10,7 @@ schedule is used only where the same is found, and only as long as it is found.
 
 import ast
 import hashlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,8 @@ _STATE = (
     sources.TorchFunctionModeStackSource,
 )  # modes: in the form of the call
 _OF_TYPE = ("TYPE_MATCH", "DUPLICATE_INPUT")  # nothing about what is in it
+_OF_DYNAMO = re.compile(r"__import_|_\d+_c\d+$")  # its own names of modules
+_MAPPINGS = (dict, types.MappingProxyType)
 _MODULE, _WALKED = "module", "walked"
 
 
@@ -168,6 +171,8 @@ class _Ways:
         if not hasattr(source, "base"):
             raise Uncacheable(f"the program reads {source.name}, which has no name elsewhere")
         base, holder = self.visit(source.base)
+        if base is None and isinstance(source, sources.TypeSource):
+            return self.class_of(holder)
         if isinstance(source, sources.NNModuleSource | sources.SkipGuardSource):
             return base, holder
         if isinstance(source, sources.TensorPropertySource):
@@ -187,10 +192,8 @@ class _Ways:
     def find_global(self, name: str) -> tuple[int | None, object]:
         names = self.scope["G"]
         value = names[name]
-        if isinstance(value, types.ModuleType) and sys.modules.get(value.__name__) is value:
-            base = self.root(_MODULE, value.__name__)
-            if name.startswith("__import_"):  # Dynamo's own name of it
-                return base
+        if isinstance(value, types.ModuleType) and _OF_DYNAMO.match(name):
+            return self.root(_MODULE, value.__name__)
         elif name.startswith("__builtins_dict__"):
             _, builtins = self.root(_MODULE, "builtins")
             return self.put(self.root(_MODULE, "builtins")[0], "class_dict", None, vars(builtins))
@@ -199,6 +202,17 @@ class _Ways:
             raise Uncacheable(f"the program reads the global {name} of what is no module")
         base, _ = self.root(_MODULE, module.__name__)
         return self.put(base, "attribute", name, value)
+
+    def class_of(self, holder: object) -> tuple[int | None, object]:
+        """The class, once for all objects of it: the walk compares of which class each is."""
+        kind = type(holder)
+        number = self.found.numbers.get(id(holder))
+        if number is None:
+            return None, kind
+        if kind not in self.known:
+            base, _ = self.root(_WALKED, number)
+            self.known[kind] = self.put(base, "class", None, kind)
+        return self.known[kind]
 
     def root(self, step: str, key: object) -> tuple[int | None, object]:
         read = Read(None, step, key)
@@ -291,7 +305,7 @@ def _parts_of(x: object) -> Callable[..., list] | None:
         return None
     if isinstance(x, types.FunctionType):
         return _code_of
-    if isinstance(x, Mapping | list | tuple | set | frozenset):
+    if isinstance(x, (*_MAPPINGS, list, tuple, set, frozenset)):
         return list
     return _names_in if hasattr(x, "__dict__") else None
 
@@ -322,7 +336,7 @@ def _fact(x: object, is_type: bool, found: Fingerprint) -> str:
     kind = name_of(type(x))
     if is_type:
         return kind
-    if isinstance(x, Mapping):
+    if isinstance(x, _MAPPINGS):
         names = [key for key in x if not (isinstance(key, str) and key.startswith("__"))]
         return f"{kind} {[_brief(key) for key in names]}"
     if isinstance(x, list | tuple):
