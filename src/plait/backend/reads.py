@@ -194,7 +194,7 @@ class _Ways:
         value = names[name]
         if isinstance(value, types.ModuleType) and _OF_DYNAMO.match(name):
             return self.root(_MODULE, value.__name__)
-        elif name.startswith("__builtins_dict__"):
+        if name.startswith("__builtins_dict__"):
             _, builtins = self.root(_MODULE, "builtins")
             return self.put(self.root(_MODULE, "builtins")[0], "class_dict", None, vars(builtins))
         module = sys.modules.get(str(names.get("__name__")))
