@@ -28,7 +28,8 @@ def double(x, factor=2.0):
 def triple(x):
     return x * 3
 
-SIZES, CONFIG, FROZEN, NUMBER, KINDS, NAMES = [1.0, 2.0], Config(), Frozen(), 2.0, {1, 2}, {"a": 2.0}
+SIZES, KINDS, NAMES = [1.0, 2.0], {1, 2}, {"a": 2.0}
+CONFIG, FROZEN, NUMBER = Config(), Frozen(), 2.0
 activation = torch.relu
 os.environ["GAIN"] = "2"
 settings.gain = 2.0 if "--gain" not in sys.argv else 5.0

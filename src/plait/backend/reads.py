@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import source as sources
@@ -29,7 +30,7 @@ _STEPS: dict[str, Callable] = {
     "default": lambda x, key: x.__defaults__[key],
     "keyword_default": lambda x, key: x.__kwdefaults__[key],
     "class": lambda x, key: type(x),
-    "class_dict": lambda x, key: x.__dict__,
+    "state": lambda x, key: x.__dict__,
 }
 _STATE = (
     sources.GlobalStateSource,
@@ -74,7 +75,7 @@ class Comparison:
     def __init__(self, reads: list[Read], found: Fingerprint) -> None:
         self._reads, self._found = reads, found
         roots = [_root(x, found) if x.base is None else None for x in reads]
-        self._steps = [
+        self._steps: list[tuple[int | None, Any, object]] = [
             (x.base, root if x.base is None else _STEPS[x.step], x.key)
             for x, root in zip(reads, roots, strict=True)
         ]
@@ -195,8 +196,8 @@ class _Ways:
         if isinstance(value, types.ModuleType) and _OF_DYNAMO.match(name):
             return self.root(_MODULE, value.__name__)
         if name.startswith("__builtins_dict__"):
-            _, builtins = self.root(_MODULE, "builtins")
-            return self.put(self.root(_MODULE, "builtins")[0], "class_dict", None, vars(builtins))
+            base, builtins = self.root(_MODULE, "builtins")
+            return self.put(base, "state", None, vars(builtins))
         module = sys.modules.get(str(names.get("__name__")))
         if module is None or vars(module) is not names:
             raise Uncacheable(f"the program reads the global {name} of what is no module")
@@ -243,7 +244,7 @@ class _Ways:
             return isinstance(holder, list | tuple | dict)
         if step in ("key", "value"):
             return isinstance(holder, dict)
-        if step == "class_dict":
+        if step == "state":
             return True
         return step == "attribute" and isinstance(key, str) and _own(holder, key, value)
 
@@ -270,7 +271,7 @@ def _step_of(source) -> tuple[str, object]:
     if kind is sources.TypeSource:
         return "class", None
     if kind is sources.TypeDictSource:
-        return "class_dict", None
+        return "state", None
     if kind is sources.DefaultsSource:
         return ("keyword_default" if source.is_kw else "default"), source.idx_key
     if kind is sources.ConstDictKeySource and isinstance(source.index, int):

@@ -79,7 +79,7 @@ def watch_blocks() -> None:
     UnspecializedNNModuleVariable.call_function = _call_function
     dynamo_regions.is_reusable = _is_reusable
     dynamo_regions.stamp_out_subgraph = _reuse
-    GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT = _no_hooks_of_module
+    GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT = _no_hooks_of_module  # type: ignore[assignment]
     GUARD_VALUE_DISPATCH[_no_hooks.__name__] = SKIP_GUARD  # not compared when a trace is reused
 
 
