@@ -43,6 +43,7 @@ same = torch.equal(out["loss"], expected) and all(
 report = compiled.report()
 print(json.dumps({
     "same": same, "rows": out["rows"], "from_cache": report.from_cache, "notes": report.notes,
+    "operators": sum(graph.num_operators for graph in report.graphs),
     "captured": "torch" in report.phases_s or report.phases_s["read"] > 0,
 }))
 """
@@ -140,3 +141,16 @@ def test_a_broken_entry_is_rebuilt(folder, damage):
     entry.write_text({"cut": content[:half], "flip": flipped, "empty": ""}[damage])
     assert not run(folder)["from_cache"]
     assert run(folder)["from_cache"]
+
+
+def test_the_report_counts_the_same_operators_from_the_cache(folder):
+    assert run(folder)["operators"] == run(folder)["operators"] > 0
+
+
+def test_an_entry_that_cannot_be_stored_leaves_nothing_behind(folder):
+    run(folder)
+    (entry,) = (folder / "cache").iterdir()
+    entry.unlink()
+    entry.mkdir()
+    assert any("not kept in the compile cache" in note for note in run(folder)["notes"])
+    assert list((folder / "cache").iterdir()) == [entry]

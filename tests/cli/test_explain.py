@@ -55,6 +55,10 @@ def test_the_example_has_exactly_two_breaks_with_line_reason_and_advice(tmp_path
     pages = sorted((tmp_path / "pages").glob("*.html"))
     assert len(pages) == len(report["graphs"])
     assert all("<title>Plait graph</title>" in page.read_text() for page in pages)
+    written = [(tmp_path / "r.json").read_text(), *(page.read_text() for page in pages)]
+    assert "compute_loss after line" in written[0]
+    assert "compute_loss after line" in result.stderr  # the pages' list
+    assert not any("torch_dynamo_resume" in text for text in [*written, result.stderr])
 
 
 def test_the_one_line_form_is_explained_and_the_script_gets_its_arguments(tmp_path):

@@ -69,11 +69,6 @@ def is_library(path: str) -> bool:
     return path.startswith(_LIBRARIES) or path.startswith("<")
 
 
-def resumed(name: str) -> str:
-    """The user's name of a function that TorchDynamo goes on with after a break."""
-    return re.sub(r"torch_dynamo_resume_in_(\w+)_at_(\d+)", r"\1 after line \2", name)
-
-
 def short_path(path: str) -> str:
     """A path as a user would type it: relative to here, or within the installed packages."""
     for folder in (*_LIBRARIES, str(Path.cwd())):

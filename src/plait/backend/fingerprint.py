@@ -17,12 +17,13 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum)
-_TORCH_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum)
+TORCH_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
@@ -44,7 +45,12 @@ _MAX_OBJECTS = 200_000
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the class was made by a class statement
 
 
-Held = Mapping | list | types.CellType
+_ON_ALL_MODULES = (
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+)
 
 
 class Uncacheable(Exception):
@@ -55,8 +61,9 @@ class Uncacheable(Exception):
 class Fingerprint:
     """words: the text that two equal programs share. files: sources that the words do not hold.
 
-    places: the number of each tensor, by id; tensors: where it is found. watched and globals: what
-    was walked, with what it held, to notice a change.
+    places: the number of each tensor, by id; tensors: where it is found. numbers and objects: what
+    was walked, by id and in order. watched, globals and hooks: what was walked, with what it held,
+    to notice a change; of hooks there are none.
     """
 
     words: list[str] = field(default_factory=list)
@@ -64,7 +71,10 @@ class Fingerprint:
     places: dict[int, int] = field(default_factory=dict)
     tensors: list[tuple[Mapping | list, object]] = field(default_factory=list)
     forms: list[tuple] = field(default_factory=list)
-    watched: list[tuple[Held, list]] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)
+    objects: list[object] = field(default_factory=list)  # kept, so that no id is used twice
+    watched: list[tuple[Callable[..., list], object, list]] = field(default_factory=list)
+    hooks: list[Mapping] = field(default_factory=list)
     globals: list[tuple[dict, str, object]] = field(default_factory=list)
 
     @property
@@ -75,7 +85,8 @@ class Fingerprint:
     def is_current(self) -> bool:
         """Whether nothing that was walked has been replaced since."""
         return (
-            all(_same(held, then) for held, then in self.watched)
+            all(same(parts(held), then) for parts, held, then in self.watched)
+            and not any(self.hooks)
             and all(names.get(name, self) is then for names, name, then in self.globals)
             and [_form(x) for x in self.values()] == self.forms
         )
@@ -85,20 +96,33 @@ class Fingerprint:
         return [held[key] for held, key in self.tensors]  # type: ignore[index]
 
 
-def _same(held: Held, then: list) -> bool:
-    now = _held_now(held)
+def same(now: list, then: list) -> bool:
+    """Whether two lists hold the same objects."""
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
-def _held_now(held: Held) -> list:
-    if isinstance(held, types.CellType):
-        return [held.cell_contents]
-    return list(held.values() if isinstance(held, Mapping) else held)
+def _of_object(held: Any) -> list:
+    state = held.__dict__
+    return [type(held), *state, *state.values()]
+
+
+def _of_mapping(held: Mapping) -> list:
+    return [*held, *held.values()]
+
+
+def _of_cell(held: types.CellType) -> list:
+    return [held.cell_contents]
+
+
+def _of_function(held: types.FunctionType) -> list:
+    return [held.__code__, held.__defaults__, held.__kwdefaults__]
 
 
 def fingerprint(function: Callable) -> Fingerprint:
     """Walk a function or module. Raises Uncacheable."""
     walk = _Walk()
+    for name in _ON_ALL_MODULES:
+        walk.no_hooks(getattr(torch.nn.modules.module, name), "every module")
     walk.visit(function, "the program")
     return walk.found
 
@@ -106,23 +130,21 @@ def fingerprint(function: Callable) -> Fingerprint:
 class _Walk:
     def __init__(self) -> None:
         self.found = Fingerprint()
-        self.seen: dict[int, int] = {}
         self.classes: set[type] = set()
-        self.alive: list[object] = []  # so that no id is used twice
 
     def say(self, *words: object) -> None:
         self.found.words.append(" ".join(str(word) for word in words))
 
     def visit(self, x: object, path: str, place: tuple | None = None) -> None:
-        if isinstance(x, (_PLAIN, _TORCH_PLAIN)):
+        if isinstance(x, (PLAIN, TORCH_PLAIN)):
             self.say(path, type(x).__name__, repr(x))
             return
-        if id(x) in self.seen:
-            self.say(path, "is", self.seen[id(x)])
+        if id(x) in self.found.numbers:
+            self.say(path, "is", self.found.numbers[id(x)])
             return
-        self.seen[id(x)] = len(self.seen)
-        self.alive.append(x)
-        if len(self.seen) > _MAX_OBJECTS:
+        self.found.numbers[id(x)] = len(self.found.numbers)
+        self.found.objects.append(x)
+        if len(self.found.numbers) > _MAX_OBJECTS:
             raise Uncacheable(f"more than {_MAX_OBJECTS} objects")
         if isinstance(x, Tensor):
             self.tensor(x, path, place)
@@ -146,9 +168,10 @@ class _Walk:
         """An instance of a class written in Python, all of whose state is in its __dict__."""
         written = all(cls.__flags__ & _HEAP_TYPE for cls in type(x).__mro__[:-1])
         if not written or not hasattr(x, "__dict__") or type(x).__module__.startswith("torch"):
-            raise Uncacheable(f"{path} is a {_name(type(x))}")
+            raise Uncacheable(f"{path} is a {name_of(type(x))}")
         self.source(type(x))
-        self.say(path, "object", _name(type(x)))
+        self.say(path, "object", name_of(type(x)))
+        self.watch(_of_object, x)
         self.mapping(vars(x), path)
 
     def tensor(self, x: Tensor, path: str, place: tuple | None) -> None:
@@ -161,14 +184,19 @@ class _Walk:
         self.found.places[id(x)] = len(self.found.tensors)
         self.found.tensors.append(place)  # type: ignore[arg-type]
 
+    def no_hooks(self, hooks: Mapping | None, path: str) -> None:
+        if hooks:
+            raise Uncacheable(f"{path} has hooks")
+        if hooks is not None:
+            self.found.hooks.append(hooks)
+
     def module(self, x: nn.Module, path: str) -> None:
         for name in _HOOKS:
-            if getattr(x, name, None):
-                raise Uncacheable(f"{path} has hooks")
+            self.no_hooks(getattr(x, name, None), path)
         self.source(type(x))
-        self.say(path, "module", _name(type(x)))
+        self.say(path, "module", name_of(type(x)))
         self.class_globals(type(x), path)
-        self.watch(vars(x))
+        self.watch(_of_object, x)
         for name, value in vars(x).items():
             if name in _HOOKS or name in _NOT_IN_FORWARD:
                 continue
@@ -179,10 +207,11 @@ class _Walk:
 
     def function(self, x: types.FunctionType, path: str) -> None:
         self.source(x)
-        self.say(path, "function", _name(x), hashlib.sha256(x.__code__.co_code).hexdigest())
-        self.say(path, "constants", [c for c in x.__code__.co_consts if isinstance(c, _PLAIN)])
+        self.say(path, "function", name_of(x), hashlib.sha256(x.__code__.co_code).hexdigest())
+        self.say(path, "constants", [c for c in x.__code__.co_consts if isinstance(c, PLAIN)])
+        self.watch(_of_function, x)
         for i, cell in enumerate(x.__closure__ or ()):
-            self.found.watched.append((cell, [cell.cell_contents]))
+            self.watch(_of_cell, cell)
             self.visit(cell.cell_contents, f"{path}.closure[{i}]")
         self.visit(x.__defaults__ or (), f"{path}.defaults")
         self.visit(x.__kwdefaults__ or {}, f"{path}.keyword_defaults")
@@ -203,38 +232,40 @@ class _Walk:
                     continue
                 for name in method.__code__.co_names:
                     value = method.__globals__.get(name, self)
-                    if isinstance(value, _PLAIN):
+                    if isinstance(value, PLAIN):
                         self.found.globals.append((method.__globals__, name, value))
                         self.say(path, "global", name, repr(value))
 
     def named(self, x: object, path: str) -> None:
         """A class, built-in function or imported module: known by its name and source file."""
-        self.say(path, "named", _name(x))
+        self.say(path, "named", name_of(x))
         self.source(x)
 
     def container(self, x: list | tuple | dict | set | frozenset, path: str) -> None:
-        self.say(path, _name(type(x)), len(x))
+        self.say(path, name_of(type(x)), len(x))
+        if hasattr(x, "__dict__"):
+            self.mapping(vars(x), f"{path}.__dict__")
         if isinstance(x, dict):
             self.mapping(x, path)
             return
+        if not isinstance(x, tuple):
+            self.watch(list, x)
         if isinstance(x, set | frozenset):
             x = sorted(x, key=repr)
-        elif isinstance(x, list):
-            self.watch(x)
         for i, item in enumerate(x):
             self.visit(item, f"{path}[{i}]", (x, i))
 
     def mapping(self, x: Mapping, path: str) -> None:
-        self.watch(x)
+        self.watch(_of_mapping, x)
         for key, value in x.items():
             if key == _OWN_HASH:
                 continue
-            if not isinstance(key, _PLAIN):
+            if not isinstance(key, PLAIN):
                 raise Uncacheable(f"{path} has a key of type {type(key).__name__}")
             self.visit(value, f"{path}.{key}", (x, key))
 
-    def watch(self, x: Mapping | list) -> None:
-        self.found.watched.append((x, _held_now(x)))
+    def watch(self, parts: Callable[..., list], x: object) -> None:
+        self.found.watched.append((parts, x, parts(x)))
 
     def source(self, x: object) -> None:
         try:
@@ -249,5 +280,6 @@ def _form(x: Tensor) -> tuple:
     return (x.dtype, x.shape, x.requires_grad, x.device)
 
 
-def _name(x: object) -> str:
+def name_of(x: object) -> str:
+    """Name of a class, function or module, with that of its module."""
     return f"{getattr(x, '__module__', '')}.{getattr(x, '__qualname__', getattr(x, '__name__', x))}"

@@ -6,6 +6,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from plait.backend.breaks import make_break
 from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
-from plait.backend.report import CapturedGraph, Report, is_collecting
+from plait.backend.reads import Comparison, compare
+from plait.backend.report import Report, is_collecting
 from plait.backend.store import Entry, call_form, key_of, load, save
 from plait.backend.torch_backend import Backend
 from plait.backend.watch import Watch
@@ -50,6 +52,13 @@ def jit(
     return Jitted(function, level=level, dynamic=dynamic, fullgraph=fullgraph, cache=cache)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    entry: Entry
+    runnable: Runnable
+    reads: Comparison
+
+
 class Jitted:
     """A compiled function or module. Call it like the original; `report()` says what was done."""
 
@@ -75,7 +84,7 @@ class Jitted:
         self._backend = Backend(level)
         self._folder = cache_folder() if cache and not is_collecting() else None
         self._found: Fingerprint | None = None
-        self._stored: dict[str, tuple[Entry, Runnable]] = {}
+        self._stored: dict[str, _Stored] = {}
         self._captured: set[str] = set()  # forms of calls that Dynamo knows in this process
         self._has_run = False
         name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -100,9 +109,11 @@ class Jitted:
         leaves, text = form
         if text in self._captured or not self._is_known():
             return self._capture_and_run(args, kwargs)
-        stored = self._stored.get(text) or self._look_up(text)
+        stored = self._stored.get(text)
+        if stored is None or not stored.reads.holds():
+            stored = self._look_up(text)
         if stored is not None:
-            return self._run_stored(*stored, leaves)
+            return self._run_stored(stored, leaves)
         return self._capture_and_store(args, kwargs, leaves, text)
 
     def report(self) -> Report:
@@ -161,12 +172,15 @@ class Jitted:
         self._folder, self._found = None, None
         self._stored.clear()
 
-    def _look_up(self, text: str) -> tuple[Entry, Runnable] | None:
+    def _look_up(self, text: str) -> "_Stored | None":
         assert self._found is not None
         assert self._folder is not None
         entry = load(self._folder, self._key(text))
         if entry is None:
             return None
+        reads = compare(entry.reads, self._found)
+        if reads is None:
+            return None  # something else is read here: captured anew
         try:
             runnable = Runnable(entry.schedule)
         except GraphError:
@@ -174,16 +188,17 @@ class Jitted:
         report = self._backend.report
         report.from_cache = True
         report.note_islands(entry.schedule, runnable.islands)
-        report.graphs.append(CapturedGraph("the compile cache", entry.schedule.num_steps, {}, 0))
-        self._stored[text] = (entry, runnable)
-        return entry, runnable
+        report.graphs.append(entry.graph)
+        self._stored[text] = _Stored(entry, runnable, reads)
+        return self._stored[text]
 
     def _key(self, text: str) -> str:
         assert self._found is not None
         return key_of(self._found, text, self._backend.level, self._dynamic)
 
-    def _run_stored(self, entry: Entry, runnable: Runnable, leaves: list):
+    def _run_stored(self, stored: "_Stored", leaves: list):
         assert self._found is not None
+        entry, runnable = stored.entry, stored.runnable
         known = {"t": self._found.values(), "a": leaves}
         outputs = runnable(*(known[source[0]][int(source[1:])] for source in entry.sources))
         known["o"] = list(outputs)
@@ -199,11 +214,11 @@ class Jitted:
         self._backend.frames.clear()
         self._captured.add(text)
         key = self._key(text)
-        self._backend.is_storing = True
+        self._backend.storing = self._found
         try:
             result = self._capture_and_run(args, kwargs)
         finally:
-            self._backend.is_storing = False
+            self._backend.storing = None
         if report.num_graphs == num_graphs and not self._backend.frames:
             return result  # compiled before: Dynamo's guards chose among what is there
         frames = self._backend.frames
@@ -220,6 +235,9 @@ class Jitted:
         assert self._found is not None
         assert self._folder is not None
         (frame,) = self._backend.frames
+        if frame.obstacle:
+            self._forget(frame.obstacle)
+            return
         found = {id(x): f"a{i}" for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         found = {number: f"t{i}" for number, i in self._found.places.items()} | found
         sources = [found[number] for number in frame.input_ids if number in found]
@@ -239,7 +257,14 @@ class Jitted:
                 self._forget(f"the result holds a {type(leaf).__name__}")
                 return
         try:
-            entry = Entry(frame.schedule, sources, pytree.treespec_dumps(spec), kept)
+            entry = Entry(
+                schedule=frame.schedule,
+                sources=sources,
+                result=pytree.treespec_dumps(spec),
+                leaves=kept,
+                graph=frame.graph,
+                reads=frame.reads,
+            )
             save(Path(self._folder), key, entry, self._found.files | frame.files)
         except (NotImplementedError, ValueError, GraphError, OSError) as error:
             self._forget(str(error))

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 
-from plait.backend.breaks import STEP, Break, explain_guard, make_break, resumed, short_path
+from plait.backend.breaks import STEP, Break, explain_guard, make_break, short_path
 from plait.backend.watch import Watch, remembering_frames
 from plait.executor.islands import Islands
 from plait.graph.graph import Graph
 from plait.graph.schedule import Schedule
+from plait.graph.source import resumed
 
 _PHASES = {
     "read": "reading the program",
@@ -209,21 +210,18 @@ def _headline(report: Report) -> str:
 def _graph_line(graph: CapturedGraph) -> str:
     calls = ", ".join(f"{count} x {name}" for name, count in graph.blocks.items())
     blocks = f" ({calls}, from {_plural(graph.num_templates, 'trace')})" if calls else ""
-    return f"{_place(graph.where)}: {_plural(graph.num_operators, 'operator')}{blocks}"
+    return f"{short_path(graph.where)}: {_plural(graph.num_operators, 'operator')}{blocks}"
 
 
 def _break_lines(item: Break, times: int) -> str:
     count = f", {times} times" if times > 1 else ""
-    return f"{_place(item.where)}{count}\n    why: {item.reason}\n    to avoid it: {item.advice}"
-
-
-def _place(where: str) -> str:
-    """A short path, and the user's name of a function that goes on after a break."""
-    return short_path(resumed(where))
+    return (
+        f"{short_path(item.where)}{count}\n    why: {item.reason}\n    to avoid it: {item.advice}"
+    )
 
 
 def _pairs(reasons: dict[str, str]) -> list[str]:
-    return [f"{_place(what)}: {reason}" for what, reason in reasons.items()]
+    return [f"{short_path(what)}: {reason}" for what, reason in reasons.items()]
 
 
 def _merged(lines: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from plait.backend.fingerprint import Fingerprint
+from plait.backend.reads import Read
+from plait.backend.report import CapturedGraph
 from plait.errors import GraphError
 from plait.graph.modes import current_modes
 from plait.graph.schedule import Schedule
@@ -30,16 +33,22 @@ from plait.graph.storage import from_json, to_json
 _MAX_BYTES = 512 * 2**20
 
 
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """A stored schedule with the way from call to inputs, and from outputs to the return value.
 
     sources: for each input of the schedule, "t<number>" of the fingerprint's tensors or "a<number>"
     of the call's leaves. result: the return value as pytree JSON. leaves: "o<number>" of the
-    schedule's outputs, "a..." and "t..." as above, or a plain constant.
+    schedule's outputs, "a..." and "t..." as above, or a plain constant. graph: what the report says
+    of it. reads: what else the program read, with what was found there.
     """
 
-    def __init__(self, schedule: Schedule, sources: list[str], result: str, leaves: list) -> None:
-        self.schedule, self.sources, self.result, self.leaves = schedule, sources, result, leaves
+    schedule: Schedule
+    sources: list[str]
+    result: str
+    leaves: list
+    graph: CapturedGraph
+    reads: list[Read]
 
 
 def call_form(args: tuple, kwargs: dict) -> tuple[list, str] | None:
@@ -83,8 +92,15 @@ def load(folder: Path, key: str) -> Entry | None:
         data = json.loads(text)
         if any(_hash_of(file) != digest for file, digest in data["files"].items()):
             return None
-        return Entry(from_json(data["schedule"]), data["sources"], data["result"], data["leaves"])
-    except (OSError, ValueError, KeyError, TypeError, GraphError):
+        return Entry(
+            schedule=from_json(data["schedule"]),
+            sources=data["sources"],
+            result=data["result"],
+            leaves=data["leaves"],
+            graph=CapturedGraph(**data["graph"]),
+            reads=[Read.from_json(read) for read in data["reads"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, GraphError):
         return None  # rebuilt, and written anew
 
 
@@ -96,12 +112,18 @@ def save(folder: Path, key: str, entry: Entry, files: Iterable[str]) -> None:
         "sources": entry.sources,
         "result": entry.result,
         "leaves": entry.leaves,
+        "graph": asdict(entry.graph),
+        "reads": [read.to_json() for read in entry.reads],
     }
     text = json.dumps(data)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
         file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    Path(file.name).replace(folder / f"{key}.json")
+    try:
+        Path(file.name).replace(folder / f"{key}.json")
+    except OSError:
+        Path(file.name).unlink()
+        raise
 
 
 def _hash_of(file: str) -> str:

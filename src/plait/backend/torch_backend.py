@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from torch import fx
@@ -22,6 +22,8 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.backend.breaks import is_library
+from plait.backend.fingerprint import Fingerprint, Uncacheable
+from plait.backend.reads import Read, reads_of
 from plait.backend.report import CapturedGraph, new_report
 from plait.collector import collector_paused
 from plait.compiler.compile import compile as compile_graph
@@ -43,6 +45,7 @@ from plait.graph.inline import inline_regions
 from plait.graph.island import Island
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
+from plait.graph.source import resumed
 from plait.graph.sources import name_sources
 from plait.graph.trace import NotATemplate, first_line
 from plait.graph.whole import AS_EAGER
@@ -72,7 +75,7 @@ class Backend:
             warm_up()
         self.blocks = Blocks()
         self.frames: list[Frame] = []
-        self.is_storing = False  # whether `frames` are wanted
+        self.storing: Fingerprint | None = None  # of the program whose `frames` are wanted
         self.report = new_report(level)
         watch_blocks()
 
@@ -92,21 +95,27 @@ class Backend:
             return self._compile_whole(module, inputs, str(error))
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
-        self.report.add(describe_graph(where, graph), graph)
+        described = describe_graph(where, graph)
+        self.report.add(described, graph)
         self.report.note_islands(runnable.schedule, runnable.islands)
         translator = InstructionTranslator.current_tx()
-        if not self.is_storing or _has_side_effects(translator.output.side_effects):
+        if self.storing is None or _has_side_effects(translator.output.side_effects):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
+            graph=described,
             input_ids=[id(x) for x in inputs],
             files={code.co_filename for code in translator.output.tracing_context.traced_code},
         )
+        try:
+            frame.reads = reads_of(translator.output.guards, _scope(translator), self.storing)
+        except Uncacheable as reason:
+            frame.obstacle = str(reason)
         self.frames.append(frame)
 
         def first_and_later(*values):
             results = runnable(*values)
-            if frame.results is None and self.is_storing:
+            if frame.results is None and self.storing is not None:
                 frame.results = results
             return results
 
@@ -149,8 +158,11 @@ class Frame:
     """A composed graph without side effects, which could be kept: what `jit` needs to store it."""
 
     schedule: Schedule
+    graph: CapturedGraph
     input_ids: list[int]
     files: set[str]
+    reads: list[Read] = field(default_factory=list)
+    obstacle: str = ""  # why what it reads cannot be compared in another process
     results: tuple | None = None  # of the first run, until they were looked at
 
 
@@ -218,6 +230,11 @@ def _fake_mode() -> FakeTensorMode:
     return mode
 
 
+def _scope(translator) -> dict[str, dict]:
+    root = translator.output.root_tx
+    return {"G": root.f_globals, "L": root.f_locals}
+
+
 def _has_side_effects(side_effects) -> bool:
     """Whether the frame changes objects that were there before it."""
     changed = [each for each in side_effects._get_modified_vars() if each.source is not None]
@@ -259,7 +276,7 @@ def place_of(module: fx.GraphModule) -> str:
         for line in (node.meta.get("stack_trace") or "").splitlines():
             found = _FRAME.match(line)
             if found and found["file"] != regions.__file__ and not is_library(found["file"]):
-                return f"{found['file']}:{found['line']}, in {found['function']}"
+                return f"{found['file']}:{found['line']}, in {resumed(found['function'])}"
     return "a graph of library code"
 
 

@@ -28,6 +28,7 @@ from torch._dynamo.guards import (
     GuardBuilder,
     install_guard,
 )
+from torch._dynamo.source import AttrSource
 from torch._dynamo.variables import higher_order_ops
 from torch._dynamo.variables import invoke_subgraph as dynamo_regions
 from torch._dynamo.variables.functions import UserFunctionVariable
@@ -81,11 +82,13 @@ def watch_blocks() -> None:
     dynamo_regions.is_reusable = _is_reusable
     dynamo_regions.stamp_out_subgraph = _reuse
     higher_order_ops.taint_filtered_vt = _taint
+    GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT = _no_hooks_of_module  # type: ignore[assignment]
     GUARD_VALUE_DISPATCH[_no_hooks.__name__] = SKIP_GUARD  # not compared when a trace is reused
 
 
 _call_flat = UnspecializedNNModuleVariable.call_function
 _is_reusable_now = dynamo_regions.is_reusable
+_guard_empty_dict = GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT
 _stamp_out = dynamo_regions.stamp_out_subgraph
 _taint_now = higher_order_ops.taint_filtered_vt
 _clone = ChainedSource.clone
@@ -142,10 +145,46 @@ def _reuse(tx, fingerprint, entry):
 def _no_hooks(builder, guard) -> None:
     """Guard: no module of the block has got a hook."""
     block = builder.get(guard)
+    _guarded(builder).update(id(module) for module in block.modules())
     hooks = [getattr(module, name) for module in block.modules() for name in _HOOKS]
+    hooks += _hooks_of_all()
     builder.get_guard_manager(guard).add_lambda_guard(
         lambda _: not any(hooks), [f"{guard.name} has no hooks"], guard.user_stack
     )
+
+
+def _no_hooks_of_module(builder, guard) -> None:
+    """Guard, in the place of Dynamo's, which is left out by default: the module has got no hook.
+
+    Dynamo asks once for each of a module's dictionaries of hooks; one guard is for all of them.
+    """
+    blocks = _blocks_of(builder.check_fn_manager.output_graph.compiler_fn)
+    if blocks is None or blocks.takes_hooks or not isinstance(guard.originating_source, AttrSource):
+        _guard_empty_dict(builder, guard)
+        return
+    of_module = guard.originating_source.base.make_guard(_no_hooks_of_module)
+    module = builder.get(of_module)
+    if id(module) in _guarded(builder):
+        return
+    everywhere = [] if _guarded(builder) else _hooks_of_all()
+    _guarded(builder).add(id(module))
+    names = [name for name in _HOOKS if not getattr(module, name)]  # the others are traced
+    builder.get_guard_manager(of_module).add_lambda_guard(
+        lambda now: not (any(everywhere) or any(getattr(now, name, True) for name in names)),
+        [f"{of_module.name} has no hooks"],
+        guard.user_stack,
+    )
+
+
+def _hooks_of_all() -> list[dict]:
+    """Where hooks of every module would be; what is there already is traced."""
+    names = (f"_global{name}" for name in _HOOKS)
+    return [found for name in names if not (found := getattr(nn.modules.module, name))]
+
+
+def _guarded(builder) -> set[int]:
+    """Ids of the modules whose hooks have a guard; those inside of a block share the block's."""
+    return vars(builder).setdefault("plait_modules_without_hooks", set())
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -12,6 +12,7 @@ from torch import fx
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>.+)\n\s*(?P<code>.+)'
 )
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(.+?)_at_(\d+)")
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -26,7 +27,13 @@ def source_of(node: fx.Node) -> str:
         return ""
     own = [frame for frame in frames if not frame["file"].startswith(_LIBRARIES)]
     frame = (own or frames)[-1]
-    return f"{frame['file']}:{frame['line']}, in {frame['where'].strip()}: {frame['code'].strip()}"
+    where = resumed(frame["where"].strip())
+    return f"{frame['file']}:{frame['line']}, in {where}: {frame['code'].strip()}"
+
+
+def resumed(name: str) -> str:
+    """The user's name of a function that TorchDynamo goes on with after a break."""
+    return _RESUMED.sub(r"\1 after line \2", name)
 
 
 def place_of(node: fx.Node) -> str:
