@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._dynamo import eval_frame, exc
 from torch.utils import _pytree as pytree
 
-from plait.backend.breaks import make_break
 from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
 from plait.backend.report import CapturedGraph, Report, is_collecting
 from plait.backend.store import Entry, call_form, key_of, load, save
@@ -21,6 +20,7 @@ from plait.backend.watch import Watch
 from plait.config import cache_folder
 from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
+from plait.graph.breaks import make_break
 
 _MAX_RECOMPILATIONS = 32
 _FAITHFUL = {

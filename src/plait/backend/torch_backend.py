@@ -20,7 +20,6 @@ from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plait.backend.breaks import is_library
 from plait.backend.report import CapturedGraph, new_report
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.fuse import fuse_module
@@ -33,6 +32,7 @@ from plait.executor.islands import compile_islands
 from plait.executor.kernel_batch import warm_up
 from plait.executor.run import Runnable
 from plait.graph import regions
+from plait.graph.breaks import is_library
 from plait.graph.compose import compose
 from plait.graph.cut import BETWEEN
 from plait.graph.graph import FORWARD, Graph, call_of
@@ -50,9 +50,21 @@ _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<func
 
 
 def plait_backend(
-    module: fx.GraphModule, inputs: Sequence, *, options: Mapping[str, object] | None = None
+    module: fx.GraphModule,
+    inputs: Sequence,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Callable:
-    """Compile one frame: the entry point behind torch.compile(model, backend="plait")."""
+    """Compile one frame: the entry point behind torch.compile(model, backend="plait").
+
+    Raises ConfigError for a `mode` of torch.compile, all of which are Inductor's.
+    """
+    if mode is not None:
+        raise ConfigError(
+            f'mode={mode!r} is Inductor\'s, and backend="plait" has levels instead: leave the '
+            'mode out and say options={"level": "O0"}, "O1" or "O2".'
+        )
     options = dict(options or {})
     for name in options:
         if name not in _OPTIONS:
