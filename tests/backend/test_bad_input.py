@@ -89,6 +89,15 @@ def test_an_unknown_option_names_those_there_are():
     assert isinstance(caught.value, ConfigError) or "ConfigError" in str(caught.value)
 
 
+def test_a_mode_of_inductor_is_refused_with_what_plait_has():
+    compiled = torch.compile(lambda x: x.sin(), backend="plait", mode="reduce-overhead")
+    with pytest.raises(
+        Exception, match=r"mode='reduce-overhead' is Inductor's.*\"level\""
+    ) as caught:
+        compiled(torch.randn(3))
+    assert isinstance(caught.value, ConfigError) or "ConfigError" in str(caught.value)
+
+
 def test_jit_takes_functions_and_modules_only():
     with pytest.raises(ConfigError, match="function or module"):
         plait.jit(3)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import plait
-from plait.backend.breaks import explain_break, explain_guard, short_path
 from plait.backend.report import ONE_LINE, collecting_reports
+from plait.graph.breaks import explain_break, explain_guard, short_path
 
 log = logging.getLogger(__name__)
 

@@ -285,6 +285,13 @@ class Rooted(torch.optim.SGD):
                     p.add_(p.grad, alpha=-(float(str(float(group["lr"]))) ** 0.5))
 
 
+def test_an_optimizer_that_runs_the_model_itself_is_refused():
+    model = tower()
+    graph = plait.capture(model, torch.randn(5, WIDTH), loss=squares)
+    with pytest.raises(GraphError, match=r"LBFGS.*missing a required argument: 'closure'"):
+        plait.compile(graph, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
 def test_numbers_that_a_program_would_freeze_are_refused():
     model = tower()
     graph = plait.capture(model, torch.randn(5, WIDTH), loss=squares)

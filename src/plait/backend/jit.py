@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._dynamo import eval_frame, exc
 from torch.utils import _pytree as pytree
 
-from plait.backend.breaks import make_break
 from plait.backend.fingerprint import Fingerprint, Uncacheable, fingerprint
 from plait.backend.reads import Comparison, compare
 from plait.backend.report import Report, is_collecting
@@ -25,6 +24,7 @@ from plait.collector import collector_paused
 from plait.config import cache_folder
 from plait.errors import ConfigError, GraphError
 from plait.executor.run import Runnable
+from plait.graph.breaks import make_break
 
 _MAX_RECOMPILATIONS = 32
 _FAITHFUL = {

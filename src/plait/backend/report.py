@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 
-from plait.backend.breaks import STEP, Break, explain_guard, make_break, short_path
 from plait.backend.watch import Watch, remembering_frames
 from plait.executor.islands import Islands
+from plait.graph.breaks import STEP, Break, explain_guard, make_break, short_path
 from plait.graph.graph import Graph
 from plait.graph.schedule import Schedule
 from plait.graph.source import resumed

@@ -21,7 +21,6 @@ from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plait.backend.breaks import is_library
 from plait.backend.fingerprint import Fingerprint, Uncacheable
 from plait.backend.reads import Read, reads_of
 from plait.backend.report import CapturedGraph, new_report
@@ -37,6 +36,7 @@ from plait.executor.islands import compile_islands
 from plait.executor.kernel_batch import warm_up
 from plait.executor.run import Runnable
 from plait.graph import regions
+from plait.graph.breaks import is_library
 from plait.graph.compose import compose
 from plait.graph.cut import BETWEEN
 from plait.graph.eager_kernels import kernels_of_eager
@@ -56,9 +56,21 @@ _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<func
 
 
 def plait_backend(
-    module: fx.GraphModule, inputs: Sequence, *, options: Mapping[str, object] | None = None
+    module: fx.GraphModule,
+    inputs: Sequence,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Callable:
-    """Compile one frame: the entry point behind torch.compile(model, backend="plait")."""
+    """Compile one frame: the entry point behind torch.compile(model, backend="plait").
+
+    Raises ConfigError for a `mode` of torch.compile, all of which are Inductor's.
+    """
+    if mode is not None:
+        raise ConfigError(
+            f'mode={mode!r} is Inductor\'s, and backend="plait" has levels instead: leave the '
+            'mode out and say options={"level": "O0"}, "O1" or "O2".'
+        )
     options = dict(options or {})
     for name in options:
         if name not in _OPTIONS:

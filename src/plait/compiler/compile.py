@@ -71,6 +71,7 @@ def compile(
         constants=lowering.constants,
         objects=lowering.objects,
         is_step=graph.is_step,
+        arguments=graph.arguments,
         num_micro_batches=plan.num_micro_batches,
         numerics=numerics,
         notes=graph.notes,

@@ -20,7 +20,7 @@ from plait.executor.islands import compile_islands
 from plait.executor.observe import Observer
 from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
 from plait.executor.ranks import groups_of, reduce_gradients, whole_parameters
-from plait.graph.graph import Role, Value
+from plait.graph.graph import TENSOR, Role, Value, describe_argument
 from plait.graph.schedule import Schedule
 
 
@@ -41,9 +41,11 @@ def run(
     program, on its own state, and the gradients are cleared. mesh: names the axes over which the
     schedule communicates; with fsdp, the model was parted by `executor.ranks.shard_parameters`.
 
-    Raises PlanError if inputs or parameters have another shape or dtype than captured, or if the
-    ranks of an axis disagree on the schedule or on weights that each holds whole, and GraphError if
-    the optimizer is not the compiled one.
+    inputs: those of the capture. Its plain values are part of the program; they may be left out.
+
+    Raises PlanError if inputs or parameters are not those captured, or have another shape or dtype,
+    or if the ranks of an axis disagree on the schedule or on weights that each holds whole, and
+    GraphError if the optimizer is not the compiled one.
     """
     groups = groups_of(schedule, model, mesh)
     runnable = schedule.loaded
@@ -59,6 +61,7 @@ def run_loaded(
     """Run what was loaded already, as `run` does."""
     schedule, optimizers = runnable.schedule, in_order(optimizer)
     check_optimizers(schedule, optimizers)
+    _check_arguments(schedule.arguments, inputs)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not schedule.is_step:
         results = runnable(*(local_part(x) for x in _bind(schedule, model, tensors)))
@@ -329,6 +332,32 @@ def _add_gradient(owner: Tensor, gradient: Tensor) -> None:
         owner.grad = gradient
     else:
         owner.grad += gradient
+
+
+def _check_arguments(captured: tuple[str, ...] | None, inputs: Sequence[object]) -> None:
+    """Raise PlanError if these are not the inputs of the capture, with or without plain values."""
+    given = tuple(describe_argument(x) for x in inputs)
+    if captured is None or given in (captured, tuple(x for x in captured if x == TENSOR)):
+        return
+    if len(given) == len(captured):
+        i = next(i for i, (x, y) in enumerate(zip(given, captured, strict=True)) if x != y)
+        if captured[i] == TENSOR:
+            raise PlanError(
+                f"input {i} is {given[i]}, which is not a tensor: the schedule was captured "
+                "with one there."
+            )
+        raise PlanError(
+            f"input {i} is {given[i]}, but the schedule was captured with {captured[i]}, which is "
+            "part of its program. Capture again for another value."
+        )
+    raise PlanError(
+        f"the schedule was captured with these inputs beside the model: {_list(captured)}. "
+        f"Given: {_list(given)}."
+    )
+
+
+def _list(arguments: Sequence[str]) -> str:
+    return ", ".join(arguments) or "none"
 
 
 def _bind(

@@ -8,25 +8,32 @@ could hold is captured on a laptop. Parameters keep their names in the graph's i
 # (TorchDynamo is not typed.)
 
 import copy
-from collections.abc import Callable, Sequence
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import exc
+from torch._dynamo.comptime import comptime
 from torch._dynamo.convert_frame import fullgraph_capture
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import TracingContext, tracing
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from plait.collector import collector_paused
 from plait.errors import GraphError, PlanError
+from plait.graph.breaks import make_break
 from plait.graph.compose import Names, compose
 from plait.graph.distributed import localize, name_groups
-from plait.graph.graph import Graph, Role
+from plait.graph.graph import Graph, Role, describe_argument
 from plait.graph.parallelize import keep_local_parameters, parallelize
 from plait.graph.plan_mesh import plan_mesh
 from plait.graph.regions import Blocks, marking_blocks
+from plait.graph.side_effects import refuse_side_effects
 from plait.graph.trace import NotATemplate
 from plait.graph.whole import compose_whole
 from plait.plan.parallel_plan import ParallelPlan, Recompute
@@ -61,14 +68,15 @@ def capture(
     the loss, the new values of buffers that it changes, and the gradients of the parameters. Under
     torch.no_grad() there are no tangents and no gradients.
 
-    Raises GraphError where the program cannot be one graph, and PlanError where the inputs
-    contradict the plan.
+    Raises GraphError where the program cannot be one graph, where it changes anything but buffers
+    in place, and where a loss is no scalar; PlanError where the inputs contradict the plan.
     """
     if inputs and isinstance(inputs[-1], ParallelPlan):
         if plan is not None:
             raise GraphError("two plans were given: one among the inputs and one by name.")
         inputs, plan = inputs[:-1], inputs[-1]
     plan = plan or ParallelPlan()
+    _check_call(model, inputs, loss)
     plan.check_inputs(inputs)
     if plan.ep > 1:
         raise PlanError(f"plait.capture keeps all experts on each rank: ep={plan.ep} must be 1.")
@@ -101,9 +109,10 @@ def _capture(
         _fake_part(x, fake_mode, plan.num_micro_batches) if isinstance(x, Tensor) else x
         for x in inputs
     ]
-    program = fake_model if loss is None else _Step(fake_model, loss)
+    program = _Whole(fake_model, loss)
     try:
         with (
+            _saying_errors_once(),
             marking_blocks(Blocks(takes_hooks=True)),
             torch._dynamo.config.patch(
                 automatic_dynamic_shapes=False, inline_single_use_invoke_subgraph=False
@@ -112,8 +121,10 @@ def _capture(
             dynamo_timed("fullgraph_capture"),
         ):
             captured = fullgraph_capture(program, tuple(fake_inputs)).backend_input
+    except GraphError as error:
+        raise error.with_traceback(None) from None  # TorchDynamo's own lines tell nobody anything
     except _NOT_ONE_GRAPH as error:
-        raise GraphError(f"the model is not one graph: {_plain(error)}") from error
+        raise GraphError(_said(error)) from error
     if captured is None:
         raise GraphError("the model computes nothing: there is no operator to capture.")
     module = captured.graph_module
@@ -131,6 +142,7 @@ def _capture(
             graph = compose_whole(module, captured.fake_mode, names)
     name_groups(graph, [*meshes, *([] if mesh is None else [mesh])])
     graph.is_step = loss is not None
+    graph.arguments = tuple(describe_argument(x) for x in inputs)
     return graph
 
 
@@ -148,16 +160,72 @@ def _num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:
     return _LAYERS if splits_attention and plan.recompute is Recompute.NONE else 1
 
 
-class _Step(nn.Module):
-    """The model and its loss, as one module."""
+class _Whole(nn.Module):
+    """The model, or its loss; at the end it is looked at what was returned and changed."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
 
-    def forward(self, *inputs: object) -> Tensor:
-        return self.loss(self.model, *inputs)
+    def forward(self, *inputs: object) -> object:
+        if self.loss is None:
+            returned = self.model(*inputs)
+        else:
+            returned = self.loss(self.model, *inputs)
+            comptime(_check_loss)
+        comptime(_check_changes)
+        return returned
+
+
+def _check_loss(context) -> None:
+    """Called by TorchDynamo where the loss has returned."""
+    returned = context.get_local("returned")
+    kind = returned.python_type()
+    if issubclass(kind, Tensor):
+        found = returned.as_fake()
+        if found.numel() == 1:  # what autograd calls a scalar
+            return
+        what = f"a tensor of shape {tuple(found.shape)}"
+    else:
+        what = "None" if kind is type(None) else f"a {kind.__name__}"
+    raise GraphError(
+        f"the loss returned {what}. It must return one number as a tensor, such as the mean or the "
+        "sum of what is to be small, and nothing beside it."
+    )
+
+
+def _check_changes(context) -> None:
+    """Called by TorchDynamo at the end of the program."""
+    refuse_side_effects(context._i_will_not_complain_if_bc_breaks_InstructionTranslator())
+
+
+def _check_call(model: object, inputs: tuple[object, ...], loss: object) -> None:
+    """Raise GraphError if the call to capture is none that Python would take."""
+    if not isinstance(model, nn.Module):
+        raise GraphError(
+            f"plait.capture takes a torch.nn.Module, got {_named(model)}: the graph names its "
+            "inputs by the module's parameters. plait.jit takes functions too."
+        )
+    if loss is not None and not callable(loss):
+        raise GraphError(f"the loss must be a function loss(model, *inputs), got {loss!r}.")
+    function, given = (model.forward, inputs) if loss is None else (loss, (model, *inputs))
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some builtin functions do not say what they take
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        whose = f"{type(model).__name__}.forward" if loss is None else f"the loss {_named(loss)}"
+        raise GraphError(
+            f"{whose}{signature} cannot be called with the {len(inputs)} inputs that "
+            f"plait.capture was given: {error}."
+        ) from None
+
+
+def _named(x: object) -> str:
+    return getattr(x, "__name__", None) or f"a {type(x).__name__}"
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -205,10 +273,25 @@ def _names(module: fx.GraphModule, examples: list, model: nn.Module, inputs: lis
     return names
 
 
-def _plain(error: Exception) -> str:
-    """The first sentence of Dynamo's explanation, and the user's line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    explanation = [line for line in lines if line.startswith("Explanation:")]
-    text = (explanation or lines)[0].removeprefix("Explanation:").strip()
-    stack = getattr(error, "real_stack", None)
-    return f"{text} ({stack[-1].filename}:{stack[-1].lineno})" if stack else text
+def _said(error: Exception) -> str:
+    """Say why the program is not one graph, at the user's line, from TorchDynamo's error."""
+    text, _, _ = str(error).partition("\nfrom user code:")
+    found = make_break(text, getattr(error, "real_stack", None) or ())
+    place = "" if found.where == "unknown" else f"{found.where}: "
+    advice = found.advice[:1].upper() + found.advice[1:]
+    return f"the model is not one graph: {place}{found.reason}. {advice}."
+
+
+@contextmanager
+def _saying_errors_once() -> Iterator[None]:
+    """Keep the log of fake tensors from telling an error that is raised as well."""
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    log = logging.getLogger(fake_tensor.__name__)
+    log.addFilter(is_no_error)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_no_error)

@@ -148,6 +148,7 @@ class Graph:
     notes: tuple[Note, ...] = ()  # what passes did, and what they could not do
     islands: dict[str, Any] = field(default_factory=dict[str, Any])  # see `graph/island.py`
     is_whole: bool = False  # each program is to be one island
+    arguments: tuple[str, ...] | None = None  # what was captured: see `describe_argument`
 
     def values(self, role: Role) -> list[Value]:
         """Inputs or outputs in this role, in order."""
@@ -214,6 +215,17 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
         if "forward" in node.meta:  # a backward call knows its forward
             node.meta["forward"] = copies[node.meta["forward"]]
     return module_of(module, graph)
+
+
+TENSOR = "a tensor"
+
+
+def describe_argument(x: object) -> str:
+    """Say what an argument of a program is: a tensor, or a plain value, which is part of it."""
+    if isinstance(x, Tensor):
+        return TENSOR
+    is_plain = x is None or isinstance(x, bool | int | float | complex | str)
+    return repr(x) if is_plain else f"a {type(x).__name__}"
 
 
 def describe(role: Role, name: str, value: object) -> Value:

@@ -105,7 +105,8 @@ class Schedule:
     cannot be stored. certificates: what was proven of the pieces that were split. groups: the axes
     that collectives name, and their sizes. optimizer_inputs describe what the program `optimizer`
     takes and changes in place, optimizer_settings all that is constant in it. notes: what the
-    passes did, and what they could not do. islands: by name, each once.
+    passes did, and what they could not do. islands: by name, each once. arguments: what the user's
+    function was captured with, in its order (`describe_argument`); None where nobody calls it so.
     """
 
     level: str
@@ -128,6 +129,7 @@ class Schedule:
     certificates: dict[str, str] = field(default_factory=dict[str, str])
     groups: dict[str, int] = field(default_factory=dict[str, int])
     islands: dict[str, IslandProgram] = field(default_factory=dict[str, IslandProgram])
+    arguments: tuple[str, ...] | None = None
     made: tuple[str, ...] = field(default=(), repr=False, compare=False)  # said when it was loaded
     loaded: object = field(default=None, repr=False, compare=False)  # the executor's own
 

@@ -35,6 +35,7 @@ def to_json(schedule: Schedule) -> str:
         "format": FORMAT,
         "level": schedule.level,
         "is_step": schedule.is_step,
+        "arguments": None if schedule.arguments is None else list(schedule.arguments),
         "num_micro_batches": schedule.num_micro_batches,
         "numerics": schedule.numerics,
         "notes": [asdict(note) for note in schedule.notes],
@@ -65,6 +66,7 @@ def from_json(text: str) -> Schedule:
         return Schedule(
             level=str(data["level"]),
             is_step=bool(data["is_step"]),
+            arguments=_read_arguments(data.get("arguments")),
             num_micro_batches=int(data["num_micro_batches"]),
             numerics=str(data["numerics"]),
             notes=tuple(Note(**note) for note in data["notes"]),
@@ -85,6 +87,10 @@ def from_json(text: str) -> Schedule:
         if isinstance(error, GraphError):
             raise
         raise GraphError(f"this is not a stored schedule: {error!r}.") from error
+
+
+def _read_arguments(data: list[Json] | None) -> tuple[str, ...] | None:
+    return None if data is None else tuple(str(x) for x in data)
 
 
 def _value(value: Value) -> Json:

@@ -3,6 +3,7 @@
 # pyright: basic
 # (TorchDynamo is not typed.)
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,3 +18,13 @@ def operands_of_kernel(bindings: str) -> tuple[str, str]:
     if "METH_FASTCALL" in bindings:
         return "PyObject* const* args, Py_ssize_t", "METH_FASTCALL"
     return "PyObject* args", "METH_VARARGS"
+
+
+def name_of_source(source: Any) -> str:
+    """TorchDynamo's name of the place that an object came from."""
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def stacks_of_changes(side_effects: Any) -> Mapping[Any, Sequence[Any]]:
+    """Where each object was changed: the user's stacks. Older releases do not note them."""
+    return getattr(side_effects, "mutation_user_stacks", {})

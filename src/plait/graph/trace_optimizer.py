@@ -8,6 +8,7 @@ is what is computed of it; all other settings are constants.
 # pyright: basic
 # (make_fx and optimizers' states are not typed.)
 
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -291,6 +292,13 @@ def _check(optimizer: Optimizer) -> None:
         raise GraphError(f"an optimizer of torch.optim is needed, got {optimizer!r}.")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise GraphError(f"{_name(optimizer)} has step hooks, which a program cannot run.")
+    try:
+        inspect.signature(type(optimizer).step).bind(optimizer)
+    except TypeError as error:
+        raise GraphError(
+            f"{_name(optimizer)}.step() is {error}: it runs the model itself, so its step is not "
+            "one program after the backward. Step it yourself, around plait.jit."
+        ) from None
 
 
 def _name(optimizer: Optimizer) -> str:

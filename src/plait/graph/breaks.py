@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STEP = "step_unsupported"  # the graph ends at this line; why was said elsewhere, or nowhere
 
@@ -23,21 +24,31 @@ class Break:
     advice: str
 
 
-def make_break(reason: str, frames: Sequence) -> Break:
+def make_break(reason: str, frames: Sequence[Any]) -> Break:
     """Say in plain words why TorchDynamo ended a graph. frames: the user's stack, innermost last.
 
     The place is the innermost line that is neither of a library nor of Python itself.
     """
     if not frames:
         return Break("unknown", *explain_break(reason))
-    own = [frame for frame in frames if not is_library(frame.filename)]
-    frame = (own or frames)[-1]
+    frame = own_frame(frames)
     plain, advice = explain_break(reason)
     if frame is not frames[-1]:
         plain = f"{plain}, in {short_path(frames[-1].filename)}:{frames[-1].lineno}"
-    code = _without_comment(frame.line or "")
+    code = code_of(frame)
     text = f"{plain} (`{code}`)" if code else plain
     return Break(f"{frame.filename}:{frame.lineno}", text, advice)
+
+
+def own_frame(frames: Sequence[Any]) -> Any:
+    """The innermost of these frames that is neither of a library nor of Python or Plait itself."""
+    own = [frame for frame in frames if not is_library(frame.filename)]
+    return (own or frames)[-1]
+
+
+def code_of(frame: Any) -> str:
+    """The line of Python of a frame, without its comment."""
+    return _without_comment(frame.line or "")
 
 
 def explain_break(reason: str) -> tuple[str, str]:
@@ -57,7 +68,7 @@ def explain_guard(reason: str) -> str:
     for pattern, plain in _GUARDS:
         found = re.search(pattern, text)
         if found:
-            text = plain.format(**{k: _plain_name(v or "") for k, v in found.groupdict().items()})
+            text = plain.format(**{k: plain_name(v or "") for k, v in found.groupdict().items()})
             break
     code, _, place = comment.rpartition("# ")
     found = re.search(r"([^/\s]+:\d+) in ", place)
@@ -65,8 +76,8 @@ def explain_guard(reason: str) -> str:
 
 
 def is_library(path: str) -> bool:
-    """Whether a file belongs to Python or to an installed package."""
-    return path.startswith(_LIBRARIES) or path.startswith("<")
+    """Whether a file belongs to Python, to an installed package, or to capture itself."""
+    return path.startswith((*_LIBRARIES, f"{_CAPTURE}/", "<"))
 
 
 def short_path(path: str) -> str:
@@ -87,6 +98,8 @@ _LIBRARIES = tuple(
         ]
     )
 )
+
+_CAPTURE = str(Path(__file__).parent)  # Plait's own lines stand around the user's
 
 _OUTSIDE = "do it outside of the compiled function"
 
@@ -197,6 +210,16 @@ _BREAKS = [
         "something in this line cannot be captured",
         "split the line to see which part of it, and do that outside of the compiled function",
     ),
+    (
+        r"with fake tensors: [^\n]*got \w+\((?P<quote>[\"'])(?P<said>.*?)\.?(?P=quote)\)",
+        "{said}",
+        "check the shapes and dtypes of what meets in this line",
+    ),
+    (
+        r"raised exception (?P<said>[^\n]+)",
+        "the program raises {said}",
+        "run it as it is, with the same inputs, to see the error whole",
+    ),
 ]
 
 _NAME = r"(?P<name>.+?)"
@@ -253,7 +276,7 @@ _DTYPES = {
 }
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """An expression over TorchDynamo's names as the user wrote it."""
     if name in _DTYPES:
         return _DTYPES[name]
