@@ -139,6 +139,9 @@ class Shape:
     share_head: bool = True
 
 
+_SPLIT_LAYERS = 3
+"""Captured beside the first with replicas: the first piece spans two layers, two are alike."""
+
 _FEW: dict[Points, tuple[tuple[int, int], tuple[int, int]]] = {
     # points -> (sequences, divisor of their length) of the two captures
     (1.0, 1.0): ((1, 1), (1, 1)),
@@ -326,7 +329,7 @@ def _split_pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
             f"replicas are priced for models with one kind of layer; {store.source.name} has "
             f"{', '.join(whole.layers)}. Choose replicas=1."
         )
-    one, two = store.called(shape, points, 2)
+    one, two = store.called(shape, points, _SPLIT_LAYERS)
     if len(one) < 4 or one[1].name != one[2].name:
         raise PlanError(
             f"replicas={shape.replicas} leave the layers of {store.source.name} different from "
@@ -338,7 +341,7 @@ def _split_pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
         for kind, piece in whole.layers.items()
     }
     batch, part = _FEW[points][0]
-    graph = store.graph(shape, batch, part, 2)
+    graph = store.graph(shape, batch, part, _SPLIT_LAYERS)
     return replace(whole, layers=layers, notes=tuple(dict.fromkeys(map(str, graph.notes))))
 
 
