@@ -1,12 +1,11 @@
 """After a hit in the compile cache: whatever the program reads is compared, at each later call."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .stored_program import run_program
 
 PROGRAM = """
 import dataclasses, json, os, sys
@@ -129,16 +128,7 @@ KINDS = [
 
 
 def run(folder: Path, kinds: list[str], *arguments: str) -> dict[str, list]:
-    done = subprocess.run(
-        [sys.executable, "program.py", json.dumps(kinds), *arguments],
-        cwd=folder,
-        env=os.environ | {"PLAIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_program(folder, json.dumps(kinds), *arguments)
 
 
 @pytest.fixture(scope="module")

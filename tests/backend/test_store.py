@@ -1,12 +1,10 @@
 """The compile cache: a second process starts from disk, and never from a stale or broken entry."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .stored_program import run_program
 
 PROGRAM = """
 import json, sys
@@ -84,16 +82,7 @@ def folder(tmp_path):
 
 
 def run(folder: Path, *arguments: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "program.py", *arguments],
-        cwd=folder,
-        env=os.environ | {"PLAIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = run_program(folder, *arguments)
     assert result["same"]
     assert result["rows"] == 5
     return result

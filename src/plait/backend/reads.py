@@ -52,7 +52,7 @@ class Read:
 
     base: int | None
     step: str
-    key: object
+    key: Any
     fact: str | None = None
     is_type: bool = False
 
@@ -293,8 +293,8 @@ def _step_of(source) -> tuple[str, object]:
 
 def _root(read: Read, found: Fingerprint) -> object:
     if read.step == _WALKED:
-        return found.objects[read.key]  # type: ignore[index]
-    return sys.modules[read.key]  # type: ignore[index]
+        return found.objects[read.key]
+    return sys.modules[read.key]
 
 
 def _parts_of(x: object) -> Callable[..., list] | None:

@@ -15,7 +15,6 @@ from torch import fx
 from torch._dynamo import exc
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext
@@ -45,6 +44,7 @@ from plait.graph.inline import inline_regions
 from plait.graph.island import Island
 from plait.graph.regions import Blocks, watch_blocks
 from plait.graph.schedule import Schedule
+from plait.graph.side_effects import changes
 from plait.graph.source import resumed
 from plait.graph.sources import name_sources
 from plait.graph.trace import NotATemplate, first_line
@@ -111,7 +111,7 @@ class Backend:
         self.report.add(described, graph)
         self.report.note_islands(runnable.schedule, runnable.islands)
         translator = InstructionTranslator.current_tx()
-        if self.storing is None or _has_side_effects(translator.output.side_effects):
+        if self.storing is None or any(changes(translator)):
             return runnable
         frame = Frame(
             schedule=runnable.schedule,
@@ -245,26 +245,6 @@ def _fake_mode() -> FakeTensorMode:
 def _scope(translator) -> dict[str, dict]:
     root = translator.output.root_tx
     return {"G": root.f_globals, "L": root.f_locals}
-
-
-def _has_side_effects(side_effects) -> bool:
-    """Whether the frame changes objects that were there before it."""
-    changed = [each for each in side_effects._get_modified_vars() if each.source is not None]
-    return bool(side_effects.tensor_hooks) or not all(
-        _is_put_back(each, side_effects) for each in changed
-    )
-
-
-def _is_put_back(variable, side_effects) -> bool:
-    """Whether all attributes that the frame sets end with the value that they had."""
-    given = side_effects.store_attr_mutations.get(variable)
-    if not given or not isinstance(variable, UserDefinedObjectVariable):
-        return False
-    return all(
-        value.is_python_constant()
-        and value.as_python_constant() is getattr(variable.value, name, value)
-        for name, value in given.items()
-    )
 
 
 def describe_graph(where: str, graph: Graph) -> CapturedGraph:

@@ -10,6 +10,7 @@ ends where a block begins and where a mode changes, so each is traced under one 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -217,13 +218,13 @@ def _text(nodes: Sequence[Node], operands: Sequence[Node], results: Sequence[Nod
     """The piece's code with its own numbering, so that equal pieces read the same."""
     numbers = {node: i for i, node in enumerate((*operands, *nodes))}
 
-    def number(node: Node) -> str:
+    def number(node: Node) -> Any:
         # What is not of the piece is a module or DTensor's mesh, known by its name.
         return f"%{numbers[node]}" if node in numbers else f"@{node.target}"
 
     lines = [f"{len(operands)} operands, results {[numbers[node] for node in results]}"]
     for node in nodes:
-        args = fx.map_arg((node.args, node.kwargs), number)  # type: ignore[arg-type]
+        args = fx.map_arg((node.args, node.kwargs), number)
         target = node.target
         name = getattr(target, "__qualname__", None) or str(target)
         unique = f"{getattr(target, '__module__', '')}.{name}#{id(target)}"

@@ -27,7 +27,7 @@ _MODULE = re.compile(r"^__import_\w+\.")  # before the globals of other files
 
 def refuse_side_effects(translator) -> None:
     """Raise GraphError if the program that was read up to here changes objects from outside."""
-    found = list(dict.fromkeys(_changes(translator)))
+    found = list(dict.fromkeys(changes(translator)))
     if not found:
         return
     rest = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
@@ -37,7 +37,8 @@ def refuse_side_effects(translator) -> None:
     )
 
 
-def _changes(translator) -> Iterator[str]:
+def changes(translator) -> Iterator[str]:
+    """What the program that was read up to here changes of objects from outside, in words."""
     side_effects = translator.output.side_effects
     for variable, *_ in side_effects.tensor_hooks.values():
         yield f"the hooks of {_name(variable.source, translator)}"
