@@ -178,6 +178,30 @@ def bert() -> Family:
     return _masked(hf.BertForMaskedLM(hf.BertConfig(**ENCODER)))
 
 
+def modernbert() -> Family:
+    """No norm before the first attention, where other layers have one."""
+    # PyTorch keeps no guard on the kind of a layer's children that would tell them apart.
+    config = hf.ModernBertConfig(**ENCODER, local_attention=8, pad_token_id=0)
+    return _masked(hf.ModernBertForMaskedLM(config))
+
+
+def exaone4() -> Family:
+    """Global layers without rotary embedding: keys go from their norm into the cache."""
+    return _causal(hf.Exaone4ForCausalLM(hf.Exaone4Config(**CAUSAL_DROPOUT, sliding_window=8)))
+
+
+def doge() -> Family:
+    """Masks that are learnt, through softplus."""
+    return _causal(hf.DogeForCausalLM(hf.DogeConfig(**CAUSAL)))
+
+
+def jetmoe() -> Family:
+    """A break inside of every layer, between its norm and its residual connection."""
+    sizes = {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = CAUSAL | {"num_hidden_layers": 2, "num_key_value_heads": 2} | sizes
+    return _causal(hf.JetMoeForCausalLM(hf.JetMoeConfig(**config)))
+
+
 def albert() -> Family:
     """One layer's weights, four times."""
     config = hf.AlbertConfig(
@@ -254,7 +278,11 @@ FAMILIES: Mapping[str, Callable[[], Family]] = {
         gpt2,
         gpt2_scaled_by_layer,
         mixtral,
+        exaone4,
+        doge,
+        jetmoe,
         bert,
+        modernbert,
         albert,
         vit,
         t5,

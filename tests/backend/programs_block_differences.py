@@ -44,6 +44,9 @@ class Layer(nn.Module):
         return x + y
 
 
+_DIFFERENCES: list[Callable[[Layer], object]] = []
+
+
 def _difference(change: Callable[[Layer], object]) -> Program:
     """Change the last layer before the first call, and the middle one before the second."""
 
@@ -52,7 +55,20 @@ def _difference(change: Callable[[Layer], object]) -> Program:
         change(model[2])
         return calls(model, Call(_leaf()), Call(_leaf(), before=lambda: change(model[1])))
 
+    _DIFFERENCES.append(change)
     return Program(f"block_with_{change.__name__}", None, build)
+
+
+def _but_one(change: Callable[[Layer], object]) -> Program:
+    """Change all layers but the last before the first call: what the last has, no other has."""
+
+    def build() -> Case:
+        model = nn.Sequential(*(Layer() for _ in range(3)))
+        for layer in model[:2]:
+            change(layer)
+        return calls(model, Call(_leaf()), Call(_leaf()))
+
+    return Program(f"blocks_with_{change.__name__}_but_one", None, build)
 
 
 def _leaf() -> Tensor:
@@ -107,6 +123,16 @@ def a_tensor_where_others_have_none(layer: Layer):
 @_difference
 def another_kind_of_child(layer: Layer):
     layer.activation = nn.ReLU()
+
+
+@_difference
+def a_child_that_does_nothing(layer: Layer):
+    layer.norm = nn.Identity()
+
+
+@_difference
+def a_child_with_a_method_of_its_own(layer: Layer):
+    layer.activation.forward = torch.relu
 
 
 @_difference
@@ -314,4 +340,4 @@ def blocks_called_in_another_order():
     return calls(f, Call(_leaf()), Call(_leaf()), watch=[layers])
 
 
-PROGRAMS = collect(globals())
+PROGRAMS = [*collect(globals()), *map(_but_one, _DIFFERENCES)]

@@ -27,8 +27,9 @@ from plait.executor.run import Runnable
 from plait.graph.breaks import make_break
 
 _MAX_RECOMPILATIONS = 32
-_FAITHFUL = {
+_DYNAMO_OPTIONS = {
     "inline_single_use_invoke_subgraph": False,  # a block is a block, however often it runs
+    "run_gc_after_compile": False,  # as in `collector_paused`: what is garbage is found later
 }
 
 
@@ -135,7 +136,7 @@ class Jitted:
         is_first, self._has_run = not self._has_run, True
         try:
             with (
-                torch._dynamo.config.patch(_FAITHFUL),
+                torch._dynamo.config.patch(_DYNAMO_OPTIONS),
                 collector_paused() if is_first else nullcontext(),
             ):
                 return self._compiled(*args, **kwargs)

@@ -48,6 +48,7 @@ from plait.graph.side_effects import changes
 from plait.graph.source import resumed
 from plait.graph.sources import name_sources
 from plait.graph.trace import NotATemplate, first_line
+from plait.graph.uses import part_uses, unite_uses
 from plait.graph.whole import AS_EAGER
 from plait.plan.parallel_plan import ParallelPlan
 
@@ -100,11 +101,15 @@ class Backend:
         for block, reason in self.blocks.refused.items():
             self.report.flat_blocks[block.__name__] = reason
         where = place_of(module)
+        again, graph, reason = part_uses(module), None, ""
         try:
             with self._timed("trace"):
                 graph = compose(module, _fake_mode())
         except NotATemplate as error:
-            return self._compile_whole(module, inputs, str(error))
+            reason = str(error)
+        unite_uses(module, again)  # Dynamo still looks at its module
+        if graph is None:
+            return self._compile_whole(module, inputs, reason)
         with self._timed("generate"):
             runnable = Runnable(compile_graph(graph, level=self.level))
         described = describe_graph(where, graph)
@@ -112,11 +117,11 @@ class Backend:
         self.report.note_islands(runnable.schedule, runnable.islands)
         translator = InstructionTranslator.current_tx()
         if self.storing is None or any(changes(translator)):
-            return runnable
+            return _repeating(runnable, again)
         frame = Frame(
             schedule=runnable.schedule,
             graph=described,
-            input_ids=[id(x) for x in inputs],
+            input_ids=[id(x) for x in (*inputs, *(inputs[i] for i in again))],
             files={code.co_filename for code in translator.output.tracing_context.traced_code},
         )
         try:
@@ -125,8 +130,10 @@ class Backend:
             frame.obstacle = str(reason)
         self.frames.append(frame)
 
+        run = _repeating(runnable, again)
+
         def first_and_later(*values):
-            results = runnable(*values)
+            results = run(*values)
             if frame.results is None and self.storing is not None:
                 frame.results = results
             return results
@@ -136,17 +143,20 @@ class Backend:
     def _compile_whole(self, module: fx.GraphModule, inputs: Sequence, reason: str) -> Callable:
         """Capture by AOTAutograd, which knows every case, block after block."""
         inline_regions(module)
+        again = part_uses(module)
         module.recompile()
+        examples = [*inputs, *(inputs[i].detach().requires_grad_() for i in again)]
         frame = WholeFrame(self, module)
         self.report.whole_graphs[place_of(module)] = reason
         try:
             with self._timed("trace"), kernels_of_eager():
-                return aot_autograd(
+                compiled = aot_autograd(
                     fw_compiler=frame.compile_forward,
                     bw_compiler=frame.compile_backward,
                     inference_compiler=frame.compile_forward,
                     partition_fn=frame.partition,
-                )(module, inputs)
+                )(module, examples)
+            return _repeating(compiled, again)
         except exc.RestartAnalysis:
             raise  # Dynamo reads the program anew, and knows more of it then
         except (RuntimeError, NotImplementedError) as error:
@@ -154,7 +164,9 @@ class Backend:
             # autograd, and the report says so.
             self.report.eager_graphs[place_of(module)] = first_line(error)
             self.report.graphs.append(CapturedGraph(place_of(module), 0, {}, 0))
-            return module.forward
+            return _repeating(module.forward, again)
+        finally:
+            unite_uses(module, again)
 
     @contextmanager
     def _timed(self, phase: str):
@@ -240,6 +252,11 @@ def _fake_mode() -> FakeTensorMode:
     mode = TracingContext.get().fake_mode
     assert mode is not None
     return mode
+
+
+def _repeating(run: Callable, again: Sequence[int]) -> Callable:
+    """With the inputs that `part_uses` made."""
+    return (lambda *values: run(*values, *(values[i] for i in again))) if again else run
 
 
 def _scope(translator) -> dict[str, dict]:

@@ -28,6 +28,21 @@ def in_place_target(node: Node) -> object | None:
     return in_place if in_place is not None and _can_take_over(node, node.args[0]) else None
 
 
+def is_sum(node: Node) -> bool:
+    """Whether it adds two tensors of one form, as autograd does with gradients."""
+    if node.target is not _aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return False
+    forms = [_form(x) for x in (*node.args, node)]
+    return None not in forms and len(set(forms)) == 1
+
+
+def _form(x: object) -> tuple | None:
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape):
+        return None
+    return (value.shape, value.dtype, value.device)
+
+
 def _can_take_over(node: Node, operand: object) -> bool:
     if not isinstance(operand, fx.Node) or node.args[1] is operand:
         return False

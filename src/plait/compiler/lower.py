@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from plait.compiler.assemble import assemble
-from plait.compiler.in_place import in_place_target
+from plait.compiler.in_place import in_place_target, is_sum
 from plait.graph.graph import BACKWARD, FORWARD, Template, call_of
 from plait.graph.island import Island, island_of
 from plait.graph.schedule import (
@@ -66,7 +66,8 @@ class Lowering:
             name=name,
             inputs=tuple(inputs),
             results=results,
-            steps=_with_frees(steps, results),
+            steps=with_frees(steps, results),
+            sums=frozenset(node.name for node in module.graph.nodes if is_sum(node)),
         )
 
     def template(self, template: Template) -> dict[str, Program]:
@@ -145,7 +146,7 @@ def _argument(x: object) -> Argument:
     return x
 
 
-def _with_frees(steps: list[Step], results: tuple[Argument, ...]) -> tuple[Step, ...]:
+def with_frees(steps: list[Step], results: tuple[Argument, ...]) -> tuple[Step, ...]:
     """Note at each step which values are used there for the last time."""
     needed = set(refs_in(results))
     last_first: list[Step] = []

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from plait.errors import GraphError
 from plait.executor.observe import Observer, observer_of, operand_names
 from plait.graph.schedule import (
@@ -35,6 +37,11 @@ Runner = Callable[[list], tuple]
 # Our own names in a program; no step may be called so.
 _INPUTS, _BOX, _BOUND, _RUNNER, _STEPS = "inputs__", "box__", "bound__", "runner__", "steps__"
 _OWN = (_INPUTS, _BOX, _BOUND, _RUNNER, _STEPS)
+
+
+_TOLERANT = {"aten.view.default": Tensor.reshape}
+"""PyTorch knows the memory layout of a few results wrongly while it traces (of `softplus_backward`,
+say). Eager, which sees the real one, reshapes; so do we. Where a view can be had, it is one."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class _Writer:
         else:
             target = resolve(step.target)
             # The overload's own function: one Python call less for each kernel.
-            target = getattr(target, "_op", target)
+            target = _TOLERANT.get(step.target) or getattr(target, "_op", target)
         return f"{self.bind(target)}({', '.join(given)})"
 
     def literal(self, x: Argument) -> str:

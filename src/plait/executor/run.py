@@ -12,12 +12,13 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from plait.compiler.absent import without_gradients
 from plait.errors import GraphError, PlanError
 from plait.executor.agree import check_agreement
 from plait.executor.codegen import GroupAtRun, Runner, load
 from plait.executor.cuda_graph import Replay, can_replay, keep_apart, record
 from plait.executor.islands import compile_islands
-from plait.executor.observe import Observer
+from plait.executor.observe import Observer, observer_of
 from plait.executor.optimize import Optimizers, check_optimizers, in_order, take_step
 from plait.executor.ranks import groups_of, reduce_gradients, whole_parameters
 from plait.graph.graph import TENSOR, Role, Value, describe_argument
@@ -92,8 +93,10 @@ class Runnable:
     ) -> None:
         self.islands = compile_islands(schedule)
         schedule.made = tuple(self.islands.lines())
-        runners = load(schedule, observer, groups, self.islands.kernels)
+        self.observer = observer or observer_of(schedule)
+        runners = load(schedule, self.observer, groups, self.islands.kernels)
         self.schedule = schedule
+        self.partial: dict[tuple[int, ...], tuple[Runner, frozenset[int]]] = {}
         self.replay: Replay | None = None
         self.groups = dict(groups or {})
         self.forward, self.backward = runners["forward"], runners.get("backward")
@@ -136,6 +139,27 @@ class Runnable:
         with torch.no_grad():
             for result, at in self.updates:
                 inputs[at].copy_(results[result])
+
+    def gradients(self, box: list[Tensor], arriving: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Run `backward`. box: what it saved, emptied. arriving: gradients of results, or None."""
+        tangents = [(arriving[i], value) for i, value in self.tangents]
+        absent = tuple(i for i, (x, _) in enumerate(tangents) if x is None)
+        run, takes = self.without(absent, len(box))
+        box += [_as_traced(x, value) for i, (x, value) in enumerate(tangents) if i in takes]
+        del tangents
+        return run(box)
+
+    def without(self, absent: tuple[int, ...], num_saved: int) -> tuple[Runner, frozenset[int]]:
+        """The backward if no gradient arrives at these tangents, and which it still takes."""
+        assert self.backward is not None
+        if not absent or "backward" not in self.schedule.programs:
+            return self.backward, frozenset(range(len(self.tangents)))
+        if absent not in self.partial:
+            rest, takes = without_gradients(self.schedule, [num_saved + i for i in absent])
+            runners = load(rest, self.observer, self.groups, self.islands.kernels)
+            taken = frozenset(i - num_saved for i in takes)
+            self.partial[absent] = runners["backward"], taken
+        return self.partial[absent]
 
     def saved(self, inputs: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:
         """What `backward` takes, from the inputs and from what `forward` kept."""
@@ -224,11 +248,9 @@ class _Differentiable(torch.autograd.Function):
         own.clear()
         box = _merge(runnable.schedule.saved, inputs, computed)
         computed.clear()
-        box += [_as_traced(arriving[i], value) for i, value in runnable.tangents]
-        arriving.clear()
-        assert runnable.backward is not None
         found: list[Tensor | None] = [None] * ctx.num_inputs
-        for i, gradient in zip(runnable.gradient_of, runnable.backward(box), strict=True):
+        yielded = runnable.gradients(box, arriving)
+        for i, gradient in zip(runnable.gradient_of, yielded, strict=True):
             found[i] = gradient
         return found
 

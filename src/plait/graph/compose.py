@@ -102,14 +102,14 @@ class _Composer:
         if len(set(self.outputs)) < len(self.outputs):
             raise NotATemplate("it returns the same tensor twice")
         storages = [
-            _storage(node.meta["example_value"])
+            storage_of(node.meta["example_value"])
             for node in (*self.outputs, *self.inputs)
             if isinstance(node, fx.Node) and isinstance(node.meta.get("example_value"), Tensor)
         ]
         for node in self.outputs:
             if node not in produced or not isinstance(node.meta["example_value"], Tensor):
                 raise NotATemplate("it returns something that no operator of its own makes")
-            if storages.count(_storage(node.meta["example_value"])) > 1:
+            if storages.count(storage_of(node.meta["example_value"])) > 1:
                 raise NotATemplate("a result shares memory with an input or another result")
 
     def run(self) -> Graph:
@@ -295,5 +295,6 @@ def _dropping_unused(piece: Piece) -> fx.GraphModule:
     return module_of(piece.module, graph)
 
 
-def _storage(x: Tensor) -> int:
+def storage_of(x: Tensor) -> int:
+    """What tells one memory from another."""
     return x.untyped_storage()._cdata

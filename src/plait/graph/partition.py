@@ -48,18 +48,15 @@ def part_joint(
     backward_order = _needed_by(
         [node for node in gradients if node is not None], is_backward | again
     )
+    given_later, wanted = set(tangents), set(gradients)
     saved = [
         node
         for node in nodes
-        if (
-            node.op != "output"
-            and node not in backward_order
-            and node not in tangents
-            and any(user in backward_order for user in node.users)
-        )
-        or (node in gradients and node not in backward_order and node not in tangents)
+        if node.op != "output"
+        and node not in backward_order
+        and node not in given_later
+        and (node in wanted or any(user in backward_order for user in node.users))
     ]
-    saved = list(dict.fromkeys(saved))
     arguments_at = {node: i for i, node in enumerate(arguments)}
     computed = [node for node in saved if node not in arguments_at]
     return Parts(

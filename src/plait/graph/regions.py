@@ -96,23 +96,29 @@ _clone = ChainedSource.clone
 
 def _is_reusable(tx, condition, fingerprint, entry) -> bool:
     """Note the condition under which a trace is reused, for `_reuse`."""
-    ChainedSource.clone = _clone_once
-    try:
+    moved: dict[ChainedSource, Any] = {}
+    with _cloning_once(moved):
         is_reusable = _is_reusable_now(tx, condition, fingerprint, entry)
-    finally:
-        ChainedSource.clone = _clone
     if is_reusable:
-        entry.met_condition = condition
+        entry.met = condition, moved
     return is_reusable
 
 
-def _clone_once(self, transform_fn=None):
-    """Clone each part of a source once for a transformation: sources share most of their length."""
-    known = vars(transform_fn).setdefault("known", {})
-    found = known.get(self)
-    if found is None:
-        found = known[self] = _clone(self, transform_fn)
-    return found
+@contextmanager
+def _cloning_once(moved: dict[ChainedSource, Any]) -> Iterator[None]:
+    """Clone each part of a source once for a block: sources share most of their length."""
+
+    def clone(self, transform_fn=None):
+        found = moved.get(self)
+        if found is None:
+            found = moved[self] = _clone(self, transform_fn)
+        return found
+
+    ChainedSource.clone = clone
+    try:
+        yield
+    finally:
+        ChainedSource.clone = _clone
 
 
 def _reuse(tx, fingerprint, entry):
@@ -121,14 +127,12 @@ def _reuse(tx, fingerprint, entry):
     Dynamo checks them before it reuses a trace, but leaves no guard behind: a later change of the
     second block would go unnoticed.
     """
-    result = _stamp_out(tx, fingerprint, entry)
-    moved = dynamo_regions.build_source_replacement(entry.arg_sources, fingerprint.arg_sources)
-
-    def move(source):
-        return moved.get(source, source)
-
-    for source, _, _, guard in entry.met_condition.guards:
-        new_source = _clone_once(source, move) if isinstance(source, ChainedSource) else source
+    condition, moved = entry.met
+    with _cloning_once(moved):
+        result = _stamp_out(tx, fingerprint, entry)
+    given = dynamo_regions.build_source_replacement(entry.arg_sources, fingerprint.arg_sources)
+    for source, _, _, guard in condition.guards:
+        new_source: Any = moved.get(source) or given.get(source, source)
         kind = guard.create_fn_name()
         if kind == "EMPTY_NN_MODULE_HOOKS_DICT":
             continue  # `_no_hooks` is for all of the block
@@ -143,14 +147,33 @@ def _reuse(tx, fingerprint, entry):
 
 
 def _no_hooks(builder, guard) -> None:
-    """Guard: no module of the block has got a hook."""
+    """Guard: no module of the block has got a hook or a method of its own, or was replaced."""
     block = builder.get(guard)
-    _guarded(builder).update(id(module) for module in block.modules())
-    hooks = [getattr(module, name) for module in block.modules() for name in _HOOKS]
+    modules = list(block.modules())
+    _guarded(builder).update(id(module) for module in modules)
+    hooks = [getattr(module, name) for module in modules for name in _HOOKS]
     hooks += _hooks_of_all()
+    children = [(m._modules, name, x) for m in modules for name, x in m._modules.items()]
+    own = [(vars(module), vars(module).get("forward")) for module in modules]
+
+    def is_as_traced(_) -> bool:
+        return (
+            not any(hooks)
+            and all(siblings.get(name) is x for siblings, name, x in children)
+            and all(attributes.get("forward") is forward for attributes, forward in own)
+        )
+
     builder.get_guard_manager(guard).add_lambda_guard(
-        lambda _: not any(hooks), [f"{guard.name} has no hooks"], guard.user_stack
+        is_as_traced, [f"{guard.name} has its modules, and no hooks"], guard.user_stack
     )
+
+
+def _structure(block: nn.Module) -> tuple:
+    """What two blocks of a class must share besides the guards, which say nothing of types inside.
+
+    (PyTorch 2.13 looks for the guards of a module under another name than they are kept under.)
+    """
+    return tuple((name, type(x), vars(x).get("forward")) for name, x in block.named_modules())
 
 
 def _no_hooks_of_module(builder, guard) -> None:
@@ -205,7 +228,9 @@ def _call_function(self, tx, args, kwargs):
     token = _tracing.set(blocks)
     try:
         region = TorchHigherOrderOperatorVariable.make(invoke_subgraph)
-        function = UserFunctionVariable(_region_function(block, form, named, current_modes()))
+        function = UserFunctionVariable(
+            _region_function(block, form, named, current_modes(), _structure(self.value))
+        )
         if not blocks.takes_hooks:
             install_guard(self.source.make_guard(_no_hooks))
         return region.call_function(tx, [function, self, *leaves], {})
@@ -326,7 +351,9 @@ def _build(form: tuple, leaves: list):
 
 
 @cache
-def _region_function(block: type, form: tuple, named: tuple, modes: Modes) -> Callable:
+def _region_function(
+    block: type, form: tuple, named: tuple, modes: Modes, structure: tuple
+) -> Callable:
     """Dynamo keeps its traces by code object, so what it does not compare is in the key."""
 
     def run(module, *operands):

@@ -68,12 +68,16 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Steps in order. results: what it returns, Refs and constants."""
+    """Steps in order. results: what it returns, Refs and constants.
+
+    sums: steps that add two values of one form, as autograd does with gradients.
+    """
 
     name: str
     inputs: tuple[str, ...]
     results: tuple[Argument, ...]
     steps: tuple[Step, ...]
+    sums: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

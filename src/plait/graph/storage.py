@@ -16,7 +16,7 @@ from plait.graph.graph import Full, Role, Value
 from plait.graph.note import Note
 from plait.graph.schedule import Argument, IslandProgram, Program, Ref, Schedule, Step
 
-FORMAT = 3
+FORMAT = 4
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _NAMED: dict[str, type] = {
@@ -134,6 +134,7 @@ def _program(program: Program) -> Json:
             ]
             for step in program.steps
         ],
+        "sums": [*sorted(program.sums)],
     }
 
 
@@ -156,6 +157,7 @@ def _read_program(data: dict[str, list[Json]]) -> Program:
         inputs=tuple(str(x) for x in data["inputs"]),
         results=tuple(_decode(x) for x in data["results"]),
         steps=tuple(_read_step(step) for step in steps),
+        sums=frozenset(str(x) for x in data["sums"]),
     )
 
 

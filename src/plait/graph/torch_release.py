@@ -21,8 +21,11 @@ def operands_of_kernel(bindings: str) -> tuple[str, str]:
 
 
 def name_of_source(source: Any) -> str:
-    """TorchDynamo's name of the place that an object came from."""
-    return str(source.name() if callable(source.name) else source.name)
+    """TorchDynamo's name of the place that an object came from; some of its own have none."""
+    try:
+        return str(source.name() if callable(source.name) else source.name)
+    except NotImplementedError:
+        return type(source).__name__
 
 
 def stacks_of_changes(side_effects: Any) -> Mapping[Any, Sequence[Any]]:
