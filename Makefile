@@ -38,6 +38,7 @@ check: $(VENV)/.test $(VENV)/.check
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.strict
+	$(BIN)/python -m benchmarks.families
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.compile_time --level O1
