@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from torch._dynamo.source import AttrSource, LocalSource
+from torch._guards import Source
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-from plait.graph.torch_release import attribute_of, operands_of_kernel
+from plait.graph.torch_release import attribute_of, name_of_source, operands_of_kernel
 
 
 @pytest.mark.parametrize("method", ["var_getattr", "tp_getattro_impl"])
@@ -26,3 +28,8 @@ def test_a_vector_of_operands_is_taken_where_bindings_do():
         "METH_FASTCALL",
     )
     assert operands_of_kernel("..., METH_VARARGS, ...") == ("PyObject* args", "METH_VARARGS")
+
+
+def test_a_source_is_named_as_dynamo_names_it_or_by_its_kind_if_it_has_no_name():
+    assert name_of_source(AttrSource(LocalSource("model"), "width")) == "L['model'].width"
+    assert name_of_source(Source()) == "Source"

@@ -6,11 +6,12 @@ and a sum with them has their memory layout, not that of the only gradient that 
 is zero is followed through the operators that are linear in it, and sums with it are left out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import cast
 
+from plait.compiler.in_place import NOT_IN_PLACE
 from plait.compiler.lower import with_frees
 from plait.graph.schedule import (
     CALL,
@@ -20,6 +21,7 @@ from plait.graph.schedule import (
     Ref,
     Schedule,
     Step,
+    map_refs,
     refs_in,
     resolve,
 )
@@ -104,7 +106,7 @@ class _Variant:
         """The program; its name is still the old one."""
         for step in self.old.steps:
             self.rewrite(step)
-        renamed = [_renamed(x, self.same) for x in self.old.results]
+        renamed = [self.renamed(x) for x in self.old.results]
         zeros = frozenset(i for i, x in enumerate(renamed) if self.is_zero(x))
         left_out: frozenset[int] = zeros - wanted if wanted is not None else frozenset()
         results = tuple(None if i in left_out else x for i, x in enumerate(renamed))
@@ -119,13 +121,16 @@ class _Variant:
         program = replace(self.old, inputs=inputs, results=results, steps=steps)
         return _Made(program, takes, zeros)
 
+    def renamed(self, x: Argument) -> Argument:
+        return map_refs(x, lambda ref: self.same.get(ref.name, ref))
+
     def is_zero(self, x: Argument) -> bool:
         return isinstance(x, Ref) and x.name in self.zero
 
     def rewrite(self, step: Step) -> None:
         """Append the step, or leave it out."""
-        args = cast("tuple[Argument, ...]", _renamed(step.args, self.same))
-        kwargs = tuple((key, _renamed(x, self.same)) for key, x in step.kwargs)
+        args = tuple(self.renamed(x) for x in step.args)
+        kwargs = tuple((key, self.renamed(x)) for key, x in step.kwargs)
         step = replace(step, args=args, kwargs=kwargs)
         names = [x.name if isinstance(x, Ref) else "" for x in step.args]
         zeros = [i for i, name in enumerate(names) if name in self.zero]
@@ -144,7 +149,7 @@ class _Variant:
             self.zero.add(step.name)
             self.parts[step.name] = None
         if names and names[0] in self.shared:
-            step = replace(step, target=_not_in_place(step.target))
+            step = replace(step, target=NOT_IN_PLACE.get(step.target, step.target))
             if _base(step.target) == "_unsafe_view":
                 self.shared.add(step.name)
         self.steps.append(step)
@@ -184,19 +189,6 @@ class _Variant:
         return kept[::-1]
 
 
-def _renamed(x: Argument, names: Mapping[str, Argument]) -> Argument:
-    if isinstance(x, Ref):
-        return names.get(x.name, x)
-    if isinstance(x, list):
-        return [_renamed(item, names) for item in cast("list[Argument]", x)]
-    if isinstance(x, tuple):
-        return tuple(_renamed(item, names) for item in cast("tuple[Argument, ...]", x))
-    if isinstance(x, Mapping):
-        items = cast("Mapping[str, Argument]", x).items()
-        return {key: _renamed(item, names) for key, item in items}
-    return x
-
-
 @cache
 def _base(target: str) -> str:
     """The operator's name without namespace, overload and the mark of writing in place."""
@@ -224,11 +216,3 @@ def _takes_gradient(target: str) -> bool:
         and bool(schema.arguments)
         and schema.arguments[0].name.startswith("grad")
     )
-
-
-def _not_in_place(target: str) -> str:
-    """The operator that makes a new value, for one that `compiler.in_place` has chosen."""
-    namespace, _, rest = target.partition(".")
-    name, _, overload = rest.partition(".")
-    is_in_place = namespace == "aten" and name in ("add_", "sub_", "mul_", "div_")
-    return f"{namespace}.{name.removesuffix('_')}.{overload}" if is_in_place else target

@@ -20,6 +20,8 @@ _IN_PLACE = {
     _aten.mul.Tensor: _aten.mul_.Tensor,
     _aten.div.Tensor: _aten.div_.Tensor,
 }
+NOT_IN_PLACE = {str(written): str(made) for made, written in _IN_PLACE.items()}
+"""The operator that makes a new value, by name, for one that was chosen here."""
 
 
 def in_place_target(node: Node) -> object | None:

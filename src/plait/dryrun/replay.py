@@ -18,9 +18,9 @@ from plait.graph.schedule import (
     PYTHON,
     Argument,
     Program,
-    Ref,
     Schedule,
     Step,
+    map_refs,
     refs_in,
     resolve,
 )
@@ -253,16 +253,7 @@ def _unused(program: Program) -> list[str]:
 
 
 def _value(x: Argument, frame: Mapping[str, object]) -> object:
-    if isinstance(x, Ref):
-        return frame[x.name]
-    if isinstance(x, list):
-        return [_value(item, frame) for item in cast("list[Argument]", x)]
-    if isinstance(x, tuple):
-        return tuple(_value(item, frame) for item in cast("tuple[Argument, ...]", x))
-    if isinstance(x, Mapping):
-        items = cast("Mapping[str, Argument]", x).items()
-        return {name: _value(item, frame) for name, item in items}
-    return x
+    return map_refs(x, lambda ref: frame[ref.name])
 
 
 def _placed(result: object, new: Sequence[int], operands: Sequence[Held]) -> object:

@@ -140,13 +140,17 @@ class Runnable:
             for result, at in self.updates:
                 inputs[at].copy_(results[result])
 
-    def gradients(self, box: list[Tensor], arriving: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """Run `backward`. box: what it saved, emptied. arriving: gradients of results, or None."""
+    def gradients(self, box: list[Tensor], arriving: list[Tensor | None]) -> tuple[Tensor, ...]:
+        """Run `backward`, and empty what it is given, so that each tensor can be freed in time.
+
+        box: what it takes of the forward. arriving: gradients of the results, None where none does.
+        """
         tangents = [(arriving[i], value) for i, value in self.tangents]
         absent = tuple(i for i, (x, _) in enumerate(tangents) if x is None)
         run, takes = self.without(absent, len(box))
         box += [_as_traced(x, value) for i, (x, value) in enumerate(tangents) if i in takes]
         del tangents
+        arriving.clear()
         return run(box)
 
     def without(self, absent: tuple[int, ...], num_saved: int) -> tuple[Runner, frozenset[int]]:

@@ -83,7 +83,7 @@ def watch_blocks() -> None:
     dynamo_regions.stamp_out_subgraph = _reuse
     higher_order_ops.taint_filtered_vt = _taint
     GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT = _no_hooks_of_module  # type: ignore[assignment]
-    GUARD_VALUE_DISPATCH[_no_hooks.__name__] = SKIP_GUARD  # not compared when a trace is reused
+    GUARD_VALUE_DISPATCH[_as_traced.__name__] = SKIP_GUARD  # not compared when a trace is reused
 
 
 _call_flat = UnspecializedNNModuleVariable.call_function
@@ -135,7 +135,7 @@ def _reuse(tx, fingerprint, entry):
         new_source: Any = moved.get(source) or given.get(source, source)
         kind = guard.create_fn_name()
         if kind == "EMPTY_NN_MODULE_HOOKS_DICT":
-            continue  # `_no_hooks` is for all of the block
+            continue  # `_as_traced` is for all of the block
         if kind != "TENSOR_MATCH":
             install_guard(new_source.make_guard(guard.create_fn))
             continue
@@ -146,8 +146,8 @@ def _reuse(tx, fingerprint, entry):
     return result
 
 
-def _no_hooks(builder, guard) -> None:
-    """Guard: no module of the block has got a hook or a method of its own, or was replaced."""
+def _as_traced(builder, guard) -> None:
+    """Guard: no module of the block was replaced, nor has got a hook or a `forward` of its own."""
     block = builder.get(guard)
     modules = list(block.modules())
     _guarded(builder).update(id(module) for module in modules)
@@ -156,7 +156,7 @@ def _no_hooks(builder, guard) -> None:
     children = [(m._modules, name, x) for m in modules for name, x in m._modules.items()]
     own = [(vars(module), vars(module).get("forward")) for module in modules]
 
-    def is_as_traced(_) -> bool:
+    def holds(_) -> bool:
         return (
             not any(hooks)
             and all(siblings.get(name) is x for siblings, name, x in children)
@@ -164,7 +164,7 @@ def _no_hooks(builder, guard) -> None:
         )
 
     builder.get_guard_manager(guard).add_lambda_guard(
-        is_as_traced, [f"{guard.name} has its modules, and no hooks"], guard.user_stack
+        holds, [f"{guard.name} has its modules, and no hooks"], guard.user_stack
     )
 
 
@@ -232,7 +232,7 @@ def _call_function(self, tx, args, kwargs):
             _region_function(block, form, named, current_modes(), _structure(self.value))
         )
         if not blocks.takes_hooks:
-            install_guard(self.source.make_guard(_no_hooks))
+            install_guard(self.source.make_guard(_as_traced))
         return region.call_function(tx, [function, self, *leaves], {})
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise

@@ -224,6 +224,24 @@ def resolve(target: str) -> Callable[..., object]:
     return cast("Callable[..., object]", found)
 
 
+def map_refs(argument: Argument, replace: Callable[[Ref], object]) -> object:
+    """The argument with something else in the place of each Ref."""
+    if isinstance(argument, Ref):
+        return replace(argument)
+    if isinstance(argument, list):
+        return [map_refs(item, replace) for item in cast("list[Argument]", argument)]
+    if isinstance(argument, tuple):
+        items = cast("tuple[Argument, ...]", argument)
+        return tuple(map_refs(item, replace) for item in items)
+    if isinstance(argument, Mapping):
+        parts = cast("Mapping[str, Argument]", argument).items()
+        return {key: map_refs(item, replace) for key, item in parts}
+    if isinstance(argument, slice):
+        bounds = cast("slice[Argument, Argument, Argument]", argument)
+        return slice(*(map_refs(x, replace) for x in (bounds.start, bounds.stop, bounds.step)))
+    return argument
+
+
 def refs_in(argument: Argument) -> list[str]:
     """Names of the values in an argument, in order."""
     if isinstance(argument, Ref):
