@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.result import ROOT, Row
-from benchmarks.step_time import WORKLOADS, clear, interval, peak_bytes, workload_of
+from benchmarks.step_time import clear, interval, peak_bytes, workload_of, workloads
 
 RIVALS = {"O1": {}, "O2": {"mode": "max-autotune"}}
 TARGETS = {"O1": 1.02, "O2": 0.99}
@@ -27,7 +27,7 @@ TOLERANCE = {"stdlib_15m": 3e-2, "llama_float32": 1e-4, "llama_bfloat16": 3e-2}
 def measure_level(level: str, quick: bool) -> list[Row]:
     """Compare time, then memory, of each workload."""
     rows: list[Row] = []
-    for workload, name in WORKLOADS.items():
+    for workload, name in workloads().items():
         if quick and workload != "stdlib_15m":
             rows.append(
                 Row(claim=name, unit="x", target=TARGETS[level], better="lower", full_only=True)

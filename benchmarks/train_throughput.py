@@ -209,7 +209,7 @@ def _run_transformers(job, folder: Path, steps: int) -> tuple[float, list[float]
         max_steps=steps,
         per_device_train_batch_size=job.batch_size,
         remove_unused_columns=False,  # it would drop shift_labels
-        bf16=job.dtype == "bfloat16",
+        bf16=job.torch_dtype is torch.bfloat16,
         use_cpu=True,
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,

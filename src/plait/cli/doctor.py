@@ -59,7 +59,7 @@ def _kernels() -> dict[str, str]:
     elif torch.cpu._is_avx512_bf16_supported():
         products = "oneDNN, bfloat16 with AVX-512 dot products"
     else:
-        products = "oneDNN, bfloat16 emulated: --set dtype=float32 will be faster"
+        products = "oneDNN, float32 (bfloat16 is emulated here, many times slower)"
     if on_gpu:
         attention = "PyTorch's scaled_dot_product_attention"
     else:

@@ -25,7 +25,7 @@ from plait.models.decoder import Decoder, DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan
 from plait.recipes.catalog import RECIPES, find_recipe
 from plait.recipes.pretrain import PRETRAIN_RECIPES, find_pretrain_recipe
-from plait.train.job import TORCH_DTYPES, Dtype, Job
+from plait.train.job import TORCH_DTYPES, Job, ProductDtype
 from plait.train.optimizer import make_optimizers
 from plait.train.step import summed_loss
 
@@ -43,7 +43,7 @@ class FolderStep:
     batch_size: int = 1
     micro_batch_size: int = 0
     sequence_length: int = 4096
-    dtype: Dtype = "bfloat16"
+    dtype: ProductDtype = "bfloat16"
     optimizer: Literal["adamw", "none"] = "adamw"
 
     def __post_init__(self) -> None:

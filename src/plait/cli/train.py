@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -86,7 +87,9 @@ def _open_run(
     if resume is None:
         run = RunFolder(out or _free_folder(recipe))
         run.write_job(job)
-        return job, run
+        if job.dtype == "auto" and job.torch_dtype == torch.float32:
+            say("products in float32: this CPU has none in bfloat16")
+        return run.read_any_job(), run
     if settings or out:
         raise ConfigError(
             "a run is continued with its own settings: leave --set and --out away, "

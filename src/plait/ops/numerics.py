@@ -5,6 +5,7 @@ input gradient of a row do not depend, bit for bit, on how many rows there are, 
 their neighbours.
 """
 
+import platform
 from typing import Literal
 
 import torch
@@ -13,6 +14,18 @@ from torch import Tensor
 from plait.errors import ModelError
 
 Numerics = Literal["fast", "strict"]
+
+
+def bfloat16_pays(device_type: str) -> bool:
+    """Say whether products in bfloat16 are faster there than in float32.
+
+    On a CPU without instructions for them they are emulated, and take many times longer.
+    """
+    if device_type != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

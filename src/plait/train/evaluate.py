@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from plait.errors import ConfigError
 from plait.models.decoder import Decoder
 from plait.train.data import windows
-from plait.train.job import TORCH_DTYPES, Dtype
+from plait.train.job import TORCH_DTYPES, Dtype, product_dtype
 from plait.train.step import autocast
 
 _WINDOWS_AT_ONCE = 8
@@ -31,7 +31,7 @@ class Scoring:
 
     context: int
     stride: int
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -73,7 +73,8 @@ def evaluate(
     With `most_windows`, only so many, evenly spread; the bytes are then counted in proportion.
     `on_progress(done, total)` counts scored tokens.
     """
-    dtype = TORCH_DTYPES[scoring.dtype]
+    device_type = model.embed_tokens.weight.device.type
+    dtype = TORCH_DTYPES[product_dtype(scoring.dtype, device_type)]
     was_training = model.training
     model.eval()
     nats, done = 0.0, 0
@@ -85,7 +86,7 @@ def evaluate(
         (start, first, end) = batch[0]
         rows = np.stack([tokens[s : e + 1] for s, _, e in batch]).astype(np.int64)
         tokens_BU = torch.from_numpy(rows).to(model.embed_tokens.weight.device)  # U = T + 1
-        with autocast(model.embed_tokens.weight.device.type, dtype):
+        with autocast(device_type, dtype):
             hidden_BTD = model(tokens_BU[:, :-1])
         scored_BTD, targets_BT = hidden_BTD[:, first - start :], tokens_BU[:, 1 + first - start :]
         nats += model.loss(scored_BTD, targets_BT, dtype=dtype).item()

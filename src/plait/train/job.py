@@ -8,13 +8,22 @@ import torch
 from plait.errors import ConfigError
 from plait.models.decoder import DecoderConfig
 from plait.models.registry import check_family
+from plait.ops.numerics import bfloat16_pays
 from plait.train.corpus import STDLIB, CorpusSettings
 from plait.train.corpus_start import check_room
 from plait.train.optimizer import OptimizerSettings
 from plait.train.rows import OnBadRow
 
-Dtype = Literal["bfloat16", "float32"]
+ProductDtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def product_dtype(dtype: Dtype, device_type: str) -> ProductDtype:
+    """What "auto" means there: bfloat16, or float32 on a CPU that has no such products."""
+    if dtype == "auto":
+        return "bfloat16" if bfloat16_pays(device_type) else "float32"
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +51,8 @@ class Job:
     initialization: "corpus" starts from the statistics of the corpus (`corpus_start.py`).
     batch_size: samples of one optimizer step.
     micro_batch_size: samples of one forward; changes memory, speed and the order of sums.
-    dtype: of the matrix products; weights and optimizer are float32.
+    dtype: of the matrix products; weights and optimizer are float32. "auto" takes bfloat16 where
+    the device has such products; a run folder keeps what it became.
     device: "auto" takes a GPU if there is one.
     prompt: completed at the end of the run.
     document_boundaries: let tokens see those of their own document only.
@@ -65,7 +75,7 @@ class Job:
     micro_batch_size: int = 8
     num_steps: int = 1000
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     save_every: int = 250
     keep_checkpoints: int = 2
@@ -122,7 +132,7 @@ class Job:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as PyTorch's object."""
-        return TORCH_DTYPES[self.dtype]
+        return TORCH_DTYPES[product_dtype(self.dtype, self.torch_device().type)]
 
     def torch_device(self) -> torch.device:
         """Choose the device; raises ConfigError if it is asked for and missing."""

@@ -5,14 +5,14 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from plait.checkpoint.json_file import read_json_object, write_json
 from plait.config import from_json, to_json
 from plait.errors import CheckpointError, ConfigError
-from plait.train.job import Job
+from plait.train.job import Job, product_dtype
 from plait.train.tuning_job import TuningJob
 
 
@@ -112,7 +112,10 @@ class RunFolder:
         return self.path / "report.html"
 
     def write_job(self, job: Job | TuningJob) -> None:
-        """Start a run. Raises ConfigError if there is something in the folder already."""
+        """Start a run of the job, its dtype settled, so that a resume elsewhere keeps it.
+
+        Raises ConfigError if there is something in the folder already.
+        """
         if self.resolved.exists():
             raise ConfigError(
                 f"{self.path} already holds a run. "
@@ -121,7 +124,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty. Choose another --out.")
-        write_json(self.resolved, to_json(job))
+        dtype = product_dtype(job.dtype, job.torch_device().type)
+        write_json(self.resolved, to_json(replace(job, dtype=dtype)))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import torch
 
 from plait.errors import ConfigError
 from plait.nn.lora import LoraSettings
-from plait.train.job import TORCH_DTYPES, Dtype
+from plait.train.job import TORCH_DTYPES, Dtype, product_dtype
 from plait.train.optimizer import OptimizerSettings
 from plait.train.rows import OnBadRow
 
@@ -57,7 +57,7 @@ class TuningJob:
     on_bad_row: OnBadRow = "error"
     num_workers: int = 0
     seed: int = 0
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class TuningJob:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as PyTorch's object."""
-        return TORCH_DTYPES[self.dtype]
+        return TORCH_DTYPES[product_dtype(self.dtype, self.torch_device().type)]
 
     def torch_device(self) -> torch.device:
         """Choose the device; raises ConfigError if it is asked for and missing."""
