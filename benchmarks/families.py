@@ -48,7 +48,7 @@ SIZES: dict[int | float, tuple[str, ...]] = {
 OPTIONAL = ("head_dim", "sliding_window", "num_local_experts", "num_experts", "n_routed_experts")
 MOST_PARAMETERS = 60_000_000
 MEMORY_BYTES = 24 << 30
-TIME_LIMIT_S = 300
+TIME_LIMIT_S = 1200
 STEPS = 2
 TASKS = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
