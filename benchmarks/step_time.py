@@ -42,7 +42,7 @@ def measure(quick: bool) -> list[Row]:
         if quick and workload != "stdlib_15m":
             rows.append(Row(claim=name, unit="x", target=1.02, better="lower", full_only=True))
             continue
-        timed = _child(workload=workload, pairs=5 if quick else 40)
+        timed = _child(workload=workload, pairs=5 if quick else 32)
         rows += _time_rows(name, timed["eager"], timed["O0"])
         peaks = {side: _child(workload=workload, side=side)["peak_bytes"] for side in SIDES}
         rows += _memory_rows(name, peaks)
