@@ -38,27 +38,25 @@ from plait.plan.parallel_plan import ParallelPlan
 class SpreadGraph:
     """A captured frame of a spread model.
 
-    numbers: of the frame's inputs that the graph takes. again: of these, the ones that it takes
-    once more, last (see `graph/uses.py`).
+    numbers: of the frame's inputs that the graph takes; some twice (see `graph/uses.py`).
     """
 
     graph: Graph
     plan: ParallelPlan
     groups: dict[str, GroupAtRun]
     numbers: list[int]
-    again: list[int]
 
     def compiled(self, level: str) -> "SpreadFrame":
         """In replicas. Raises PlanError if it cannot be had in as many as the plan says."""
         schedule = compile_graph(self.graph, self.plan, level=level)
-        return SpreadFrame(Runnable(schedule, groups=self.groups), self.numbers, self.again)
+        return SpreadFrame(Runnable(schedule, groups=self.groups), self.numbers)
 
 
 class SpreadFrame:
     """Runs a schedule on what this rank holds of its inputs; asks the other ranks first."""
 
-    def __init__(self, runnable: Runnable, numbers: list[int], again: list[int]) -> None:
-        self.runnable, self.numbers, self.again = runnable, numbers, again
+    def __init__(self, runnable: Runnable, numbers: list[int]) -> None:
+        self.runnable, self.numbers = runnable, numbers
         self.has_agreed = False
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
@@ -69,8 +67,7 @@ class SpreadFrame:
             weights = {value.name: x for value, x in named if value.role is Role.PARAMETER}
             check_agreement(schedule, weights, self.runnable.groups)
             self.has_agreed = True
-        values = [local_part(x) for x in held]
-        return self.runnable(*values, *(values[i] for i in self.again))
+        return self.runnable(*map(local_part, held))
 
 
 # Where a graph breaks, Dynamo would read our own code.
@@ -90,15 +87,21 @@ def capture_spread(
 
     Raises PlanError if the model does not lie on one named axis, or cannot be cut into pieces.
     """
-    numbers = [i for i, x in enumerate(inputs) if not isinstance(x, DeviceMesh)]
     sources = _inputs(module)
-    roles = [_role_of(sources[i], inputs[i]) for i in numbers]
     module = _own_copy(module)
-    _, meshes = localize(module, inputs)
-    plan = ParallelPlan(tp=_named(meshes).size(), replicas=replicas)
     again = part_uses(module)
+    # Fake ones: what is traced has no memory.
+    examples = [
+        node.meta["example_value"] if isinstance(x, DTensor) else x
+        for node, x in zip(sources, inputs, strict=True)
+    ]
+    places = [*range(len(inputs)), *again]
+    _, meshes = localize(module, [examples[i] for i in places])
+    numbers = [i for i in places if not isinstance(inputs[i], DeviceMesh)]
+    roles = [_role_of(sources[i], inputs[i]) for i in numbers]
+    plan = ParallelPlan(tp=_named(meshes).size(), replicas=replicas)
     names: Names = {
-        node: (role, node.name) for node, role in zip(_inputs(module), roles, strict=False)
+        node: (role, node.name) for node, role in zip(_inputs(module), roles, strict=True)
     }
     given = [inputs[i] for i, role in zip(numbers, roles, strict=True) if role is Role.INPUT]
     try:
@@ -114,7 +117,7 @@ def capture_spread(
         for each in meshes
         for axis in each.mesh_dim_names or ()
     }
-    return SpreadGraph(graph, plan, groups, numbers, again)
+    return SpreadGraph(graph, plan, groups, numbers)
 
 
 def _is_parameter(x: object) -> bool:
