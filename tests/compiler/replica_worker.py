@@ -1,7 +1,7 @@
 """One rank of several gloo processes: steps in replicas beside the same steps unsplit.
 
 Run as: python -m tests.compiler.replica_worker RANK WORLD STORE_FILE TASK; raises if anything is
-not as it should be. TASK: cases separated by commas (see CASES), or one of the two disagreements.
+not as it should be. TASK: cases separated by commas (see CASES), a disagreement, or "compiled".
 """
 
 import hashlib
@@ -88,7 +88,34 @@ def disagree_on_the_weights(rank):
         plait.run(split, model, case.tokens(), mesh=mesh)
     if rank == 0:  # the other never comes
         with pytest.raises(PlanError, match=r"ranks \[1\] of the axis 'tp' did not begin"):
-            check_agreement(split, model, groups_of(split, model, mesh), time_limit_s=1)
+            check_agreement(
+                split, dict(model.named_parameters()), groups_of(split, model, mesh), time_limit_s=1
+            )
+
+
+def step(model, run, tokens):
+    model.zero_grad()
+    result = run(tokens)
+    result.float().square().mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [result.detach(), *(x.to_local() for x in gradients)]
+
+
+def compile_in_one_line(rank):
+    """torch.compile and plait.jit of a spread model in replicas, beside the same model eagerly."""
+    case = Case("our_llama", tp=2, sp=True)
+    with plan_mesh(plait.ParallelPlan(tp=2)) as mesh:
+        model = spread(case, mesh)
+    expected = step(model, model, case.tokens())
+    jitted = plait.jit(model, replicas=2)
+    for run in (torch.compile(model, backend="plait", options={"replicas": 2}), jitted):
+        found = step(model, run, case.tokens())
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).abs().max() <= 2e-5 * y.abs().max()
+        torch._dynamo.reset()
+    assert "split in 2 along the token" in str(jitted.report())
+    with pytest.raises(Exception, match=r"replicas: rank 0: split in 2 .* rank 1: split in 3"):
+        plait.jit(model, replicas=2 + rank)(case.tokens())
 
 
 def main(rank, world, store_file, task):
@@ -102,6 +129,8 @@ def main(rank, world, store_file, task):
             disagree_on_the_plan(rank)
         elif task == "weights":
             disagree_on_the_weights(rank)
+        elif task == "compiled":
+            compile_in_one_line(rank)
         else:
             for name in task.split(","):
                 check(Case(**{**CASES[name], "tp": world}))

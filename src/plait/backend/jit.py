@@ -37,6 +37,7 @@ def jit(
     function: Callable,
     *,
     level: str = "O0",
+    replicas: int | str = 1,
     dynamic: bool | None = None,
     fullgraph: bool = False,
     cache: bool = True,
@@ -45,12 +46,21 @@ def jit(
 
     What cannot be captured runs as plain Python between graphs, unless `fullgraph` asks for an
     error. dynamic: True lets sizes vary from the start, None from the second size on, False never.
+    replicas: of a model that is spread over ranks, parts of its tokens or batch whose communication
+    hides behind each other's work: a number, or "auto" (see `ParallelPlan`).
     cache: look for a stored schedule first, and store a new one, in the folder that the environment
     variable PLAIT_CACHE names (default: the user's cache).
 
-    Raises GraphError if there is no such level.
+    Raises GraphError if there is no such level, PlanError if there is no such number of replicas.
     """
-    return Jitted(function, level=level, dynamic=dynamic, fullgraph=fullgraph, cache=cache)
+    return Jitted(
+        function,
+        level=level,
+        replicas=replicas,
+        dynamic=dynamic,
+        fullgraph=fullgraph,
+        cache=cache,
+    )
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Jitted:
         function: Callable,
         *,
         level: str,
+        replicas: int | str,
         dynamic: bool | None,
         fullgraph: bool,
         cache: bool,
@@ -77,12 +88,16 @@ class Jitted:
         self.original = function
         self._options = {
             "level": level,
+            "replicas": replicas,
             "dynamic": dynamic,
             "fullgraph": fullgraph,
             "cache": cache,
         }
         self._dynamic = dynamic
-        self._backend = Backend(level)
+        self._backend = Backend(level, replicas)
+        if cache and replicas != 1:
+            self._backend.report.notes.append("not kept in the compile cache: it is in replicas")
+            cache = False
         self._folder = cache_folder() if cache and not is_collecting() else None
         self._found: Fingerprint | None = None
         self._stored: dict[str, _Stored] = {}

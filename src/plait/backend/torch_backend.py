@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from plait.backend.fingerprint import Fingerprint, Uncacheable
 from plait.backend.reads import Read, reads_of
 from plait.backend.report import CapturedGraph, new_report
+from plait.backend.spread_frame import capture_spread, meshes_of
 from plait.collector import collector_paused
 from plait.compiler.compile import compile as compile_graph
 from plait.compiler.fuse import fuse_module
@@ -52,7 +53,7 @@ from plait.graph.uses import part_uses, unite_uses
 from plait.graph.whole import AS_EAGER
 from plait.plan.parallel_plan import ParallelPlan
 
-_OPTIONS = ("level",)
+_OPTIONS = ("level", "replicas")
 _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 
 
@@ -65,6 +66,9 @@ def plait_backend(
 ) -> Callable:
     """Compile one frame: the entry point behind torch.compile(model, backend="plait").
 
+    options: level, see `compiler/levels.py`; replicas, of a model that `parallelize` has spread
+    over ranks, see `plan/parallel_plan.py`.
+
     Raises ConfigError for a `mode` of torch.compile, all of which are Inductor's.
     """
     if mode is not None:
@@ -76,14 +80,19 @@ def plait_backend(
     for name in options:
         if name not in _OPTIONS:
             raise ConfigError(f"there is no option {name!r}. {nearest_name(name, _OPTIONS)}")
-    return _backend_of_level(str(options.get("level", "O0")))(module, inputs)
+    level, replicas = str(options.get("level", "O0")), options.get("replicas", 1)
+    return _backend_of(level, replicas)(module, inputs)
 
 
 class Backend:
-    """Compile what Dynamo captured, at one level; `report` collects what happened."""
+    """Compile what Dynamo captured, at one level; `report` collects what happened.
 
-    def __init__(self, level: str = "O0") -> None:
+    replicas: of frames of a model that is spread over ranks.
+    """
+
+    def __init__(self, level: str = "O0", replicas: int | str = 1) -> None:
         self.level = level
+        self.replicas = ParallelPlan(replicas=replicas).replicas  # raises if there are none such
         if has_islands(level):  # raises if there is no such level
             warm_up()
         self.blocks = Blocks()
@@ -101,6 +110,8 @@ class Backend:
         for block, reason in self.blocks.refused.items():
             self.report.flat_blocks[block.__name__] = reason
         where = place_of(module)
+        if self.replicas != 1 and meshes_of(inputs):
+            return self._compile_spread(module, inputs, where)
         again, graph, reason = part_uses(module), None, ""
         try:
             with self._timed("trace"):
@@ -139,6 +150,16 @@ class Backend:
             return results
 
         return first_and_later
+
+    def _compile_spread(self, module: fx.GraphModule, inputs: Sequence, where: str) -> Callable:
+        """Compile a frame of a model that is spread over ranks, in replicas."""
+        with self._timed("trace"):
+            graph = capture_spread(module, inputs, self.replicas, _fake_mode())
+        with self._timed("generate"):
+            frame = graph.compiled(self.level)
+        self.report.add(describe_graph(where, graph.graph), graph.graph)
+        self.report.note_islands(frame.runnable.schedule, frame.runnable.islands)
+        return frame
 
     def _compile_whole(self, module: fx.GraphModule, inputs: Sequence, reason: str) -> Callable:
         """Capture by AOTAutograd, which knows every case, block after block."""
@@ -290,8 +311,8 @@ def place_of(module: fx.GraphModule) -> str:
 
 
 @cache
-def _backend_of_level(level: str) -> Backend:
-    backend = Backend(level)
+def _backend_of(level: str, replicas: int | str) -> Backend:
+    backend = Backend(level, replicas)
     backend.blocks = plait_backend.blocks  # type: ignore[attr-defined]
     return backend
 

@@ -43,9 +43,17 @@ SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 """How many stages a replica lags behind the one before it; a stage ends with a collective."""
 
 
+FILLER_SHARE = 1 / 64
+"""Of a device's memory: what waiting weight gradients may keep alive. On an H200 it is 2 GiB, the
+operands of two or three layers of Llama 405B."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What an order is found for: the device, a link for each group, and how work is launched."""
+    """What an order is found for: the device, a link for each group, and how work is launched.
+
+    filler_limit_bytes: what weight gradients that could run may keep alive, until one must.
+    """
 
     cluster: Cluster
     links: dict[str, Link]
@@ -62,6 +70,7 @@ def machine_of(graph: Graph, cluster: Cluster) -> Machine:
         links={name: cluster.link(name, size=group.size) for name, group in graph.groups.items()},
         sizes={name: group.size for name, group in graph.groups.items()},
         host=Host.AHEAD if is_gpu else Host.BLOCKING,
+        filler_limit_bytes=round(FILLER_SHARE * cluster.device.memory_bytes),
     )
 
 
@@ -184,6 +193,17 @@ class _Problem:
 
     def priorities(self) -> list[tuple[float | None, list[Priority]]]:
         """What to try: each skew with replicas in either order, and the critical path first."""
+        found = self._all_priorities()
+        if all(each.stream == COMPUTE for each in self.operations):
+            return found[:1]  # there is nothing to hide: every order takes as long
+        # Only how they compare counts: several skews may let the same operations go first.
+        distinct: dict[tuple[int, ...], tuple[float | None, list[Priority]]] = {}
+        for skew, priority in found:
+            ranked = tuple(sorted(range(len(priority)), key=priority.__getitem__))
+            distinct.setdefault(ranked, (skew, priority))
+        return list(distinct.values())
+
+    def _all_priorities(self) -> list[tuple[float | None, list[Priority]]]:
         replicas = {node.meta.get(REPLICA) for node in self.nodes} - {None}
         last = max(replicas, default=0)
         found: list[tuple[float | None, list[Priority]]] = []

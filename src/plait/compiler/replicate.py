@@ -20,7 +20,7 @@ from torch import fx
 
 from plait.compiler.constant_masks import ConstantMasks
 from plait.compiler.refute import Trials, refute
-from plait.compiler.replicate_joint import Parts, replicate_joint
+from plait.compiler.replicate_joint import Form, Parts, replicate_joint
 from plait.compiler.token_moves import Tokens
 from plait.compiler.tokens import Certificate, Refusal, prove
 from plait.errors import PlanError
@@ -211,6 +211,7 @@ class _Replicator:
         self.certificates: dict[str, Certificate] = {}
         self.trials = trials
         self.proofs: dict[tuple, Certificate] = {}
+        self.known: dict[Form, Any] = {}
         self.templates: dict[Use, Template] = {}
         self.nodes: list[Node] = list(graph.root.graph.nodes)
         self.tokens: dict[Node, Tokens | None] = {}
@@ -359,6 +360,7 @@ class _Replicator:
             self.parts,
             num_tangents=len(tangents),
             results_in_parts=flags,
+            known=self.known,
         )
         return self.described(template, use, module, name)
 

@@ -41,6 +41,10 @@ SIZED = {
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 
 
+Form = tuple[Any, ...]
+"""What is known of an operator and its operands without running it, as a key."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """How many of the tokens each replica has."""
@@ -66,21 +70,28 @@ def replicate_joint(
     *,
     num_tangents: int,
     results_in_parts: Sequence[bool],
+    known: dict[Form, Any] | None = None,
 ) -> Module:
     """Split the region of a joint graph.
 
     Inputs in the region become one input for each part; results_in_parts says for each output
-    whether it becomes one for each part, too.
+    whether it becomes one for each part, too. known: what operators make of operands of a form, as
+    found before; it grows.
     """
-    writer = _Writer(joint, certificate, parts, num_tangents)
+    writer = _Writer(joint, certificate, parts, num_tangents, {} if known is None else known)
     return writer.write(results_in_parts)
 
 
 class _Writer:
     def __init__(
-        self, joint: Module, certificate: Certificate, parts: Parts, num_tangents: int
+        self,
+        joint: Module,
+        certificate: Certificate,
+        parts: Parts,
+        num_tangents: int,
+        known: dict[Form, Any],
     ) -> None:
-        self.joint, self.certificate, self.parts = joint, certificate, parts
+        self.joint, self.certificate, self.parts, self.known = joint, certificate, parts, known
         self.nodes = list(joint.graph.nodes)
         placeholders = joint.graph.find_nodes(op="placeholder")
         first_tangent = len(placeholders) - num_tangents
@@ -373,11 +384,28 @@ class _Writer:
         return node
 
     def value_of(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        values = _map_nodes((args, kwargs), lambda node: node.meta["val"])
         if target is operator.getitem:
-            return values[0][0][values[0][1]]
-        with self.mode:
-            return target(*values[0], **values[1])
+            return args[0].meta["val"][args[1]]
+        form = (target, _form(args), _form(tuple(kwargs.items())))
+        if form not in self.known:
+            values = _map_nodes((args, kwargs), lambda node: node.meta["val"])
+            with self.mode:
+                self.known[form] = target(*values[0], **values[1])
+        return self.known[form]
+
+
+def _form(argument: Any) -> Form:
+    """All that the form of a result rests on; numbers equal to others of another type differ."""
+    if isinstance(argument, fx.Node):
+        value = argument.meta["val"]
+        return _form_of(value) if isinstance(value, Tensor) else tuple(map(_form_of, value))
+    if isinstance(argument, tuple | list):
+        return tuple(map(_form, argument))
+    return type(argument), argument
+
+
+def _form_of(x: Tensor) -> Form:
+    return (x.dtype, x.device, tuple(x.shape), x.stride(), x.storage_offset(), x.requires_grad)
 
 
 def _order(value: Tensor) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate
@@ -35,7 +35,7 @@ _counts: Counter[str] = Counter()
 
 def check_agreement(
     schedule: Schedule,
-    model: nn.Module,
+    parameters: Mapping[str, Tensor],
     groups: Mapping[str, GroupAtRun],
     *,
     time_limit_s: float = TIME_LIMIT_S,
@@ -49,7 +49,7 @@ def check_agreement(
     for axis, group in groups.items():
         ranks = dist.get_process_group_ranks(_group(group.name))
         if len(ranks) > 1:
-            mine = {**_of_schedule(schedule), **_of_parameters(model, axis)}
+            mine = {**_of_schedule(schedule), **_of_parameters(parameters, axis)}
             _compare(axis, ranks, mine, time_limit_s)
 
 
@@ -116,10 +116,10 @@ def _text(program: Program) -> str:
     return repr((program.inputs, program.results, steps))
 
 
-def _of_parameters(model: nn.Module, axis: str) -> dict[str, str]:
+def _of_parameters(parameters: Mapping[str, Tensor], axis: str) -> dict[str, str]:
     """Checksums of the parameters that all ranks of the axis hold alike."""
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             names = parameter.device_mesh.mesh_dim_names or ()
             is_whole = axis in names and isinstance(

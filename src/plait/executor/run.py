@@ -51,7 +51,7 @@ def run(
     groups = groups_of(schedule, model, mesh)
     runnable = schedule.loaded
     if not isinstance(runnable, Runnable) or runnable.groups != groups:
-        check_agreement(schedule, model, groups)
+        check_agreement(schedule, dict(model.named_parameters()), groups)
         runnable = schedule.loaded = Runnable(schedule, groups=groups)
     return run_loaded(runnable, model, *inputs, optimizer=optimizer)
 

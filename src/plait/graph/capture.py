@@ -136,7 +136,7 @@ def _capture(
                 module,
                 captured.fake_mode,
                 names,
-                num_attentions=_num_attentions(plan, fake_inputs),
+                num_attentions=num_attentions(plan, fake_inputs),
             )
         except NotATemplate:
             graph = compose_whole(module, captured.fake_mode, names)
@@ -146,7 +146,7 @@ def _capture(
     return graph
 
 
-def _num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:
+def num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:
     """How many attentions a piece spans (see `cut`).
 
     At the end of a piece the last replica has no other to hide behind. Where attention is split

@@ -10,7 +10,7 @@ that is used again in the same way is not traced again. Then the root graph is w
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from plait.graph.graph import (
     describe,
     module_of,
 )
+from plait.graph.join import Wire, joined
 from plait.graph.trace import NotATemplate, Use, trace
 
 
@@ -77,6 +78,7 @@ class _Composer:
         self.pieces, self.inputs, self.outputs = pieces, inputs, outputs
         self.module, self.fake_mode = module, fake_mode
         self.templates: dict[tuple, Template] = {}
+        self.joined: dict[tuple, Template] = {}
         if not all(isinstance(node, fx.Node) for node in outputs):
             raise NotATemplate("it returns something that is not a tensor")
         self.values = {
@@ -120,13 +122,33 @@ class _Composer:
             for node in tangents
         }
         calls: list[_Call] = []
-        for piece in reversed(self.pieces):
-            template = self.template(piece, gradients, needing)
-            for operand, gradient in zip(piece.operands, template.gradients, strict=False):
-                if gradient is not None:
-                    gradients[operand] = gradient
-            calls.append(_Call(piece, template))
-        return _Writer(self, list(reversed(calls)), tangents, gradients).write()
+        wanted = set(self.outputs)
+        for group in reversed(_groups(self.pieces)):
+            known = set(gradients)
+            together: list[_Call] = []
+            for piece in reversed(group):
+                template = self.template(piece, gradients, needing)
+                for operand, gradient in zip(piece.operands, template.gradients, strict=False):
+                    if gradient is not None:
+                        gradients[operand] = gradient
+                together.insert(0, _Call(piece, template))
+            calls.insert(0, self.join(together, wanted, known) if len(group) > 1 else together[0])
+            wanted |= {x for piece in group for x in piece.operands}
+        return _Writer(self, calls, tangents, gradients).write()
+
+    def join(self, calls: list[_Call], wanted: set[fx.Node], known: set[fx.Node]) -> _Call:
+        """Make one call of several. known: values for which gradients arrive from behind them."""
+        wires = [
+            Wire(x.template, tuple(x.piece.operands), tuple(filter(None, x.piece.results)))
+            for x in calls
+        ]
+        whole = joined(wires, wanted, known)
+        if whole.key not in self.joined:
+            name = f"{calls[-1].piece.block}_{len(self.templates) + len(self.joined)}"
+            self.joined[whole.key] = whole.template(name)
+        last = calls[-1].piece
+        piece = replace(last, operands=whole.operands, results=list(whole.results), goes_on=False)
+        return _Call(piece, self.joined[whole.key])
 
     def template(
         self, piece: Piece, gradients: dict[fx.Node, Value], needing: set[fx.Node]
@@ -152,11 +174,21 @@ class _Composer:
             self.templates[key] = trace(
                 _dropping_unused(piece),
                 use,
-                name=f"{piece.block}_{len(self.templates)}",
+                name=f"{piece.block}_{len(self.templates) + len(self.joined)}",
                 block=piece.block,
                 fake_mode=self.fake_mode,
             )
         return self.templates[key]
+
+
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces that are to be one template."""
+    groups: list[list[Piece]] = [[]]
+    for piece in pieces:
+        groups[-1].append(piece)
+        if not piece.goes_on:
+            groups.append([])
+    return [group for group in groups if group]
 
 
 class _Writer:
@@ -207,7 +239,7 @@ class _Writer:
         ]
         return Graph(
             root=module_of(composer.module, graph),
-            templates={each.name: each for each in composer.templates.values()},
+            templates={each.template.name: each.template for each in reversed(self.calls)},
             inputs=tuple(inputs),
             outputs=tuple(outputs),
             num_forward_outputs=len(composer.outputs),

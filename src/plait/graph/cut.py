@@ -8,9 +8,7 @@ ends where a block begins and where a mode changes, so each is traced under one 
 # (fx nodes are not typed.)
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from plait.graph.graph import Module, Node, module_of
-from plait.graph.inline import inline_regions
+from plait.graph.graph import Module, Node
+from plait.graph.inline import calls_of_regions, inline_regions
 from plait.graph.modes import Modes, current_modes
+from plait.graph.split_regions import ENDS, extract_nodes, split_regions, text_of
 from plait.graph.trace import NotATemplate
 
 BETWEEN = "Between"
@@ -30,6 +29,7 @@ BETWEEN = "Between"
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
 _SET_GRAD = torch._C._set_grad_enabled
+_MODES = (_ENTER, _EXIT, _SET_GRAD)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Piece:
     """Nodes of the module that become one template.
 
     key: pieces with equal keys compute the same. operands and results are nodes of the module; a
-    result None is never used.
+    result None is never used. goes_on: it is one template with the next (see `join.py`).
     """
 
     key: str
@@ -46,23 +46,27 @@ class Piece:
     operands: list[Node]
     results: list[Node | None]
     modes: Modes
+    goes_on: bool = False
 
 
 def cut(module: Module, *, num_attentions: int = 0) -> list[Piece]:
     """Cut a module into pieces, in order. Raises NotATemplate if they would not be independent.
 
-    num_attentions: cut behind each attention, or each second one, ..., the first left out; 0: from
-    block to block.
+    num_attentions: cut behind each attention; a template is to span one, or two, ..., the first one
+    more. 0: from block to block.
     Between two attentions each token is treated by itself, so there the work of one part of the
     tokens can hide the communication of another (where a cut lies says only what can be ordered
     together). The first piece spans one attention more: its backward is the last of all, and has
     the weight gradients of a layer to hide its last messages behind. Pieces of equal layers are
     equal, as blocks are.
     """
+    checked = [module]
     if num_attentions:
-        inline_regions(module)
-    for node in module.graph.nodes:
-        _check(node)
+        split_regions(module, _mixes_tokens, lambda node: node.target in _MODES)
+        checked += _regions(module)
+    for each in checked:
+        for node in each.graph.nodes:
+            _check(node)
     return _Cutter(module, num_attentions).run()
 
 
@@ -74,6 +78,7 @@ class _Cutter:
         self.pieces: list[Piece] = []
         self.between: list[Node] = []
         self.inside: set[Node] = set()  # nodes of finished pieces between blocks
+        self.results_of_regions: set[Node] = set()
         self.exits: dict[Node, torch.autocast] = {}
         self.parts: dict[str, tuple[str, Module]] = {}  # name and module, by key
 
@@ -95,22 +100,25 @@ class _Cutter:
         if node.op == "get_attr":
             if not isinstance(_attribute(self.module, node), Tensor | fx.GraphModule | DeviceMesh):
                 raise NotATemplate(f"it uses the object {node.target}")
-        elif node.target in (_ENTER, _EXIT, _SET_GRAD):
+        elif node.target in _MODES:
             self.finish()
             self.change_mode(node)
-        elif node.target is invoke_subgraph:
+        elif node.target is invoke_subgraph and not self.num_attentions:
             self.finish()
             self.take_region(node)
-        elif node.target is operator.getitem and node.args[0].target is invoke_subgraph:
+            self.results_of_regions.update(node.users)
+        elif node in self.results_of_regions:
             pass  # a result of a region: known there
         else:
             self.between.append(node)
-            if self.num_attentions and _mixes_tokens(node):
+            if self.num_attentions and (node.meta.get(ENDS) or _mixes_tokens(node)):
                 self.num_seen += 1
-                if self.num_seen > 1 and (self.num_seen - 1) % self.num_attentions == 0:
-                    self.finish()
+                is_last = self.num_seen > 1 and (self.num_seen - 1) % self.num_attentions == 0
+                self.finish(goes_on=not is_last)
 
     def change_mode(self, node: Node) -> None:
+        if self.pieces:
+            self.pieces[-1].goes_on = False
         if node.target is _ENTER:
             self.exits[node] = _ENTER(*node.args)
         elif node.target is _EXIT:
@@ -139,7 +147,7 @@ class _Cutter:
             Piece(node.args[0].target, name, region, operands, results, current_modes())
         )
 
-    def finish(self) -> None:
+    def finish(self, *, goes_on: bool = False) -> None:
         """End the piece of nodes between blocks."""
         nodes, self.between = self.between, []
         if not nodes:
@@ -171,15 +179,23 @@ class _Cutter:
                 raise NotATemplate("a DTensor passes between blocks")
             if not isinstance(value, Tensor) and node.op != "get_attr":
                 raise NotATemplate("something that is not a tensor passes between blocks")
-        key = _text(nodes, operands, results)
+        key = text_of(nodes, operands, results)
         if key not in self.parts:  # a copy takes longer than the text
-            part = _extract(self.module, nodes, operands, results)
+            part = extract_nodes(self.module, nodes, operands, results)
+            inline_regions(part)
             name = block_name(part) if self.num_attentions else None
             self.parts[key] = (name or BETWEEN, part)
-        self.pieces.append(Piece(key, *self.parts[key], operands, list(results), current_modes()))
+        name, part = self.parts[key]
+        modes = current_modes()
+        self.pieces.append(Piece(key, name, part, operands, list(results), modes, goes_on))
 
     def is_module(self, node: Node) -> bool:
         return node.op == "get_attr" and not isinstance(_attribute(self.module, node), Tensor)
+
+
+def _regions(module: Module) -> list[Module]:
+    names = dict.fromkeys(node.args[0].target for node in calls_of_regions(module))
+    return [getattr(module, name) for name in names]
 
 
 def _check(node: Node) -> None:
@@ -193,43 +209,6 @@ def _check(node: Node) -> None:
                 raise NotATemplate(f"it computes with {type(each).__name__}")
             if not all(isinstance(size, int) for size in (*each.shape, *each.stride())):
                 raise NotATemplate("its shapes are dynamic")
-
-
-def _extract(
-    module: Module,
-    nodes: Sequence[Node],
-    operands: Sequence[Node],
-    results: Sequence[Node],
-) -> Module:
-    graph = fx.Graph()
-    copies = {}
-    for i, node in enumerate(operands):
-        copies[node] = graph.placeholder(f"operand_{i}")
-    for node in nodes:
-        for source in node.all_input_nodes:
-            if source not in copies and source.op == "get_attr":
-                copies[source] = graph.node_copy(source)
-        copies[node] = graph.node_copy(node, lambda source: copies[source])
-    graph.output(tuple(copies[node] for node in results))
-    return module_of(module, graph)
-
-
-def _text(nodes: Sequence[Node], operands: Sequence[Node], results: Sequence[Node]) -> str:
-    """The piece's code with its own numbering, so that equal pieces read the same."""
-    numbers = {node: i for i, node in enumerate((*operands, *nodes))}
-
-    def number(node: Node) -> Any:
-        # What is not of the piece is a module or DTensor's mesh, known by its name.
-        return f"%{numbers[node]}" if node in numbers else f"@{node.target}"
-
-    lines = [f"{len(operands)} operands, results {[numbers[node] for node in results]}"]
-    for node in nodes:
-        args = fx.map_arg((node.args, node.kwargs), number)
-        target = node.target
-        name = getattr(target, "__qualname__", None) or str(target)
-        unique = f"{getattr(target, '__module__', '')}.{name}#{id(target)}"
-        lines.append(f"{node.op} {unique if callable(target) else target} {args}")
-    return "\n".join(lines)
 
 
 def _attribute(module: Module, node: Node) -> object:

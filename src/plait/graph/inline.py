@@ -17,13 +17,19 @@ def inline_regions(module: Module) -> None:
 
     Who runs the module afterwards calls `recompile` first, which writes its Python code.
     """
-    regions = [node for node in module.graph.nodes if node.target is invoke_subgraph]
-    for node in regions:
-        _inline(module, node, getattr(module, node.args[0].target))
+    for node in calls_of_regions(module):
+        inline_region(module, node)
 
 
-def _inline(module: Module, node: Node, region: Module) -> None:
-    graph = node.graph
+def calls_of_regions(module: Module) -> list[Node]:
+    """Calls of regions, in order."""
+    return [node for node in module.graph.nodes if node.target is invoke_subgraph]
+
+
+def inline_region(module: Module, node: Node) -> None:
+    """Replace one call of a region by the nodes of the region."""
+    attribute, graph = node.args[0], node.graph
+    region = getattr(module, attribute.target)
     inner = dict(zip(region.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
     with graph.inserting_before(node):
         for source in region.graph.nodes:
@@ -42,6 +48,8 @@ def _inline(module: Module, node: Node, region: Module) -> None:
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
+    if not attribute.users:
+        graph.erase_node(attribute)
 
 
 def _is_number(operand: object) -> bool:
