@@ -4,6 +4,7 @@ A row is a record with a place to name it by. What cannot be read is a problem w
 end of the run, or counted and named if the user asked to skip it. Memory does not grow with files.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -125,6 +126,8 @@ def _json_lines(path: Path) -> Iterator[Row | Problem]:
         while line := file.readline(_LONGEST_LINE_BYTES):
             number += 1
             place = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # as some editors write it
             if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
                 yield Problem(place, f"a line of more than {_LONGEST_LINE_BYTES:,} bytes")
                 while (rest := file.readline(_LONGEST_LINE_BYTES)) and not rest.endswith(b"\n"):
@@ -135,7 +138,7 @@ def _json_lines(path: Path) -> Iterator[Row | Problem]:
 
 def _parse_line(place: str, line: bytes) -> Row | Problem:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return Problem(place, f"no UTF-8 at byte {error.start} of the line")
     except (json.JSONDecodeError, RecursionError) as error:

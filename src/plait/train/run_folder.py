@@ -111,6 +111,11 @@ class RunFolder:
         """The page with the loss curve."""
         return self.path / "report.html"
 
+    @property
+    def base_model(self) -> Path:
+        """Names and hashes of the files of the model that fine-tuning begins with."""
+        return self.path / "base_model.json"
+
     def write_job(self, job: Job | TuningJob) -> None:
         """Start a run. Raises ConfigError if there is something in the folder already."""
         if self.resolved.exists():
@@ -174,3 +179,11 @@ class RunFolder:
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: it has no {path.name}.")
         return read_json_object(path)
+
+
+def adapter_folder(path: Path) -> Path:
+    """Folder of the adapter in a fine-tuning run, or `path` itself if it is no run."""
+    run = RunFolder(path)
+    if run.resolved.is_file() and not run.adapter.is_dir():
+        raise ConfigError(f"{path} is a run without an adapter: not finished, or method=full.")
+    return run.adapter if run.adapter.is_dir() else path

@@ -2,6 +2,7 @@
 
 # Shapes: B samples, T tokens.
 
+import platform
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -93,3 +94,16 @@ def update(
 def autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Run matrix products in `dtype` while the weights stay float32; float32 changes nothing."""
     return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def slow_dtype_warning(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What to tell somebody whose processor only emulates the products of a run, if so."""
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    if device.type != "cpu" or dtype != torch.bfloat16 or not is_x86:
+        return None
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return (
+        "this processor has no bfloat16 instructions: its products take many times longer than "
+        "those of float32. Better start again with --set dtype=float32"
+    )
