@@ -8,6 +8,7 @@ does.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def _worker(side: str, folder: str, copies: int) -> dict[str, float]:
     environment = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}
     environment |= {"PATH": "/usr/bin:/bin", "HOME": folder}
+    environment |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
     )
