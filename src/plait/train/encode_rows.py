@@ -4,6 +4,7 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.errors import DataError
 from plait.train.rows import Problem, Problems, Row
 
 _ROWS_AT_ONCE = 256
@@ -94,13 +96,19 @@ def _in_processes(
 ) -> Iterator[Result]:
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_start_worker, initargs=(work,)
-    ) as pool:
-        waiting: deque[Future[Result]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(_run_in_worker, batch))
-            if len(waiting) >= num_workers * _IN_FLIGHT:
+    try:
+        with ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_start_worker, initargs=(work,)
+        ) as pool:
+            waiting: deque[Future[Result]] = deque()
+            for batch in batches:
+                waiting.append(pool.submit(_run_in_worker, batch))
+                if len(waiting) >= num_workers * _IN_FLIGHT:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that encodes rows has died, for want of memory perhaps. Try fewer with "
+            f"--set num_workers, now {num_workers}."
+        ) from error

@@ -16,6 +16,7 @@ from plait.train.data import read_tokens, write_tokens
 from plait.train.job import Job
 from plait.train.prepare_rows import encode_heldout, holds_rows, prepare_rows
 from plait.train.row_files import file_hashes
+from plait.train.rows import row_files
 from plait.train.run_folder import RunFolder
 from plait.train.tokenizer import save_tokenizer, train_tokenizer
 from plait.train.watch import Watch
@@ -78,6 +79,11 @@ def _encode_more(
 
 def _prepare_files(job: Job, run: RunFolder, watch: Watch) -> None:
     watch.on_stage(f"reading {job.data}")
+    if Path(job.data).is_dir() and (rows := row_files(Path(job.data))):
+        watch.on_stage(
+            f"{job.data} holds {len(rows)} files of rows, such as {rows[0].name}, beside others: "
+            "all are read as plain text. To read rows, name a folder of nothing else"
+        )
     corpus = find_corpus(job.data, job.corpus)
     watch.on_stage(f"learning a vocabulary of {job.model.vocab_size:,} tokens")
     save_tokenizer(

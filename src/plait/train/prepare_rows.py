@@ -14,7 +14,15 @@ from plait.checkpoint.json_file import write_json
 from plait.errors import DataError
 from plait.train.job import Job
 from plait.train.row_files import file_hashes
-from plait.train.rows import SUFFIXES, Problem, Problems, is_row_data, read_rows, text_field
+from plait.train.rows import (
+    SUFFIXES,
+    Problem,
+    Problems,
+    is_row_data,
+    is_saved_dataset,
+    read_rows,
+    text_field,
+)
 from plait.train.run_folder import RunFolder
 from plait.train.text_rows import TextEncoder, side_of, write_texts
 from plait.train.tokenizer import save_tokenizer, train_tokenizer_on
@@ -24,7 +32,7 @@ from plait.train.watch import Watch
 def holds_rows(data: str) -> bool:
     """Say whether data are rows: a file or a saved dataset, or a folder of nothing else."""
     path = Path(data)
-    if not path.is_dir() or (path / "state.json").is_file():
+    if not path.is_dir() or is_saved_dataset(path):
         return is_row_data(data)
     files = [file for file in path.rglob("*") if file.is_file()]
     return bool(files) and all(file.suffix in SUFFIXES for file in files)

@@ -61,7 +61,7 @@ def is_row_data(data: str) -> bool:
     """Say whether a path is read row by row."""
     path = Path(data)
     if path.is_dir():
-        return _is_saved_dataset(path) or any(row_files(path))
+        return is_saved_dataset(path) or any(row_files(path))
     return path.suffix in SUFFIXES
 
 
@@ -75,7 +75,7 @@ def read_rows(data: str | Path) -> Iterator[Row | Problem]:
     path = Path(data)
     if not path.exists():
         raise DataError(f"{path} does not exist.")
-    if path.is_dir() and _is_saved_dataset(path):
+    if path.is_dir() and is_saved_dataset(path):
         yield from _saved_dataset(path)
         return
     files = row_files(path) if path.is_dir() else [path]
@@ -165,7 +165,8 @@ def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
             yield Row(f"{path}:{number}", value)
 
 
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
+    """Say whether the `datasets` library saved a data set, or several splits, in a folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 

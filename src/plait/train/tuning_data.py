@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plait.checkpoint.chat_template import ChatTemplate, choose_chat_template
-from plait.checkpoint.huggingface import end_tokens, load_tokenizer
+from plait.checkpoint.huggingface import end_tokens, load_config, load_tokenizer
 from plait.checkpoint.json_file import read_json_object, write_json, write_text
 from plait.errors import CheckpointError, DataError, ModelError
 from plait.train.chat_rows import ChatEncoder, PreferenceEncoder, special_tokens
@@ -35,7 +35,7 @@ def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Wa
         return
     _copy_tokenizer(job, model_folder, run)
     facts: dict[str, object] = {}
-    encoder, pad = _encoder(job, run)
+    encoder, pad = _encoder(job, model_folder, run)
     sets = {"train": job.data, **{name_of(path): path for path in job.evaluation_data}}
     if len(sets) != 1 + len(job.evaluation_data):
         raise DataError("evaluation_data has two sets of one name, or one called train.")
@@ -89,9 +89,15 @@ def name_of(path: str) -> str:
     return Path(path).stem
 
 
-def _encoder(job: TuningJob, run: RunFolder) -> tuple[Encoder, int]:
+def _encoder(job: TuningJob, model_folder: Path, run: RunFolder) -> tuple[Encoder, int]:
     tokenizer = load_tokenizer(run.tokenizer)
     ends = end_tokens(run.tokenizer)
+    num_known = load_config(model_folder).vocab_size
+    if (num_tokens := tokenizer.get_vocab_size()) > num_known:
+        raise CheckpointError(
+            f"the tokenizer in {model_folder} has {num_tokens} tokens, the model {num_known}: "
+            "they do not belong together."
+        )
     if not ends:
         raise CheckpointError(f"{job.model} names no token that ends a text (eos_token).")
     chat = ChatEncoder(

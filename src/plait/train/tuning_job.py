@@ -79,6 +79,8 @@ class TuningJob:
                 f"micro_batch_size={self.micro_batch_size} does not divide "
                 f"batch_size={self.batch_size}."
             )
+        if self.objective == "dpo" and self.pack:
+            raise ConfigError("pack=true is for sft: the two answers of a preference stay rows.")
         if self.method == "full" and self.lora.quantize:
             raise ConfigError("lora.quantize needs method=lora: four-bit weights do not learn.")
         if self.adapter and self.method == "full":
