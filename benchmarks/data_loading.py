@@ -8,6 +8,7 @@ does.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def _worker(side: str, folder: str, copies: int) -> dict[str, float]:
     environment = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}
     environment |= {"PATH": "/usr/bin:/bin", "HOME": folder}
+    environment |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
     )
@@ -149,14 +151,17 @@ def _measured(folder: Path, run) -> dict[str, float]:
 
 def _run_plait(folder: Path) -> dict[str, float]:
     from plait.checkpoint.huggingface import load_tokenizer
-    from plait.train.encode_rows import encode_rows
+    from plait.train.data import PackedSamples, read_tokens
     from plait.train.rows import Problems, read_rows
-    from plait.train.text_rows import TextEncoder, write_blocks
+    from plait.train.text_rows import TextEncoder, write_texts
 
     def run() -> int:
-        encoder = TextEncoder(load_tokenizer(folder / "tokenizer"), 0)
-        samples = encode_rows(read_rows(folder / "rows.jsonl"), encoder, Problems())
-        return write_blocks(samples, folder / "rows.blocks", length=LENGTH) * LENGTH
+        tokenizer, path = load_tokenizer(folder / "tokenizer"), folder / "train.bin"
+        encoder = TextEncoder(tokenizer, tokenizer.token_to_id("<|endoftext|>"))
+        write_texts(read_rows(folder / "rows.jsonl"), encoder, {"train": path}, Problems())
+        tokens = read_tokens(path, vocab_size=tokenizer.get_vocab_size())
+        samples = PackedSamples(tokens, sequence_length=LENGTH, seed=0)
+        return samples.num_samples * LENGTH
 
     return _measured(folder, run)
 

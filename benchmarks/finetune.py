@@ -1,6 +1,7 @@
 """LoRA fine-tuning against PEFT and `transformers.Trainer`: speed, loss curve, adapters.
 
-Same base weights (bfloat16, frozen), adapters (float32), rows, batches, optimizer (fused AdamW),
+Same base weights (bfloat16 where the machine has such products, else float32; frozen), adapters
+(float32), rows, batches, optimizer (fused AdamW),
 rate and clipping; each side runs in its own process, in turn. A run's figure is the median over its
 steps after the warm-up. Every row is one conversation of equal length, so neither side pads.
 """
@@ -18,7 +19,7 @@ from benchmarks.result import ROOT, Row, run_benchmark
 
 SIDES = ("plait", "peft")
 WARM_UP_STEPS = 3
-LENGTH, BATCH, RANK, ALPHA, RATE = 512, 4, 16, 32.0, 1e-3
+LENGTH, BATCH, RANK, ALPHA, RATE = 512, 2, 16, 32.0, 1e-3
 MODEL = {
     "vocab_size": 16_384,
     "hidden_size": 512,
@@ -33,7 +34,7 @@ MODEL = {
 
 def measure(quick: bool) -> list[Row]:
     """Run both sides in turn and compare."""
-    rounds, steps = (1, 6) if quick else (5, 14)
+    rounds, steps = (1, 6) if quick else (5, 10)
     with TemporaryDirectory() as folder:
         _worker("prepare", folder, steps)
         orders = [SIDES if i % 2 == 0 else SIDES[::-1] for i in range(rounds)]
@@ -43,7 +44,7 @@ def measure(quick: bool) -> list[Row]:
     noise, gap = _loss_gap(runs[0]["plait"]["losses"], runs[0]["peft"]["losses"])
     return [
         Row(
-            claim="LoRA fine-tuning speed, ratio to PEFT",
+            claim=f"LoRA fine-tuning speed in {_dtype_name()}, ratio to PEFT",
             unit="x",
             target=1.2,
             better="higher",
@@ -83,6 +84,14 @@ def measure(quick: bool) -> list[Row]:
     ]
 
 
+def _dtype_name() -> str:
+    import torch
+
+    from plait.train.job import product_dtype
+
+    return product_dtype("auto", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _loss_gap(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     """Spread of the loss from step to step, and how far the curves are apart on average."""
     steps = [b - a for a, b in pairwise(theirs)]
@@ -115,7 +124,7 @@ def _prepare(folder: Path, steps: int) -> dict:
     model = Decoder(DecoderConfig(**MODEL, init_std=0.05))
     model.initialize(torch.Generator().manual_seed(0))
     (folder / "base").mkdir()
-    write_model(model.to(torch.bfloat16), folder / "base")
+    write_model(model.to(getattr(torch, _dtype_name())), folder / "base")
     generator = np.random.default_rng(0)
     samples = []
     for number in range(steps * BATCH):
@@ -145,6 +154,7 @@ def _run_plait(folder: Path, steps: int) -> dict:
     from plait.train.step import update
     from plait.train.tuning_loss import batch_loss
 
+    dtype = getattr(torch, _dtype_name())
     model = load_model(folder / "base")
     settings = LoraSettings(rank=RANK, alpha=ALPHA)
     add_lora(model, settings, torch.Generator().manual_seed(0))
@@ -156,7 +166,7 @@ def _run_plait(folder: Path, steps: int) -> dict:
     times, losses = [], []
     for step in range(steps):
         batch = rows.batch(range(step * BATCH, (step + 1) * BATCH))
-        loss = batch_loss(model, batch, dtype=torch.bfloat16) / batch.num_targets
+        loss = batch_loss(model, batch, dtype=dtype) / batch.num_targets
         result = update(model.parameters(), optimizers, [loss], clip_norm=1.0)
         times.append(time.perf_counter())
         losses.append(result.loss)
@@ -194,14 +204,15 @@ def _run_peft(folder: Path, steps: int) -> dict:
             if logs and "loss" in logs:
                 losses.append(logs["loss"])
 
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    dtype = getattr(torch, _dtype_name())
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
     model = PeftModel.from_pretrained(base, folder / "start", is_trainable=True)
     arguments = TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         remove_unused_columns=False,  # it would drop shift_labels
-        bf16=True,
+        bf16=dtype == torch.bfloat16,
         use_cpu=True,
         optim="adamw_torch_fused",
         learning_rate=RATE,

@@ -15,7 +15,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ARGUMENTS = {"full_flow": ["4"]}  # steps; all of them take minutes
 VERBS = {
     "train", "runs", "evaluate", "sample", "chat", "explain", "debug", "doctor", "invert",
-    "forward", "overlap", "price", "calibrate", "compare", "search",
+    "forward", "overlap", "price", "calibrate", "compare", "search", "merge",
 }  # fmt: skip
 
 

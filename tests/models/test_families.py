@@ -14,6 +14,7 @@ from plait.models.decoder import Decoder, DecoderConfig
 from plait.models.registry import FAMILIES, check_family
 from plait.nn.experts import ExpertFeedForward, ExpertSettings
 from plait.nn.rotary import Rope
+from plait.nn.token_layout import TokenLayout
 
 from .tiny_families import make_reference
 
@@ -106,6 +107,18 @@ def test_pangu_equals_a_plain_implementation(pangu):
     cache = model.make_cache(batch_size=1, capacity=15)
     steps = torch.cat([model(tokens[None, i : i + 1], cache=cache) for i in range(15)], dim=1)
     assert (model.logits(steps)[0] - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_packed_pangu_documents_equal_separate_ones(pangu):
+    folder, leaves = pangu
+    model = load_model(folder)
+    tokens = torch.randint(0, 101, (15,), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat((torch.arange(6), torch.arange(9)))[None]
+    segments = torch.cat((torch.zeros(6), torch.ones(9)))[None]
+    packed = model.logits(model(tokens[None], TokenLayout(positions, segments)))[0]
+    expected = torch.cat([_pangu_logits(leaves, part) for part in tokens.split([6, 9])])
+    assert (packed - expected).abs().max() < 1e-4
 
 
 def test_pangu_import_then_export_keeps_every_byte(pangu, tmp_path):

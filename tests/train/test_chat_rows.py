@@ -1,5 +1,7 @@
 """What of a conversation is learnt, and what a row must have."""
 
+import json
+
 import pytest
 
 from plait.checkpoint.chat_template import ChatTemplate, Message, choose_chat_template
@@ -75,6 +77,13 @@ def test_generation_blocks_find_the_tokens_that_transformers_finds(folder, encod
     (sample,) = ours([Row("a:1", {"messages": messages})])
     assert sample.tokens.tolist() == expected["input_ids"]
     assert sample.counted.astype(int).tolist() == expected["assistant_masks"]
+
+
+def test_json_in_a_template_is_json_and_not_html():
+    template = ChatTemplate("{% for m in messages %}{{ m.content | tojson }}{% endfor %}", {})
+    text = "<a href='x'>caf\u00e9 & \"tea\"</a>"
+    assert json.loads(template.render([Message("user", text)])) == text
+    assert "<a href='x'>caf\u00e9 &" in template.render([Message("user", text)])
 
 
 def test_a_template_that_rewrites_the_past_is_refused():

@@ -8,15 +8,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from plait.checkpoint.huggingface import load_model
 from plait.cli.main import app
 from plait.config import override
 from plait.errors import DataError, MissingExtraError
 from plait.models.decoder import Decoder, DecoderConfig
 from plait.nn.experts import ExpertSettings
 from plait.recipes.catalog import find_recipe
+from plait.train.evaluate import Scoring, evaluate
 from plait.train.loop import train
 from plait.train.optimizer import OptimizerSettings
 from plait.train.packing import layout_of_stream
+from plait.train.prepare import tokens_of
 from plait.train.run_folder import RunFolder
 from plait.train.utilization import num_matrix_weights, peak_of, training_flops_per_token
 from plait.train.watch import Watch
@@ -96,12 +99,60 @@ def test_further_sets_are_scored_and_the_best_checkpoint_is_kept(job, tmp_path):
     assert (facts["step"], facts["best"]) == (best["step"], best["heldout_loss"])
 
 
+def test_further_sets_may_be_rows_and_their_bad_ones_are_named(job, tmp_path):
+    rows = [{"text": f"row {i}, again row {i} and once more\n"} for i in range(30)]
+    more = write_rows(tmp_path / "more.jsonl", rows)
+    job = replace(job, evaluation=replace(job.evaluation, more=(more,)))
+    run = _run(job, tmp_path / "run")
+    assert all(
+        r["heldout_bits_per_byte/more"] > 0 for r in run.read_metrics() if "heldout_loss" in r
+    )
+    facts = json.loads((run.heldout_tokens.parent / "more-more.json").read_text())
+    assert facts["num_bytes"] == sum(len(row["text"]) for row in rows)
+    assert list(facts["files"]) == [more]
+    write_rows(tmp_path / "more.jsonl", [*rows, {"txt": "x"}])
+    with pytest.raises(DataError, match=r"more\.jsonl:31: has no field 'text'"):
+        _run(job, tmp_path / "bad")
+
+
+def test_worker_processes_change_nothing_but_the_time(job, tmp_path):
+    alone = _run(replace(job, num_steps=1), tmp_path / "alone")
+    others = _run(replace(job, num_steps=1, num_workers=2), tmp_path / "others")
+    for name in ("train_tokens", "heldout_tokens"):
+        assert getattr(alone, name).read_bytes() == getattr(others, name).read_bytes()
+
+
+def test_a_text_that_spells_the_end_of_text_is_one_document(job, tmp_path):
+    texts = [{"text": f"{row['text']}<|endoftext|>"} for row in TEXTS]
+    job = replace(job, data=write_rows(tmp_path / "ends.jsonl", texts), num_steps=1)
+    run = _run(replace(job, num_workers=1), tmp_path / "run")
+    tokens = [*tokens_of(run)[0], *tokens_of(run)[1]]
+    assert sum(token == 0 for token in tokens) == len(texts) + 2
+
+
 def test_documents_are_kept_apart_on_request(job, tmp_path):
     losses = {}
     for boundaries in (False, True):
         run = _run(replace(job, document_boundaries=boundaries), tmp_path / f"{boundaries}")
         losses[boundaries] = [r["loss"] for r in run.read_metrics() if "loss" in r]
     assert losses[False] != losses[True]
+    last = run.read_metrics()[-1]["heldout_loss"]
+    model = load_model(run.model)
+    scoring = Scoring(context=32, stride=32, dtype="float32")
+    facts = run.read_corpus()["num_bytes"]["heldout"]
+    scored = {
+        end: evaluate(
+            model,
+            tokens_of(run)[1],
+            num_bytes=facts,
+            scoring=scoring,
+            most_windows=4,
+            end_of_text=end,
+        )
+        for end in (0, None)
+    }
+    assert scored[0].nats / scored[0].num_tokens == pytest.approx(last, rel=1e-5)
+    assert abs(scored[None].nats / scored[None].num_tokens - last) > 1e-4 * last
     layout = layout_of_stream(torch.tensor([[5, 0, 7, 8, 0, 9]]), end_of_text=0)
     assert layout.segments.tolist() == [[0, 1, 1, 1, 2, 2]]
     assert layout.positions.tolist() == [[0, 0, 1, 2, 0, 1]]
@@ -126,6 +177,18 @@ def test_tensorboard_is_asked_for_where_it_is_missing(job, tmp_path, monkeypatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match="pip install tensorboard"):
         _run(replace(job, tensorboard=True), tmp_path / "run")
+
+
+def test_tensorboard_gets_every_number_by_step(job, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = _run(replace(job, tensorboard=True), tmp_path / "run")
+    events = EventAccumulator(str(run.events)).Reload()
+    written = {r["step"]: r["loss"] for r in run.read_metrics() if "loss" in r}
+    shown = {e.step: e.value for e in events.Scalars("loss")}
+    assert shown == pytest.approx(written, rel=1e-6)
+    assert [e.step for e in events.Scalars("heldout_loss")] == [3, 6]
 
 
 @pytest.mark.parametrize(

@@ -92,5 +92,5 @@ def test_a_batch_is_cut_behind_its_longest_row(tmp_path):
 def test_a_sample_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(DataError, match="row 0: 34 tokens do not fit into a row of 33"):
         _rows(tmp_path, [Sample("row 0", np.ones(34, np.uint32), np.ones(34, np.bool_))])
-    with pytest.raises(DataError, match="no sample left"):
+    with pytest.raises(DataError, match="no sample is left"):
         _rows(tmp_path, [])

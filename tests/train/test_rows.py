@@ -1,16 +1,19 @@
 """Rows of every format: what is read, what is named, what is counted."""
 
+import itertools
 import json
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from plait.errors import DataError
-from plait.train.encode_rows import encode_rows
+from plait.train.encode_rows import in_order
 from plait.train.row_files import file_hashes
 from plait.train.rows import Problem, Problems, Row, is_row_data, keep_rows, read_rows
-from plait.train.text_rows import TextEncoder
+from plait.train.text_rows import SIDES, TextEncoder, write_texts
 from plait.train.tokenizer import train_tokenizer
 
 ROWS = [{"text": f"row number {i}"} for i in range(700)]
@@ -88,11 +91,13 @@ def encoder(tmp_path):
 def test_a_corrupt_row_is_named_with_file_and_line(tmp_path, encoder, line, reason):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
+    target = {"train": tmp_path / "tokens"}
     with pytest.raises(DataError, match=rf"rows.jsonl:2: {reason}.*on_bad_row=skip"):
-        list(encode_rows(read_rows(path), encoder, Problems()))
+        write_texts(read_rows(path), encoder, target, Problems())
+    assert not target["train"].exists()
     problems = Problems("skip")
-    samples = list(encode_rows(read_rows(path), encoder, problems))
-    assert [sample.place for sample in samples] == [f"{path}:1"]
+    sides = write_texts(read_rows(path), encoder, target, problems)
+    assert sides["train"].num_bytes == len("good")
     assert problems.count == 1
     assert problems.named[0].startswith(f"{path}:2: ")
 
@@ -123,13 +128,41 @@ def test_no_rows_at_all_are_said_so(tmp_path):
 
 def test_worker_processes_give_the_same_samples_in_the_same_order(tmp_path, encoder):
     path = _json_lines(tmp_path / "a.jsonl", [*ROWS, {"text": ""}, *ROWS])
-    alone, together = Problems("skip"), Problems("skip")
-    expected = list(encode_rows(read_rows(path), encoder, alone))
-    found = list(encode_rows(read_rows(path), encoder, together, num_workers=2))
-    assert [s.place for s in found] == [s.place for s in expected]
-    assert all((a.tokens == b.tokens).all() for a, b in zip(found, expected, strict=True))
-    assert alone.named == together.named
-    assert alone.count == 1
+    encoder = replace(encoder, heldout_fraction=0.3)
+    problems = [Problems("skip"), Problems("skip")]
+    written = []
+    for num_workers in (0, 2):
+        paths = {side: tmp_path / f"{side}-{num_workers}" for side in SIDES}
+        totals = write_texts(
+            read_rows(path), encoder, paths, problems[num_workers // 2], num_workers=num_workers
+        )
+        written.append((totals, [paths[side].read_bytes() for side in SIDES]))
+    assert written[0] == written[1]
+    assert problems[0] == problems[1]
+    assert problems[0].count == 1
+    texts = "".join(row["text"] for row in ROWS) * 2
+    assert sum(side.num_bytes for side in written[0][0].values()) == len(texts)
+    # Exact copies stay together, so each side decodes to every one of its texts twice.
+    for side, content in zip(SIDES, written[0][1], strict=True):
+        tokens = np.frombuffer(content, "<u2")
+        assert written[0][0][side].num_tokens == len(tokens)
+        found = [encoder.tokenizer.decode(part) for part in _between_ends(tokens)]
+        assert all(found.count(text) == 2 for text in found)
+        assert set(found) <= {row["text"] for row in ROWS}
+
+
+def _between_ends(tokens):
+    ends = np.flatnonzero(tokens == 0)
+    assert ends[0] == 0
+    assert ends[-1] == len(tokens) - 1
+    return [tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(ends)]
+
+
+def test_an_evaluation_set_lies_in_one_file(tmp_path, encoder):
+    path = _json_lines(tmp_path / "a.jsonl", ROWS)
+    whole = replace(encoder, heldout_fraction=1.0)
+    sides = write_texts(read_rows(path), whole, {"heldout": tmp_path / "held"}, Problems())
+    assert sides["heldout"].num_bytes == sum(len(row["text"]) for row in ROWS)
 
 
 def test_rows_are_read_only_as_far_as_they_are_encoded(encoder):
@@ -141,6 +174,5 @@ def test_rows_are_read_only_as_far_as_they_are_encoded(encoder):
             taken += 1
             yield Row(f"{taken}", {"text": "row"})
 
-    samples = encode_rows(endless(), encoder, Problems())
-    next(samples)
+    next(in_order(encoder, endless(), num_workers=0))
     assert taken <= 256

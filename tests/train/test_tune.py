@@ -1,18 +1,20 @@
 """Fine-tuning: it learns, it resumes bit for bit, and others read what it writes."""
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from plait.checkpoint.huggingface import load_model, load_tokenizer
 from plait.cli.main import app
-from plait.errors import ConfigError, DataError
+from plait.errors import CheckpointError, ConfigError, DataError
 from plait.nn.lora import LoraSettings
 from plait.recipes.catalog import find_recipe
 from plait.serve.generate import generate
@@ -190,6 +192,110 @@ def test_a_run_can_be_fine_tuned_further(job, tmp_path):
     again = replace(job, model=str(first.path), template="", num_steps=2)
     second, _ = _run(again, tmp_path / "second")
     assert load_model(second.model).config == load_model(first.model).config
+
+
+def test_an_adapter_of_peft_learns_on(job, folder, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    theirs.save_pretrained(tmp_path / "theirs")
+    job = replace(job, lora=LoraSettings(), adapter=str(tmp_path / "theirs"), num_steps=2)
+    run, _ = _run(job, tmp_path / "run")
+    before, after = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "theirs", run.adapter)
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    # Two steps of the small rate of the warm-up lead nowhere far from where they began.
+    assert all((before[name] - after[name]).abs().max() < 0.02 for name in before)
+    # From a run, the adapter is the one in its folder; its base is as it was before it was merged.
+    again, _ = _run(replace(job, adapter=str(run.path)), tmp_path / "again")
+    assert again.adapter.is_dir()
+
+
+def test_settings_beside_an_adapter_are_refused(job, tmp_path):
+    with pytest.raises(ConfigError, match="brings its own rank"):
+        replace(job, adapter="x")
+    with pytest.raises(ConfigError, match="adapter needs method=lora"):
+        replace(job, adapter="x", method="full")
+    with pytest.raises(ConfigError, match="adapter=nowhere is not a folder"):
+        replace(job, adapter="nowhere", lora=LoraSettings()).check_ready()
+
+
+def test_the_run_says_which_weights_it_began_with(job, folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    calls = iter([False, True])
+    job = replace(job, model=str(own))
+    run, first = _run(job, tmp_path / "run", should_stop=lambda: next(calls))
+    assert not first.finished
+    weights = own / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert json.loads(run.base_model.read_text())[str(weights)] == digest
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what .* began with"):
+        _run(job, tmp_path / "run")
+
+
+def test_a_merged_adapter_computes_what_peft_computes(job, folder, tmp_path):
+    run, _ = _run(replace(job, num_steps=2), tmp_path / "run")
+    words = ["merge", str(folder), str(run.path), "--out", str(tmp_path / "merged")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "rank 8, alpha 16" in result.output
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(folder).eval()
+        theirs = PeftModel.from_pretrained(base, run.adapter)(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(tokens).logits
+    assert (merged - theirs).abs().max() < 1e-4
+    assert load_tokenizer(tmp_path / "merged").get_vocab_size() == 320
+    again = CliRunner().invoke(app, words)
+    assert isinstance(again.exception, ConfigError)
+
+
+BAD_ROWS = {
+    "no json": ('{"messages": [', "no JSON"),
+    "missing field": ('{"prompt": "x"}', "needs 'messages'"),
+    "wrong role": ('{"messages": [{"role": "user", "content": "hi"}]}', "nothing to learn"),
+    "oversized": (json.dumps({"prompt": "sky " * 300, "completion": "x"}), "more than the 97"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_every_kind_of_bad_row_is_named_or_counted(job, tmp_path, line, reason):
+    rows = "".join(json.dumps(row) + "\n" for row in chat_rows())
+    (tmp_path / "bad.jsonl").write_text(f"{rows}{line}\n{rows}")
+    job = replace(job, data=str(tmp_path / "bad.jsonl"), num_steps=1)
+    with pytest.raises(DataError, match=rf"bad\.jsonl:11: .*{reason}.*on_bad_row=skip"):
+        _run(job, tmp_path / "error")
+    told = []
+    job = replace(job, on_bad_row="skip", num_workers=1 if reason == "no JSON" else 0)
+    run, _ = _run(job, tmp_path / "skip", on_stage=told.append)
+    facts = json.loads(run.data.read_text())["train"]
+    assert (facts["left_out"], facts["num_samples"]) == (1, 20)
+    (named,) = facts["left_out_rows"]
+    assert "bad.jsonl:11: " in named
+    assert reason in named
+    assert any("1 rows of" in text and "bad.jsonl:11" in text for text in told)
+
+
+def test_a_template_that_does_not_fit_names_the_row(job, tmp_path):
+    (tmp_path / "strict.jinja").write_text(
+        "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
+        "{{ raise_exception('only user and assistant') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    turns = [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "yes"}]
+    rows = [*chat_rows(), {"messages": turns}]
+    job = replace(job, data=write_rows(tmp_path / "rows.jsonl", rows))
+    job = replace(job, template=str(tmp_path / "strict.jinja"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:11: .*only user and assistant"):
+        _run(job, tmp_path / "run")
 
 
 def _command(folder, data, *more):

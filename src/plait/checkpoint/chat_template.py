@@ -1,11 +1,13 @@
 """Chat templates: the Jinja program in `tokenizer_config.json`, run in a sandbox."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -78,14 +80,8 @@ class ChatTemplate:
         return RenderedChat(rendered.text, tuple(spans))
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _GenerationBlocks],
-        )
-        environment.globals["raise_exception"] = _raise
         try:
-            return environment.from_string(self.source).render(
+            return _compiled(self.source).render(
                 messages=[asdict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
@@ -128,6 +124,19 @@ def choose_chat_template(folder: Path, name: str) -> ChatTemplate:
     return ChatTemplate(Path(name).read_text(encoding="utf-8"), tokens)
 
 
+@lru_cache(maxsize=8)  # rows by the million share one template
+def _compiled(source: str) -> Template:
+    """Compile a template in a sandbox that offers what those of transformers rely on."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationBlocks],
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = _to_json
+    return environment.from_string(source)
+
+
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     return {
         name: _token_text(settings[name])
@@ -138,6 +147,11 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 def _token_text(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As in transformers: Jinja's own filter writes HTML, with quotes and signs escaped."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _raise(message: str) -> NoReturn:

@@ -15,6 +15,7 @@ from plait.errors import ConfigError
 from plait.train.evaluate import Scoring
 from plait.train.run_folder import RunFolder
 from plait.train.score import Score, score_files, score_run, scoring_of, trained_model
+from plait.train.tuning_job import TuningJob
 from plait.train.watch import Watch
 
 
@@ -47,7 +48,8 @@ def evaluate_command(
     decoder = load_model(folder)
     context = min(512, decoder.config.max_positions)
     default = Scoring(context=context, stride=max(1, context // 2))
-    scoring = override(scoring_of(run.read_job()) if is_run else default, settings or [])
+    is_pretraining = is_run and (data is None or not isinstance(run.read_any_job(), TuningJob))
+    scoring = override(scoring_of(run.read_job()) if is_pretraining else default, settings or [])
     with scoring_progress() as watch:
         if data is None:
             score = score_run(run, decoder, scoring, watch)

@@ -15,6 +15,7 @@ from plait.cli import (
     explain,
     forward,
     invert,
+    merge,
     overlap,
     price,
     runs,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train_command)
 app.command("runs")(runs.runs_command)
+app.command("merge")(merge.merge_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("sample")(sample.sample_command)
 app.command("chat")(chat.chat_command)

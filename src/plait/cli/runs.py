@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from plait.checkpoint.json_file import write_text
-from plait.cli.output import duration, show, show_json
+from plait.cli.output import duration, say, show, show_json
 from plait.config import to_json
-from plait.errors import ConfigError
+from plait.errors import ConfigError, PlaitError
 from plait.train.compare_runs import RunSummary, differing_settings, summarize
 from plait.train.report import draw_curves
 from plait.train.run_folder import RunFolder
@@ -30,8 +30,17 @@ def runs_command(
     Example: plait runs runs/sft-1 runs/sft-2 --html compare.html
     """
     found = folders or _below(Path("runs"))
-    runs = {str(folder): RunFolder(folder) for folder in found}
-    summaries = {name: summarize(run) for name, run in runs.items()}
+    runs: dict[str, RunFolder] = {}
+    summaries: dict[str, RunSummary] = {}
+    for folder in found:
+        try:
+            summaries[str(folder)] = summarize(RunFolder(folder))
+        except PlaitError as error:
+            if folders:
+                raise
+            say(f"{folder} is left out: {error}")
+        else:
+            runs[str(folder)] = RunFolder(folder)
     settings = differing_settings({name: to_json(run.read_any_job()) for name, run in runs.items()})
     if out is not None:
         write_text(out, _page(runs, summaries, settings))

@@ -4,18 +4,24 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.errors import DataError
 from plait.train.rows import Problem, Problems, Row
 
 _ROWS_AT_ONCE = 256
 _IN_FLIGHT = 3
 """Batches that wait or run for each worker: enough to keep it busy, few enough to stay small."""
+
+Result = TypeVar("Result")
+Work = Callable[[list[Row | Problem]], Result]
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,7 @@ def encode_rows(
     rows: Iterable[Row | Problem], encoder: Encoder, problems: Problems, *, num_workers: int = 0
 ) -> Iterator[Sample]:
     """Yield the samples of all rows, in order; without workers this process encodes."""
-    batches = _batches(rows)
-    results = map(encoder_of(encoder), batches) if num_workers == 0 else None
-    if results is None:
-        results = _in_processes(batches, encoder, num_workers)
-    for result in results:
+    for result in in_order(_PassProblems(encoder), rows, num_workers=num_workers):
         for item in result:
             if isinstance(item, Problem):
                 problems.add(item)
@@ -51,13 +53,18 @@ def encode_rows(
                 yield item
 
 
-def encoder_of(encoder: Encoder) -> Callable[[list[Row | Problem]], list[Sample | Problem]]:
-    """Let an encoder pass problems through, at their places between the rows."""
-    return _PassProblems(encoder)
+def in_order(
+    work: Work[Result], rows: Iterable[Row | Problem], *, num_workers: int
+) -> Iterator[Result]:
+    """Yield what `work` makes of some rows at a time, in order; without workers it runs here."""
+    batches = _batches(rows)
+    return _in_processes(batches, work, num_workers) if num_workers else map(work, batches)
 
 
 @dataclass(frozen=True)
 class _PassProblems:
+    """Lets an encoder pass problems through."""
+
     encoder: Encoder
 
     def __call__(self, batch: list[Row | Problem]) -> list[Sample | Problem]:
@@ -72,16 +79,36 @@ def _batches(rows: Iterable[Row | Problem]) -> Iterator[list[Row | Problem]]:
         yield batch
 
 
+_WORK: ContextVar[Work[Any]] = ContextVar("work")
+"""Of a worker process: a tokenizer is megabytes, so it is sent once and not with every batch."""
+
+
+def _start_worker(work: Work[Any]) -> None:
+    _WORK.set(work)
+
+
+def _run_in_worker(batch: list[Row | Problem]) -> Any:
+    return _WORK.get()(batch)
+
+
 def _in_processes(
-    batches: Iterator[list[Row | Problem]], encoder: Encoder, num_workers: int
-) -> Iterator[list[Sample | Problem]]:
+    batches: Iterator[list[Row | Problem]], work: Work[Result], num_workers: int
+) -> Iterator[Result]:
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        waiting: deque[Future[list[Sample | Problem]]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(encoder_of(encoder), batch))
-            if len(waiting) >= num_workers * _IN_FLIGHT:
+    try:
+        with ProcessPoolExecutor(
+            num_workers, mp_context=context, initializer=_start_worker, initargs=(work,)
+        ) as pool:
+            waiting: deque[Future[Result]] = deque()
+            for batch in batches:
+                waiting.append(pool.submit(_run_in_worker, batch))
+                if len(waiting) >= num_workers * _IN_FLIGHT:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that encodes rows has died, for want of memory perhaps. Try fewer with "
+            f"--set num_workers, now {num_workers}."
+        ) from error

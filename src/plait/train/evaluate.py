@@ -15,6 +15,7 @@ from plait.errors import ConfigError
 from plait.models.decoder import Decoder
 from plait.train.data import windows
 from plait.train.job import TORCH_DTYPES, Dtype, product_dtype
+from plait.train.packing import layout_of_stream
 from plait.train.step import autocast
 
 _WINDOWS_AT_ONCE = 8
@@ -66,11 +67,13 @@ def evaluate(
     num_bytes: int,
     scoring: Scoring,
     most_windows: int | None = None,
+    end_of_text: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Score all of `tokens` but the first, which stand for `num_bytes` bytes of text.
 
     With `most_windows`, only so many, evenly spread; the bytes are then counted in proportion.
+    With `end_of_text`, the token before each document, tokens see those of their own document only.
     `on_progress(done, total)` counts scored tokens.
     """
     device_type = model.embed_tokens.weight.device.type
@@ -86,8 +89,11 @@ def evaluate(
         (start, first, end) = batch[0]
         rows = np.stack([tokens[s : e + 1] for s, _, e in batch]).astype(np.int64)
         tokens_BU = torch.from_numpy(rows).to(model.embed_tokens.weight.device)  # U = T + 1
+        layout = None
+        if end_of_text is not None:
+            layout = layout_of_stream(tokens_BU[:, :-1], end_of_text=end_of_text)
         with autocast(device_type, dtype):
-            hidden_BTD = model(tokens_BU[:, :-1])
+            hidden_BTD = model(tokens_BU[:, :-1], layout)
         scored_BTD, targets_BT = hidden_BTD[:, first - start :], tokens_BU[:, 1 + first - start :]
         nats += model.loss(scored_BTD, targets_BT, dtype=dtype).item()
         done += len(batch) * (end - first)

@@ -57,7 +57,7 @@ class Job:
     prompt: completed at the end of the run.
     document_boundaries: let tokens see those of their own document only.
     text_field: where the text stands in data that come in rows; on_bad_row: what to do with rows
-    that have none.
+    that have none; num_workers: processes that encode rows, 0 = this one.
     keep_best: keep the checkpoint with the lowest held-out loss as well.
     tensorboard: write TensorBoard's event files too.
     """
@@ -83,6 +83,7 @@ class Job:
     document_boundaries: bool = False
     text_field: str = "text"
     on_bad_row: OnBadRow = "error"
+    num_workers: int = 0
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -99,6 +100,8 @@ class Job:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.data.strip():
             raise ConfigError(f"data is empty. Give a file, a folder, or {STDLIB!r}.")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers={self.num_workers} must not be negative.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must lie in 0..2**63 - 1.")
         if self.model.vocab_size <= 256:

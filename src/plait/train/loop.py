@@ -4,7 +4,6 @@ A run is a function of its job: the same job gives the same losses, whether it r
 was stopped and resumed (bit for bit with the same number of threads on the same kind of machine).
 """
 
-import json
 import math
 import shutil
 import time
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from plait.checkpoint.huggingface import end_tokens
-from plait.checkpoint.json_file import write_text
 from plait.checkpoint.training_state import (
     TrainingState,
     export_model,
@@ -37,9 +35,9 @@ from plait.train.optimizer import (
 )
 from plait.train.packing import Batch, layout_of_stream
 from plait.train.prepare import HeldOut, prepare, prepare_more, tokens_of
+from plait.train.records import Records
 from plait.train.run_folder import RunFolder
-from plait.train.step import StepResult, train_step
-from plait.train.tensorboard import TensorBoardWriter
+from plait.train.step import StepResult, slow_dtype_warning, train_step
 from plait.train.utilization import utilization_on
 from plait.train.watch import Record, Watch
 
@@ -86,7 +84,6 @@ class _Loop:
         self.utilization = utilization_on(
             self.device, self.model, job.model, length=job.sequence_length
         )
-        self.events: TensorBoardWriter | None = None
         self.best = math.inf
         self.step = 0
         self.elapsed_s = 0.0
@@ -94,17 +91,12 @@ class _Loop:
     def run_to_end(self) -> TrainResult:
         self._resume()
         self.run.write_environment(describe_environment(self.device))
-        if self.job.tensorboard:
-            self.events = TensorBoardWriter(self.run.events, after=self.step)
-        try:
-            return self._run_steps()
-        finally:
-            if self.events is not None:
-                self.events.close()
-
-    def _run_steps(self) -> TrainResult:
+        if advice := slow_dtype_warning(self.device, self.job.torch_dtype):
+            self.watch.on_stage(advice)
         self.model.train()
-        with self.run.metrics.open("a", encoding="utf-8") as self.metrics:
+        with Records(
+            self.run, self.watch, after=self.step, tensorboard=self.job.tensorboard
+        ) as self.records:
             while self.step < self.job.num_steps:
                 self._one_step()
                 is_last = self.step == self.job.num_steps
@@ -156,7 +148,7 @@ class _Loop:
         }
         if self.utilization is not None:
             record["mfu"] = self.utilization.of(tokens_per_s)
-        self._record(record)
+        self.records.add(record)
 
     def _micro_batches(self) -> Iterator[Batch]:
         first = self.step * self.job.batch_size
@@ -179,7 +171,7 @@ class _Loop:
             result = self._score(data)
             record[f"heldout_loss/{name}"] = result.nats / result.num_tokens
             record[f"heldout_bits_per_byte/{name}"] = result.bits_per_byte
-        self._record(record)
+        self.records.add(record)
         if self.job.keep_best and loss < self.best:
             self.best = loss
             save_training_state(self.run.best, self.model, self._state(), self.run.tokenizer)
@@ -192,14 +184,8 @@ class _Loop:
             num_bytes=data.num_bytes,
             scoring=Scoring(context=length, stride=length, dtype=self.job.dtype),
             most_windows=self.job.evaluation.samples,
+            end_of_text=self.end_of_text if self.job.document_boundaries else None,
         )
-
-    def _record(self, record: Record) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
-        if self.events is not None:
-            self.events.write(record)
-        self.watch.on_record(record)
 
     def _state(self) -> TrainingState:
         leaves = optimizer_leaves(self.model, self.optimizers)
@@ -241,8 +227,6 @@ class _Loop:
                     "sums may differ in their last bits.",
                     stacklevel=2,
                 )
-        kept = [record for record in self.run.read_metrics() if record["step"] <= self.step]
-        write_text(self.run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _refuse(self, result: StepResult) -> None:
         """Save the weights before the step and what it was fed, then stop."""

@@ -96,7 +96,7 @@ def write_packed(
         file.flush()
         os.fsync(file.fileno())
     if num_samples == 0:
-        raise DataError("there is no sample left to train on.")
+        raise DataError(f"{path.stem}: no sample is left. Give rows that can be used.")
     temporary.rename(path)
     return PackedFacts(rows.num_rows, num_samples, num_tokens, num_counted)
 

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from plait.checkpoint.huggingface import end_tokens, load_tokenizer
-from plait.checkpoint.json_file import write_json
+from plait.checkpoint.json_file import read_json_object, write_json
 from plait.errors import CheckpointError, ConfigError
 from plait.train.corpus import CorpusSettings, find_corpus, num_bytes
 from plait.train.data import read_tokens, write_tokens
 from plait.train.job import Job
-from plait.train.prepare_rows import holds_rows, prepare_rows
+from plait.train.prepare_rows import encode_heldout, holds_rows, prepare_rows
+from plait.train.row_files import file_hashes
+from plait.train.rows import row_files
 from plait.train.run_folder import RunFolder
 from plait.train.tokenizer import save_tokenizer, train_tokenizer
 from plait.train.watch import Watch
@@ -44,25 +46,44 @@ def prepare(job: Job, run: RunFolder, watch: Watch) -> None:
 
 def prepare_more(job: Job, run: RunFolder, watch: Watch) -> dict[str, HeldOut]:
     """Encode the further evaluation sets, unless the run has them; returns them by name."""
-    tokenizer = load_tokenizer(run.tokenizer)
-    (end_of_text,) = end_tokens(run.tokenizer)
+    vocab_size = run.read_corpus()["vocab_size"]
     sets: dict[str, HeldOut] = {}
     for data in job.evaluation.more:
         name = Path(data).stem
         if name in sets:
             raise ConfigError(f"evaluation.more has two sets called {name!r}.")
-        documents = find_corpus(data, CorpusSettings(), split=False).heldout
         path = run.heldout_tokens.with_name(f"more-{name}.bin")
-        if not path.exists():
+        facts = path.with_suffix(".json")
+        if not facts.exists():
             watch.on_stage(f"encoding {data}")
-            write_tokens(documents, tokenizer, path, end_of_text=end_of_text)
-        tokens = read_tokens(path, vocab_size=tokenizer.get_vocab_size())
-        sets[name] = HeldOut(tokens, num_bytes(documents))
+            write_json(facts, _encode_more(job, run, data, path, watch))
+        tokens = read_tokens(path, vocab_size=vocab_size)
+        sets[name] = HeldOut(tokens, read_json_object(facts)["num_bytes"])
     return sets
+
+
+def _encode_more(
+    job: Job, run: RunFolder, data: str, path: Path, watch: Watch
+) -> dict[str, object]:
+    """Encode one set of rows or of text files; returns what it is and its size."""
+    if holds_rows(data):
+        size = encode_heldout(job, run, data, path, watch)
+        return {"path": data, "files": file_hashes(data), "num_bytes": size}
+    corpus = find_corpus(data, CorpusSettings(undecodable=job.corpus.undecodable), split=False)
+    tokenizer = load_tokenizer(run.tokenizer)
+    (end_of_text,) = end_tokens(run.tokenizer)
+    write_tokens(corpus.heldout, tokenizer, path, end_of_text=end_of_text)
+    files = {document.name: document.sha256 for document in corpus.heldout}
+    return {"path": data, "files": files, "num_bytes": num_bytes(corpus.heldout)}
 
 
 def _prepare_files(job: Job, run: RunFolder, watch: Watch) -> None:
     watch.on_stage(f"reading {job.data}")
+    if Path(job.data).is_dir() and (rows := row_files(Path(job.data))):
+        watch.on_stage(
+            f"{job.data} holds {len(rows)} files of rows, such as {rows[0].name}, beside others: "
+            "all are read as plain text. To read rows, name a folder of nothing else"
+        )
     corpus = find_corpus(job.data, job.corpus)
     watch.on_stage(f"learning a vocabulary of {job.model.vocab_size:,} tokens")
     save_tokenizer(

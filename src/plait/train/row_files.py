@@ -1,25 +1,31 @@
-"""Which files some data consist of, with a hash of every byte."""
+"""Which files some data or a model consist of, with a hash of every byte."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from plait.train.rows import row_files
 
-_BLOCK_BYTES = 1 << 20
+_MODEL_SUFFIXES = (".safetensors", ".json", ".jinja")
 
 
 def file_hashes(data: str) -> dict[str, str]:
-    """SHA-256 of each file by name; the Arrow files of a saved dataset too."""
+    """SHA-256 of each file of rows by name; the Arrow files of a saved dataset too."""
     path = Path(data)
-    files = [path]
     if path.is_dir():
-        files = row_files(path) or sorted(path.glob("*.arrow"))
-    return {str(file): _sha256(file) for file in files}
+        return _hashes(row_files(path) or sorted(path.glob("*.arrow")))
+    return _hashes([path])
+
+
+def model_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model or adapter folder by name."""
+    return _hashes(path for path in sorted(folder.iterdir()) if path.suffix in _MODEL_SUFFIXES)
+
+
+def _hashes(paths: Iterable[Path]) -> dict[str, str]:
+    return {str(path): _sha256(path) for path in paths}
 
 
 def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ A row is a record with a place to name it by. What cannot be read is a problem w
 end of the run, or counted and named if the user asked to skip it. Memory does not grow with files.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def is_row_data(data: str) -> bool:
     """Say whether a path is read row by row."""
     path = Path(data)
     if path.is_dir():
-        return _is_saved_dataset(path) or any(row_files(path))
+        return is_saved_dataset(path) or any(row_files(path))
     return path.suffix in SUFFIXES
 
 
@@ -74,7 +75,7 @@ def read_rows(data: str | Path) -> Iterator[Row | Problem]:
     path = Path(data)
     if not path.exists():
         raise DataError(f"{path} does not exist.")
-    if path.is_dir() and _is_saved_dataset(path):
+    if path.is_dir() and is_saved_dataset(path):
         yield from _saved_dataset(path)
         return
     files = row_files(path) if path.is_dir() else [path]
@@ -125,6 +126,8 @@ def _json_lines(path: Path) -> Iterator[Row | Problem]:
         while line := file.readline(_LONGEST_LINE_BYTES):
             number += 1
             place = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)  # as some editors write it
             if len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n"):
                 yield Problem(place, f"a line of more than {_LONGEST_LINE_BYTES:,} bytes")
                 while (rest := file.readline(_LONGEST_LINE_BYTES)) and not rest.endswith(b"\n"):
@@ -135,7 +138,7 @@ def _json_lines(path: Path) -> Iterator[Row | Problem]:
 
 def _parse_line(place: str, line: bytes) -> Row | Problem:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return Problem(place, f"no UTF-8 at byte {error.start} of the line")
     except (json.JSONDecodeError, RecursionError) as error:
@@ -162,7 +165,8 @@ def _arrow_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
             yield Row(f"{path}:{number}", value)
 
 
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
+    """Say whether the `datasets` library saved a data set, or several splits, in a folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 

@@ -111,6 +111,11 @@ class RunFolder:
         """The page with the loss curve."""
         return self.path / "report.html"
 
+    @property
+    def base_model(self) -> Path:
+        """Names and hashes of the files of the model that fine-tuning begins with."""
+        return self.path / "base_model.json"
+
     def write_job(self, job: Job | TuningJob) -> None:
         """Start a run of the job, its dtype settled, so that a resume elsewhere keeps it.
 
@@ -142,7 +147,7 @@ class RunFolder:
         job = self.read_any_job()
         if isinstance(job, TuningJob):
             raise ConfigError(
-                f"{self.path} is a run of fine-tuning; this needs one of pre-training."
+                f"{self.path} is a run of fine-tuning; this needs one of pre-training, or --data."
             )
         return job
 
@@ -167,14 +172,38 @@ class RunFolder:
         return [steps[step] for step in sorted(steps)]
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records written so far."""
+        """All records written so far; CheckpointError naming a line that is none.
+
+        A last line that was cut short by a crash is left out.
+        """
         if not self.metrics.exists():
             return []
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines and not lines[-1].endswith("}"):
+            del lines[-1]
         return [
-            json.loads(line) for line in self.metrics.read_text().splitlines() if line.endswith("}")
+            _record(line, f"{self.metrics}:{number}") for number, line in enumerate(lines, start=1)
         ]
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: it has no {path.name}.")
         return read_json_object(path)
+
+
+def _record(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{place} is no record of a step: {error}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise CheckpointError(f"{place} is no record of a step: it has no number of one.")
+    return record
+
+
+def adapter_folder(path: Path) -> Path:
+    """Folder of the adapter in a fine-tuning run, or `path` itself if it is no run."""
+    run = RunFolder(path)
+    if run.resolved.is_file() and not run.adapter.is_dir():
+        raise ConfigError(f"{path} is a run without an adapter: not finished, or method=full.")
+    return run.adapter if run.adapter.is_dir() else path

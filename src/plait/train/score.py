@@ -64,11 +64,13 @@ def scoring_of(job: Job) -> Scoring:
 def score_run(run: RunFolder, model: Decoder, scoring: Scoring, watch: Watch) -> Score:
     """Score a run's held-out text; the result stays in its folder."""
     _, heldout = tokens_of(run)
+    (end_of_text,) = end_tokens(run.tokenizer)
     evaluation = evaluate(
         model,
         heldout,
         num_bytes=run.read_corpus()["num_bytes"]["heldout"],
         scoring=scoring,
+        end_of_text=end_of_text if run.read_job().document_boundaries else None,
         on_progress=watch.on_progress,
     )
     score = Score(evaluation, scoring, _xz_of(run, watch))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from plait.models.decoder import Decoder
 from plait.nn.token_layout import TokenLayout
+from plait.ops.numerics import bfloat16_pays
 from plait.train.packing import Batch
 
 
@@ -93,3 +94,13 @@ def update(
 def autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Run matrix products in `dtype` while the weights stay float32; float32 changes nothing."""
     return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def slow_dtype_warning(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What to tell somebody whose processor only emulates the products of a run, if so."""
+    if dtype != torch.bfloat16 or bfloat16_pays(device.type):
+        return None
+    return (
+        "this processor has no bfloat16 instructions: its products take many times longer than "
+        "those of float32. Better start again without --set dtype=bfloat16"
+    )

@@ -1,57 +1,118 @@
-"""Rows of plain text, encoded for pre-training."""
+"""Rows of plain text, encoded for pre-training: one stream of tokens for each side of a split."""
 
+import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from plait.train.encode_rows import Sample
-from plait.train.rows import Problem, Row, text_field
+from plait.train.data import token_dtype
+from plait.train.encode_rows import in_order
+from plait.train.piece_encoder import PieceEncoder
+from plait.train.rows import Problem, Problems, Row, text_field
+
+SIDES = ("train", "heldout")
+
+
+@dataclass
+class Side:
+    """Tokens of some texts as they lie on disk; how many they are, and bytes of text."""
+
+    content: bytes = b""
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """What some rows came to; a few long strings of bytes pass between processes cheaply."""
+
+    sides: Mapping[str, Side] = field(default_factory=lambda: {side: Side() for side in SIDES})
+    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encodes one field of each row; `end_of_text` stands behind every document."""
+    """Encodes one field of each row; `end_of_text` stands before every text.
+
+    A hash of its text puts a row on one side, so that exact copies stay together.
+    """
 
     tokenizer: Tokenizer
     end_of_text: int
     field: str = "text"
+    heldout_fraction: float = 0.0
 
-    def __call__(self, rows: list[Row]) -> list[Sample | Problem]:
+    def __call__(self, rows: list[Row | Problem]) -> EncodedTexts:
         """Encode some rows at once."""
-        texts = [text_field(row, self.field) for row in rows]
-        encodings = iter(
-            self.tokenizer.encode_batch_fast(
-                [text for text in texts if isinstance(text, str)], add_special_tokens=False
-            )
-        )
-        return [
-            text if isinstance(text, Problem) else self._sample(row, next(encodings).ids)
-            for row, text in zip(rows, texts, strict=True)
-        ]
+        found = [row if isinstance(row, Problem) else text_field(row, self.field) for row in rows]
+        result = EncodedTexts(problems=[each for each in found if isinstance(each, Problem)])
+        texts = [each for each in found if isinstance(each, str)]
+        parts: dict[str, list[bytes]] = {side: [] for side in SIDES}
+        for text, tokens in zip(texts, self._pieces(texts), strict=True):
+            content = text.encode()
+            side = side_of(content, self.heldout_fraction)
+            parts[side] += (self.end, tokens)
+            result.sides[side].num_bytes += len(content)
+        for name, side in result.sides.items():
+            side.content = b"".join(parts[name])
+            side.num_tokens = len(side.content) // len(self.end)
+        return result
 
-    def _sample(self, row: Row, tokens: list[int]) -> Sample:
-        ids = np.empty(len(tokens) + 1, np.uint32)
-        ids[:-1], ids[-1] = tokens, self.end_of_text
-        return Sample(row.place, ids, np.ones(len(ids), np.bool_))
+    @cached_property
+    def end(self) -> bytes:
+        """`end_of_text` as it lies on disk."""
+        dtype = token_dtype(self.tokenizer.get_vocab_size())
+        return np.array([self.end_of_text], dtype).tobytes()
+
+    @cached_property
+    def _pieces(self) -> PieceEncoder:
+        """Made where it is used: each process has its own."""
+        return PieceEncoder(self.tokenizer)
 
 
-def write_blocks(samples: Iterable[Sample], path: Path, *, length: int) -> int:
-    """Join all samples and cut them into blocks of `length` tokens, uint32; returns how many.
+def side_of(content: bytes, heldout_fraction: float) -> str:
+    """The side of a text in UTF-8."""
+    if heldout_fraction == 0:
+        return "train"
+    first = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+    return "heldout" if first < int(heldout_fraction * 2**64) else "train"
 
-    What does not fill the last block is left out. The file appears when it is complete.
+
+def write_texts(
+    rows: Iterable[Row | Problem],
+    encoder: TextEncoder,
+    paths: Mapping[str, Path],
+    problems: Problems,
+    *,
+    num_workers: int = 0,
+) -> dict[str, Side]:
+    """Encode rows into a file for each side in `paths`, `end_of_text` behind the last; count them.
+
+    The files, which `read_tokens` maps, appear when they are complete; memory does not grow with
+    the rows. The result has no content.
     """
-    temporary = path.with_name(f"{path.name}.incomplete")
-    num_tokens = 0
-    with temporary.open("wb") as file:
-        for sample in samples:
-            num_tokens += file.write(sample.tokens.astype("<u4").tobytes()) // 4
-        num_blocks = num_tokens // length
-        file.truncate(num_blocks * length * 4)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    return num_blocks
+    totals = {side: Side() for side in paths}
+    temporary = {side: path.with_name(f"{path.name}.incomplete") for side, path in paths.items()}
+    with ExitStack() as stack:
+        files = {side: stack.enter_context(path.open("wb")) for side, path in temporary.items()}
+        for batch in in_order(encoder, rows, num_workers=num_workers):
+            for problem in batch.problems:
+                problems.add(problem)
+            for side, file in files.items():
+                file.write(batch.sides[side].content)
+                totals[side].num_tokens += batch.sides[side].num_tokens
+                totals[side].num_bytes += batch.sides[side].num_bytes
+        for side, file in files.items():
+            file.write(encoder.end)
+            totals[side].num_tokens += 1
+            file.flush()
+            os.fsync(file.fileno())
+    for side, path in paths.items():
+        temporary[side].rename(path)
+    return totals

@@ -15,7 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 # digits, a run of signs with the line ends and the indentation behind it ("):\n        "), or white
 # space. Measured on the standard library at 16,384 tokens: 4.78 bytes a token, against 3.97 with
 # the pattern of GPT-2.
-_PIECES = (
+PIECES = (
     r"[^\r\n\p{L}\p{N}_]{0,2}[\p{L}_][\p{L}\p{N}_]*|\p{N}{1,3}|"
     r"(?: ?[^\s\p{L}\p{N}_]+)(?:\s*\n)*[ \t]*|(?:\s*\n)+[ \t]*|\s+(?!\S)|\s+"
 )
@@ -35,7 +35,7 @@ def train_tokenizer_on(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -3,12 +3,10 @@
 As in `loop.py` a run is a function of its job: stopped and resumed it ends with the same bits.
 """
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 from plait.checkpoint.huggingface import load_model
-from plait.checkpoint.json_file import write_text
-from plait.checkpoint.peft import write_adapter
+from plait.checkpoint.peft import load_adapter, write_adapter
 from plait.checkpoint.training_state import (
     TrainingState,
     export_model,
@@ -25,7 +22,7 @@ from plait.checkpoint.training_state import (
     save_leaves,
 )
 from plait.errors import ConfigError, TrainingError
-from plait.nn.lora import add_lora, merge_lora
+from plait.nn.lora import LoraSettings, add_lora, merge_lora
 from plait.train.data import shuffled
 from plait.train.environment import describe_environment
 from plait.train.loop import TrainResult
@@ -36,10 +33,11 @@ from plait.train.optimizer import (
     set_learning_rate,
 )
 from plait.train.packing import Batch, PackedRows
-from plait.train.run_folder import RunFolder
+from plait.train.records import Records
+from plait.train.run_folder import RunFolder, adapter_folder
 from plait.train.score import trained_model
-from plait.train.step import update
-from plait.train.tuning_data import name_of, prepare_tuning
+from plait.train.step import slow_dtype_warning, update
+from plait.train.tuning_data import name_of, prepare_tuning, record_base
 from plait.train.tuning_job import TuningJob
 from plait.train.tuning_loss import answer_logps, batch_loss, preference_loss
 from plait.train.watch import Record, Watch
@@ -54,6 +52,7 @@ def tune(job: TuningJob, run: RunFolder, watch: Watch) -> TrainResult:
     job.check_ready()
     with run.lock():
         folder = trained_model(Path(job.model))
+        record_base(job, folder, run)
         prepare_tuning(job, folder, run, watch)
         return _Tuning(job, folder, run, watch).run_to_end()
 
@@ -67,7 +66,7 @@ class _Tuning:
         self.model = load_model(folder, dtype=dtype).to(self.device)
         self._check_length()
         if job.method == "lora":
-            add_lora(self.model, job.lora, torch.Generator(self.device).manual_seed(job.seed))
+            self.lora = self._add_adapters()
         self.rows = PackedRows(run.rows("train"), sequence_length=job.sequence_length)
         self.num_samples = len(self.rows) // (2 if job.objective == "dpo" else 1)
         by_epochs = math.ceil(self.num_samples * job.num_epochs / job.batch_size)
@@ -78,14 +77,27 @@ class _Tuning:
         self.step = 0
         self.elapsed_s = 0.0
 
+    def _add_adapters(self) -> LoraSettings:
+        job = self.job
+        if job.adapter:
+            folder = adapter_folder(Path(job.adapter))
+            return load_adapter(self.model, folder, quantize=job.lora.quantize)
+        add_lora(self.model, job.lora, torch.Generator(self.device).manual_seed(job.seed))
+        return job.lora
+
     def run_to_end(self) -> TrainResult:
         if self.job.objective == "dpo":
             for name in ("train", *map(name_of, self.job.evaluation_data)):
                 self.references[name] = self._reference(name)
-        self._resume()
+        begins = self._resume()
         self.run.write_environment(describe_environment(self.device))
-        with self.run.metrics.open("a", encoding="utf-8") as self.metrics:
-            if self.step == 0:
+        if advice := slow_dtype_warning(self.device, self.job.torch_dtype):
+            self.watch.on_stage(advice)
+        after = -1 if begins else self.step
+        with Records(
+            self.run, self.watch, after=after, tensorboard=self.job.tensorboard
+        ) as self.records:
+            if begins:
                 self._evaluate()
             while self.step < self.num_steps:
                 self._one_step()
@@ -131,7 +143,7 @@ class _Tuning:
         self.step += 1
         duration_s = time.perf_counter() - started_s
         self.elapsed_s += duration_s
-        self._record(
+        self.records.add(
             {
                 "step": self.step,
                 "num_steps": self.num_steps,
@@ -182,7 +194,7 @@ class _Tuning:
                 record[f"heldout_won/{name}"] = won / count
         if len(record) > 1:
             first = record[f"heldout_loss/{name_of(self.job.evaluation_data[0])}"]
-            self._record({"heldout_loss": first, **record})
+            self.records.add({"heldout_loss": first, **record})
             if self.job.keep_best and first < self.best:
                 self.best = first
                 self._save_to(self.run.best)
@@ -209,11 +221,6 @@ class _Tuning:
             temporary.rename(path)
         return np.load(path, allow_pickle=False)
 
-    def _record(self, record: Record) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
-        self.watch.on_record(record)
-
     def _save(self) -> None:
         self._save_to(self.run.checkpoints / f"step-{self.step:06d}")
         for folder in self.run.step_folders()[: -self.job.keep_checkpoints]:
@@ -228,7 +235,8 @@ class _Tuning:
         facts = {"step": self.step, "elapsed_s": self.elapsed_s, "best": best}
         save_leaves(target, TrainingState(leaves, facts))
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go to the newest checkpoint; says whether there is none, so that the run begins."""
         folders = self.run.step_folders()
         if not folders:
             torch.manual_seed(self.job.seed)
@@ -239,8 +247,7 @@ class _Tuning:
             torch.set_rng_state(state.leaves["random.torch"])
             self.step, self.elapsed_s = state.facts["step"], state.facts["elapsed_s"]
             self.best = math.inf if state.facts["best"] is None else state.facts["best"]
-        kept = [r for r in self.run.read_metrics() if r["step"] <= self.step and folders]
-        write_text(self.run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return not folders
 
     def _load(self, folder: Path) -> TrainingState:
         state = load_leaves(folder)
@@ -260,9 +267,8 @@ class _Tuning:
         self.watch.on_stage("saving the model")
         self.model.eval()
         if self.job.method == "lora":
-            settings = replace(self.job.lora, quantize=False)
             write_adapter(
-                self.model, self.run.adapter, settings=settings, base_model=str(self.base)
+                self.model, self.run.adapter, settings=self.lora, base_model=str(self.base)
             )
             merge_lora(self.model)
         export_model(self.run.model, self.model, self.run.tokenizer)

@@ -5,15 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plait.checkpoint.chat_template import ChatTemplate, choose_chat_template
-from plait.checkpoint.huggingface import end_tokens, load_tokenizer
-from plait.checkpoint.json_file import write_json, write_text
+from plait.checkpoint.huggingface import end_tokens, load_config, load_tokenizer
+from plait.checkpoint.json_file import read_json_object, write_json, write_text
 from plait.errors import CheckpointError, DataError, ModelError
 from plait.train.chat_rows import ChatEncoder, PreferenceEncoder, special_tokens
 from plait.train.encode_rows import Encoder, encode_rows
 from plait.train.packing import write_packed
-from plait.train.row_files import file_hashes
+from plait.train.row_files import file_hashes, model_hashes
 from plait.train.rows import Problems, read_rows
-from plait.train.run_folder import RunFolder
+from plait.train.run_folder import RunFolder, adapter_folder
 from plait.train.tuning_job import TuningJob
 from plait.train.watch import Watch
 
@@ -35,7 +35,7 @@ def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Wa
         return
     _copy_tokenizer(job, model_folder, run)
     facts: dict[str, object] = {}
-    encoder, pad = _encoder(job, run)
+    encoder, pad = _encoder(job, model_folder, run)
     sets = {"train": job.data, **{name_of(path): path for path in job.evaluation_data}}
     if len(sets) != 1 + len(job.evaluation_data):
         raise DataError("evaluation_data has two sets of one name, or one called train.")
@@ -65,14 +65,39 @@ def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Wa
     write_json(run.data, facts)
 
 
+def record_base(job: TuningJob, model_folder: Path, run: RunFolder) -> None:
+    """Write down which weights the run begins with.
+
+    Raises CheckpointError if it has begun with others.
+    """
+    files = model_hashes(model_folder)
+    if job.adapter:
+        files |= model_hashes(adapter_folder(Path(job.adapter)))
+    if not run.base_model.exists():
+        write_json(run.base_model, files)
+        return
+    before = read_json_object(run.base_model)
+    changed = sorted(name for name in before | files if before.get(name) != files.get(name))
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]} is not what {run.path} began with. Bring it back, or start a new run."
+        )
+
+
 def name_of(path: str) -> str:
     """What an evaluation set is called in the metrics: its file name without the ending."""
     return Path(path).stem
 
 
-def _encoder(job: TuningJob, run: RunFolder) -> tuple[Encoder, int]:
+def _encoder(job: TuningJob, model_folder: Path, run: RunFolder) -> tuple[Encoder, int]:
     tokenizer = load_tokenizer(run.tokenizer)
     ends = end_tokens(run.tokenizer)
+    num_known = load_config(model_folder).vocab_size
+    if (num_tokens := tokenizer.get_vocab_size()) > num_known:
+        raise CheckpointError(
+            f"the tokenizer in {model_folder} has {num_tokens} tokens, the model {num_known}: "
+            "they do not belong together."
+        )
     if not ends:
         raise CheckpointError(f"{job.model} names no token that ends a text (eos_token).")
     chat = ChatEncoder(

@@ -1,6 +1,6 @@
 """A job of fine-tuning: from a model folder and conversations to an adapter and a model folder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +23,13 @@ class TuningJob:
     model: a model folder, or a run. data: rows; evaluation_data: more such, each scored by itself.
     template: "" = the model's own chat template, "plain", or a Jinja file.
     method: "lora" trains adapters beside frozen weights of `dtype`, "full" all weights in float32.
+    adapter: "" = fresh adapters; an adapter folder of PEFT, or a run, whose adapter learns on.
     pack: put several samples into a row; they do not see each other.
     batch_size: rows of one optimizer step; pairs, for "dpo". num_steps: 0 = num_epochs decide.
     evaluate_every, save_every: in steps. keep_best: keep the checkpoint of the best evaluation.
     on_bad_row: "skip" leaves out rows that cannot be used; they are counted and named in data.json.
     num_workers: processes that encode; 0 = this one.
+    tensorboard: write TensorBoard's event files too.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TuningJob:
     evaluation_data: tuple[str, ...] = ()
     template: str = ""
     method: Literal["lora", "full"] = "lora"
+    adapter: str = ""
     lora: LoraSettings = field(default_factory=LoraSettings)
     optimizer: OptimizerSettings = field(
         default_factory=lambda: OptimizerSettings(
@@ -57,6 +60,7 @@ class TuningJob:
     on_bad_row: OnBadRow = "error"
     num_workers: int = 0
     seed: int = 0
+    tensorboard: bool = False
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -75,8 +79,16 @@ class TuningJob:
                 f"micro_batch_size={self.micro_batch_size} does not divide "
                 f"batch_size={self.batch_size}."
             )
+        if self.objective == "dpo" and self.pack:
+            raise ConfigError("pack=true is for sft: the two answers of a preference stay rows.")
         if self.method == "full" and self.lora.quantize:
             raise ConfigError("lora.quantize needs method=lora: four-bit weights do not learn.")
+        if self.adapter and self.method == "full":
+            raise ConfigError("adapter needs method=lora. Merge it first: plait merge.")
+        if self.adapter and replace(self.lora, quantize=False) != LoraSettings():
+            raise ConfigError(
+                "adapter brings its own rank, alpha and targets: leave these settings of lora away."
+            )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must lie in 0..2**63 - 1.")
 
@@ -88,6 +100,8 @@ class TuningJob:
             raise ConfigError(f"{self.name} needs {' and '.join(missing)}: give {hints}.")
         if not Path(self.model).is_dir():
             raise ConfigError(f"model={self.model} is not a folder.")
+        if self.adapter and not Path(self.adapter).is_dir():
+            raise ConfigError(f"adapter={self.adapter} is not a folder.")
 
     @property
     def torch_dtype(self) -> torch.dtype:
