@@ -19,8 +19,10 @@ from plait.ops.work import Work, num_bytes
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """Rows sorted by expert. order_R: which of (token, choice) stands in a row. place_Mk: in which
-    row a choice stands. ends_E: where the rows of each expert end.
+    """Rows sorted by expert.
+
+    order_R: which of (token, choice) stands in a row. place_Mk: in which row a choice stands.
+    ends_E: where the rows of each expert end.
     """
 
     order_R: Tensor

@@ -27,9 +27,11 @@ _GRAM_RATIO = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class MuonSettings:
-    """Of one step. match_adamw: scale updates to the size of AdamW's, 0.2 sqrt(max(r, c)) [Liu et
-    al. 2025, arXiv:2502.16982, eq. 4], else sqrt(max(1, rows / columns)). dtype: of the products;
-    None = what is fastest here.
+    """Of one step.
+
+    match_adamw: scale updates to the size of AdamW's, 0.2 sqrt(max(r, c)) [Liu et al. 2025,
+    arXiv:2502.16982, eq. 4], else sqrt(max(1, rows / columns)). dtype: of the products; None = what
+    is fastest here.
     """
 
     learning_rate: float

@@ -8,8 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """flops: an addition or a multiplication counts one. bytes: each operand read once, each
-    result written once.
+    """Arithmetic and traffic.
+
+    flops: an addition or a multiplication counts one. bytes: each operand read once, each result
+    written once.
     """
 
     flops: int
