@@ -10,6 +10,8 @@ What Inductor makes it keeps in its own cache on disk, so that the next process 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_double, c_int64, c_void_p
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -145,6 +147,16 @@ class CppKernel:
         addresses = (c_void_p(None if x is None else x.data_ptr()) for x in tensors)
         getattr(self._library, name)(*addresses, *map(c_int64, sizes), c_double(number))
         return True
+
+
+@cache
+def triton_kernels() -> Any:
+    """The module of kernels in Triton, None where Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+    from plait.ops import triton_kernels
+
+    return triton_kernels
 
 
 def _warn(function: Callable, error: Exception) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
+from plait.ops.fused_kernel import triton_kernels
 from plait.ops.work import Work, num_bytes
 
 GROUP_ELEMENTS = 32 * 2**20
@@ -116,6 +117,8 @@ def _losses_to_gradients(
     logits_mV: Tensor, targets_m: Tensor, with_gradients: bool, soft_cap: float
 ) -> Tensor:
     """Return the summed loss; with gradients, overwrite the logits by its gradient."""
+    if logits_mV.is_cuda and (kernels := triton_kernels()):
+        return kernels.losses_to_gradients(logits_mV, targets_m, with_gradients, soft_cap)
     loss = torch.zeros((), dtype=torch.float32, device=logits_mV.device)
     num_rows = max(1, _BLOCK_ELEMENTS // logits_mV.shape[1])
     for start in range(0, logits_mV.shape[0], num_rows):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
-from plait.ops.fused_kernel import SMALLEST, CppKernel, FusedKernel
+from plait.ops.fused_kernel import SMALLEST, CppKernel, FusedKernel, triton_kernels
 from plait.ops.numerics import check_alike
 from plait.ops.work import Work, pointwise_work, wide
 
@@ -207,6 +207,16 @@ def _rms_norm_backward(
     offset: float,
 ) -> tuple[Tensor, Tensor]:
     """Of the sum (or x) and of the weight. dsum: the sum's gradient from its other users."""
+    if total_MD.is_cuda and (kernels := triton_kernels()) and kernels.takes_norm(total_MD):
+        read = [None if t is None else t.contiguous() for t in (dnormed_MD, dsum_MD, total_MD)]
+        return kernels.norm_gradients(
+            *read,
+            scale_M,
+            weight_D.contiguous(),
+            offset,
+            # Four programs for each multiprocessor keep it busy; each sums its own rows.
+            num_programs=4 * torch.cuda.get_device_properties().multi_processor_count,
+        )
     is_covered = total_MD.device.type == "cpu" and total_MD.dtype in (torch.float32, torch.bfloat16)
     if is_covered and total_MD.numel() >= SMALLEST:
         dtotal_MD, dweight_D = (torch.empty(t.shape, dtype=t.dtype) for t in (total_MD, weight_D))
