@@ -46,6 +46,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_time --level O1
 	$(BIN)/python -m benchmarks.step_time --level O2
 	$(BIN)/python -m benchmarks.operators
+	$(BIN)/python -m benchmarks.operators --part products
+	$(BIN)/python -m benchmarks.operators --part optimizers
 	$(BIN)/python -m benchmarks.overlap --price
 	$(BIN)/python -m benchmarks.dryrun_scale
 	$(BIN)/python -m benchmarks.overlap

@@ -1,182 +1,391 @@
-"""What O1 makes of the operators of a decoder, beside eager and TorchInductor, at training sizes.
+"""The operators of `plait.ops` beside eager, TorchInductor and public kernels, at training sizes.
 
-Each operator is written as models write it. Forward and backward are timed together, the sides in
-turn; "bytes over the bound" is what memory would have to move at the machine's copying speed in the
-time taken, over the bytes that must be moved at least (each operand, result and gradient once).
+A rival is written as models write it; the public kernel is PyTorch's own function for the same, or
+what transformers uses. The sides take turns, forward and backward are timed apart. "Over the bound"
+is the time taken over the time that the operator's work needs at least on this machine: its bytes
+at the speed of a large copy, or its products at that of a large product, whichever takes longer.
+--part says which operators; each part is held for a few minutes and has a result of its own.
 """
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-import plait
-from benchmarks.result import Row, run_benchmark
-from plait.executor.run import Runnable
-from plait.graph.graph import Role
-from plait.ops.linear_cross_entropy import linear_cross_entropy
+from benchmarks.result import Row, run_levels
+from plait.ops.adamw import AdamWSettings, adamw_step_, adamw_work
+from plait.ops.attention import causal_attention, causal_attention_work
+from plait.ops.dropout import dropout, dropout_work
+from plait.ops.embedding import embedding, embedding_work
+from plait.ops.expert_tokens import expert_order, expert_tokens_work, gather_rows, mix_rows, route
+from plait.ops.gated import gated_work, geglu, swiglu
+from plait.ops.grouped_linear import grouped_linear, grouped_linear_work
+from plait.ops.layer_norm import layer_norm, layer_norm_work
+from plait.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_work
+from plait.ops.muon import MuonSettings, muon_step_, muon_work
+from plait.ops.rms_norm import add_rms_norm, rms_norm_work
+from plait.ops.rotary import rotary, rotary_work
+from plait.ops.work import Work
 
-# Shapes: M rows (tokens), D model width, F inner width, H heads, K head size, V vocabulary.
-M, D, F, H, K, V = 2048, 1024, 2816, 16, 64, 32_000
+EPS = 1e-6
+NUM_EXPERTS, EXPERTS_PER_TOKEN = 8, 2
 ROUNDS = 30
 WARM_UP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Operator:
-    """A function of tensors with gradients, and where its targets are met."""
+class Size:
+    """A model's step: B sequences of T tokens, width D, inner width F, heads N of size H."""
 
     name: str
-    function: Callable[..., Any]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype
+    B: int
+    T: int
+    D: int
+    F: int
+    N: int
+    V: int
+    H: int = 64
+    num_layers: int = 4
+
+    @property
+    def M(self) -> int:
+        """Tokens of the step."""
+        return self.B * self.T
 
 
-def rms_norm_with_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum, and the sum normalized."""
-    total = x + residual
-    wide = total.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-    return weight * normed.to(x.dtype), total
+SIZES = (
+    Size("stdlib_15m, bfloat16", torch.bfloat16, B=4, T=512, D=320, F=896, N=5, V=16_384),
+    Size("Llama 0.2B, float32", torch.float32, B=1, T=512, D=1024, F=2816, N=16, V=32_000),
+)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Normalize by mean and variance."""
-    return torch.nn.functional.layer_norm(x, (D,), weight, bias)
+@dataclass(frozen=True)
+class Case:
+    """An operator: ours, as models write it, and a public function; what it is given."""
+
+    name: str
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    operands: Sequence[Tensor]
+    work: tuple[Work, Work]
+    public: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    rounds: int = ROUNDS
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def row_cases(size: Size) -> Iterator[Case]:
+    """What works on rows, and is bound by memory."""
+    x, residual = _draw(size, size.M, size.D), _draw(size, size.M, size.D)
+    weight, bias = _draw(size, size.D), _draw(size, size.D)
+
+    def plain_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        wide = total.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+        return weight * normed.to(x.dtype), total
+
+    def public_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return functional.rms_norm(total, (size.D,), weight, EPS), total
+
+    yield Case(
+        "RMSNorm with residual",
+        partial(add_rms_norm, eps=EPS),
+        plain_norm,
+        (x, residual, weight),
+        rms_norm_work(x, weight, residual),
+        {"PyTorch's rms_norm": public_norm},
+    )
+    yield Case(
+        "LayerNorm",
+        partial(layer_norm, eps=EPS),
+        lambda x, weight, bias: functional.layer_norm(x, (size.D,), weight, bias, EPS),
+        (x, weight, bias),
+        layer_norm_work(x, weight),
+    )
+    heads = _heads(size)
+    angles = torch.randn(1, 1, size.T, size.H // 2).repeat(1, 1, 1, 2).to(size.dtype)
+    tables = (angles.cos(), angles.sin())
+    yield Case(
+        "rotary embedding", rotary, plain_rotary, (heads, *tables), rotary_work(heads, angles)
+    )
+    gate, up = _draw(size, size.M, size.F), _draw(size, size.M, size.F)
+    for name, ours, f in (("SwiGLU", swiglu, functional.silu), ("GeGLU", geglu, functional.gelu)):
+        yield Case(name, ours, lambda g, u, f=f: f(g) * u, (gate, up), gated_work(gate))
+    yield Case(
+        "dropout",
+        partial(dropout, p=0.1, seed=0),
+        lambda x: functional.dropout(x, 0.1),
+        (x,),
+        dropout_work(x),
+    )
+    table, tokens = _draw(size, size.V, size.D), torch.randint(0, size.V, (size.M,))
+    yield Case(
+        "embedding",
+        partial(embedding, tokens),
+        lambda table: functional.embedding(tokens, table),
+        (table,),
+        embedding_work(tokens, table),
+    )
+
+
+def product_cases(size: Size) -> Iterator[Case]:
+    """What is bound by products of matrices."""
+    q, k, v = _heads(size), _heads(size), _heads(size)
+    scale = size.H**-0.5
+    yield Case(
+        "causal attention",
+        partial(causal_attention, scale=scale),
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+        (q, k, v),
+        causal_attention_work(q, k, v),
+    )
+    window = size.T // 4
+    ago = torch.arange(size.T)[:, None] - torch.arange(size.T)
+    mask = (ago >= 0) & (ago < window)
+    yield Case(
+        f"causal attention in a window of {window}",
+        partial(causal_attention, scale=scale, window=window),
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        (q, k, v),
+        causal_attention_work(q, k, v, window=window),
+    )
+    yield _experts(size)
+    hidden = _draw(size, size.M, size.D)
+    weight = (0.02 * torch.randn(size.V, size.D)).to(size.dtype).requires_grad_()
+    targets = torch.randint(0, size.V, (size.M,))
+
+    def plain_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = functional.linear(hidden, weight).float()
+        return functional.cross_entropy(logits, targets, reduction="sum")
+
+    options = torch.nn.LinearCrossEntropyOptions()  # which asks for parts of the logits at a time
+    yield Case(
+        "loss without logits",
+        lambda hidden, weight: linear_cross_entropy(hidden, weight, targets),
+        plain_loss,
+        (hidden, weight),
+        linear_cross_entropy_work(hidden, weight),
+        {
+            "PyTorch's linear_cross_entropy": lambda hidden, weight: (
+                functional.linear_cross_entropy(
+                    hidden, weight, targets, reduction="sum", options=options
+                )
+            )
+        },
+        rounds=10,
+    )
+
+
+def _experts(size: Size) -> Case:
+    """A layer of experts, its router's scores given; the rival walks through the experts."""
+    inner = size.F // EXPERTS_PER_TOKEN
+    x, scores = _draw(size, size.M, size.D), _draw(size, size.M, NUM_EXPERTS)
+    gate, up = (_draw(size, NUM_EXPERTS, inner, size.D, scale=size.D**-0.5) for _ in range(2))
+    down = _draw(size, NUM_EXPERTS, size.D, inner, scale=inner**-0.5)
+
+    def layer(product: Callable, x: Tensor, scores: Tensor, *weights: Tensor) -> Tensor:
+        gate, up, down = weights
+        shares, chosen = route(scores, EXPERTS_PER_TOKEN)
+        order = expert_order(chosen, NUM_EXPERTS)
+        rows = gather_rows(x, order)
+        inner = swiglu(product(rows, gate, order.ends_E), product(rows, up, order.ends_E))
+        return mix_rows(product(inner, down, order.ends_E), shares, order)
+
+    def public_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends.int())
+
+    def plain(x: Tensor, scores: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        shares, chosen = scores.float().softmax(-1).topk(EXPERTS_PER_TOKEN, -1)
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
+        mixed = torch.zeros_like(x)
+        for expert in range(NUM_EXPERTS):
+            token, choice = torch.where(chosen == expert)
+            rows = x[token]
+            inner = functional.silu(rows @ gate[expert].T) * (rows @ up[expert].T)
+            mixed.index_add_(0, token, inner @ down[expert].T * shares[token, choice, None])
+        return mixed
+
+    order = expert_order(scores.topk(EXPERTS_PER_TOKEN, -1).indices, NUM_EXPERTS)
+    rows = gather_rows(x, order).detach()
+    inner_rows = rows.new_empty(len(rows), inner)
+    works = [
+        expert_tokens_work(rows, x),
+        gated_work(inner_rows),
+        *(grouped_linear_work(rows, weight) for weight in (gate, up)),
+        grouped_linear_work(inner_rows, down),
+    ]
+    forward, backward = (sum(parts[1:], parts[0]) for parts in zip(*works, strict=True))
+    return Case(
+        f"{NUM_EXPERTS} experts, {EXPERTS_PER_TOKEN} for each token",
+        partial(layer, grouped_linear),
+        plain,
+        (x, scores, gate, up, down),
+        (forward, backward),
+        {"PyTorch's grouped_mm": partial(layer, public_product)},
+        rounds=15,
+    )
+
+
+def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs of the two halves of a head."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Gate the second by the SiLU of the first."""
-    return torch.nn.functional.silu(gate) * up
+def measure_cases(cases: Callable[[Size], Iterator[Case]], quick: bool) -> list[Row]:
+    """Time all of them at each size."""
+    speeds = Speeds()
+    rows = []
+    for size in SIZES:
+        torch.manual_seed(0)
+        for case in cases(size):
+            rows += _case_rows(case, size, speeds, min(3, case.rounds) if quick else case.rounds)
+    return rows
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Gate the second by the GELU of the first."""
-    return torch.nn.functional.gelu(gate) * up
+def measure_optimizers(quick: bool) -> list[Row]:
+    """One step over the matrices of some layers; the rivals are torch.optim's."""
+    rows = []
+    for size in SIZES:
+        # Muon's products at the larger width take seconds: one layer, and fewer rounds.
+        is_large = size.D > 512
+        for name, num_layers, rounds in (
+            ("AdamW step", size.num_layers, ROUNDS),
+            ("Muon step", 1 if is_large else size.num_layers, 5 if is_large else 15),
+        ):
+            torch.manual_seed(0)
+            sides, work = _optimizer(name, size, num_layers)
+            times = _in_turn(sides, 3 if quick else rounds)
+            rows += _compared(f"{name}, {num_layers} layers of {size.name}", times)
+            bound_s = Speeds().bound_s(work, torch.float32)
+            claim = f"{name}, {num_layers} layers of {size.name}: time over the bound"
+            rows.append(_row(claim, [s / bound_s for s in times["plait"]]))
+    return rows
 
 
-OPERATORS = (
-    Operator("RMSNorm with residual", rms_norm_with_residual, ((M, D), (M, D), (D,))),
-    Operator("LayerNorm", layer_norm, ((M, D), (D,), (D,))),
-    Operator("rotary embedding", rotary, ((1, H, M, K), (1, 1, M, K), (1, 1, M, K))),
-    Operator("SwiGLU", swiglu, ((M, F), (M, F))),
-    Operator("GeGLU", geglu, ((M, F), (M, F))),
-)
+def _optimizer(name: str, size: Size, num_layers: int) -> tuple[dict[str, Callable], Work]:
+    attention, inner = (size.D, size.D), (size.F, size.D)
+    shapes = [*[attention] * 4, *[inner] * 2, inner[::-1]] * num_layers
+    parameters = [torch.nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    states = [[torch.zeros_like(p, requires_grad=False) for p in parameters] for _ in range(2)]
+    if name == "AdamW step":
+        steps = [torch.zeros(()) for _ in parameters]
+        settings = AdamWSettings(learning_rate=1e-5)
+        ours = partial(adamw_step_, parameters, gradients, *states, steps, settings)
+        make, work = partial(torch.optim.AdamW, lr=1e-5), adamw_work(parameters)
+        public = {"PyTorch's fused AdamW": make(parameters, fused=True).step}
+    else:
+        muon = MuonSettings(learning_rate=1e-5)
+        ours = partial(muon_step_, parameters, gradients, states[0], muon)
+        make, work, public = partial(torch.optim.Muon, lr=1e-5), muon_work(parameters), {}
+    torch._dynamo.reset()
+    compiled = torch.compile(make(parameters).step)
+    return {"plait": ours, "eager": make(parameters).step, "Inductor": compiled, **public}, work
 
 
-def measure(quick: bool) -> list[Row]:
-    """Time the operators that O1 fuses, the loss, and the optimizer's step."""
-    rounds = 5 if quick else ROUNDS
-    copy_s = _copy_s_per_byte()
-    rows = [row for each in OPERATORS for row in _operator_rows(each, rounds, copy_s)]
-    if quick:
-        names = ("loss without logits", "AdamW step")
-        claims = [
-            Row(claim=name, unit="x", target=1.0, better="lower", full_only=True) for name in names
-        ]
-        return [*rows, *claims]
-    return [*rows, *_loss_rows(rounds), *_optimizer_rows(rounds)]
+class Speeds:
+    """What the machine can do: seconds of a byte in a large copy, of a flop in a large product."""
+
+    def __init__(self) -> None:
+        """Measure the copy."""
+        source = torch.zeros(64 * 2**20, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        self.byte_s = _median_s(lambda: target.copy_(source)) / (2 * source.numel())
+        self.flop_s: dict[torch.dtype, float] = {}
+
+    def bound_s(self, work: Work, dtype: torch.dtype) -> float:
+        """Time that the work takes at least."""
+        if dtype not in self.flop_s:
+            a = torch.randn(1024, 1024).to(dtype)
+            self.flop_s[dtype] = _median_s(lambda: a @ a, 3) / (2 * 1024**3)
+        return max(work.bytes * self.byte_s, work.flops * self.flop_s[dtype])
 
 
-def _operator_rows(operator: Operator, rounds: int, copy_s: float) -> list[Row]:
-    torch.manual_seed(0)
-    operands = [torch.randn(shape).to(operator.dtype) for shape in operator.shapes]
-    for x in operands:
-        x.requires_grad_()
-    results = _tuple(operator.function(*operands))
-    tangents = [torch.randn_like(x) for x in results]
+def _case_rows(case: Case, size: Size, speeds: Speeds, rounds: int) -> list[Row]:
     torch._dynamo.reset()
     sides = {
-        "O1": plait.jit(operator.function, level="O1", cache=False),
-        "eager": operator.function,
-        "Inductor": torch.compile(operator.function),
+        "plait": case.ours,
+        "eager": case.plain,
+        "Inductor": torch.compile(case.plain),
+        **case.public,
     }
+    with_gradient = [x for x in case.operands if x.requires_grad]
+    tangents = [torch.randn_like(x) for x in _tuple(case.plain(*case.operands))]
+    results: dict[str, Any] = {}
 
-    def step(function: Callable) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(_tuple(function(*operands)), operands, tangents)
+    def forward(name: str) -> None:
+        results[name] = _tuple(sides[name](*case.operands))
 
-    times = _in_turn({name: step(function) for name, function in sides.items()}, rounds)
-    # Forward reads operands and writes results; backward reads both tangents and operands, and
-    # writes gradients.
-    bound = sum(3 * _bytes(x) for x in operands) + sum(2 * _bytes(x) for x in results)
-    moved = [s / copy_s / bound for s in times["O1"]]
-    return [*_rows(operator.name, times), _row(f"{operator.name}: bytes over the bound", moved)]
+    def backward(name: str) -> None:
+        torch.autograd.grad(results.pop(name), with_gradient, tangents)
 
-
-def _loss_rows(rounds: int) -> list[Row]:
-    """Our operator against the same loss from whole logits."""
-    torch.manual_seed(0)
-    hidden = torch.randn(M, D).bfloat16().requires_grad_()
-    weight = (0.02 * torch.randn(V, D)).bfloat16().requires_grad_()
-    targets = torch.randint(0, V, (M,))
-
-    def plain() -> Tensor:
-        logits = torch.nn.functional.linear(hidden, weight).float()
-        return torch.nn.functional.cross_entropy(logits, targets)
-
-    torch._dynamo.reset()
-    sides = {
-        "O1": lambda: linear_cross_entropy(hidden, weight, targets) / M,
-        "eager": plain,
-        "Inductor": torch.compile(plain),
-    }
-    steps = {
-        name: lambda f=f: torch.autograd.grad(f(), (hidden, weight)) for name, f in sides.items()
-    }
-    return _rows("loss without logits", _in_turn(steps, rounds))
-
-
-def _optimizer_rows(rounds: int) -> list[Row]:
-    """The program `optimizer` against AdamW as it comes, and under torch.compile."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(*(torch.nn.Linear(D, D) for _ in range(12)))
-    x = torch.randn(8, D)
-    graph = plait.capture(model, x, loss=lambda model, x: model(x).square().mean())
-    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-5)
-    schedule = plait.compile(graph, level="O1", optimizer=optimizer)
-    model(x).square().mean().backward()
-    optimizer.step()
-    runner = Runnable(schedule).optimizer
-    given: dict[tuple[Role, str], object] = {(Role.STATE, "group 0/lr"): 1e-5}
-    for name, p in model.named_parameters():
-        given |= {(Role.PARAMETER, name): p, (Role.GRADIENT, name): p.grad}
-        given |= {(Role.STATE, f"{name}/{key}"): s for key, s in optimizer.state[p].items()}
-    torch._dynamo.reset()
-
-    @torch.no_grad()
-    def ours() -> object:
-        return runner([given[value.role, value.name] for value in schedule.optimizer_inputs])
-
-    sides = {"O1": ours, "eager": optimizer.step, "Inductor": torch.compile(optimizer.step)}
-    return _rows("AdamW step", _in_turn(sides, rounds))
+    times = _in_turn(
+        {name: partial(forward, name) for name in sides},
+        rounds,
+        {name: partial(backward, name) for name in sides},
+    )
+    whole = {name: [sum(pair) for pair in pairs] for name, pairs in times.items()}
+    name = f"{case.name}, {size.name}"
+    rows = _compared(f"{name}: forward and backward", whole)
+    for i, way in enumerate(("forward", "backward")):
+        apart = {name: [pair[i] for pair in pairs] for name, pairs in times.items()}
+        rows += _compared(f"{name}: {way}", apart)
+        bound_s = speeds.bound_s(case.work[i], size.dtype)
+        claim = f"{name}: {way} over the bound"
+        rows.append(_row(claim, [s / bound_s for s in apart["plait"]]))
+    rows.append(
+        Row(
+            claim=f"{name}: bytes moved at least",
+            unit="MB",
+            target=None,
+            better="lower",
+            samples=[1e-6 * sum(case.work, Work(flops=0, bytes=0)).bytes],
+        )
+    )
+    return rows
 
 
-def _in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def _in_turn(
+    sides: dict[str, Callable[[], object]],
+    rounds: int,
+    then: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, list]:
+    """Seconds of each round of each side, as pairs where something follows."""
+    times: dict[str, list] = {name: [] for name in sides}
     names = list(sides)
     for i in range(WARM_UP_ROUNDS + rounds):
-        for name in names[i % 3 :] + names[: i % 3]:
-            start_s = time.perf_counter()
-            sides[name]()
-            times[name].append(time.perf_counter() - start_s)
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            first_s = _timed_s(sides[name])
+            times[name].append((first_s, _timed_s(then[name])) if then else first_s)
     return {name: seconds[WARM_UP_ROUNDS:] for name, seconds in times.items()}
 
 
-def _rows(name: str, times: dict[str, list[float]]) -> list[Row]:
+def _timed_s(function: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    function()
+    return time.perf_counter() - start_s
+
+
+def _median_s(function: Callable[[], object], times: int = 10) -> float:
+    return statistics.median(_timed_s(function) for _ in range(times))
+
+
+def _compared(name: str, times: dict[str, list[float]]) -> list[Row]:
     rows = []
-    for rival in ("eager", "Inductor"):
-        ratios = [ours / other for ours, other in zip(times["O1"], times[rival], strict=True)]
-        claim = f"{name}, forward and backward: O1 / {rival}"
+    for rival in [other for other in times if other != "plait"]:
+        ratios = [ours / other for ours, other in zip(times["plait"], times[rival], strict=True)]
+        claim = f"{name}: plait / {rival}"
         rows.append(Row(claim=claim, unit="x", target=1.0, better="lower", samples=ratios))
     return rows
 
@@ -185,20 +394,14 @@ def _row(claim: str, samples: list[float]) -> Row:
     return Row(claim=claim, unit="x", target=None, better="lower", samples=samples)
 
 
-def _copy_s_per_byte() -> float:
-    """Seconds that a byte read or written takes in a large copy."""
-    source = torch.zeros(64 * 2**20, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(10):
-        start_s = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start_s)
-    return statistics.median(seconds) / (2 * source.numel())
+def _draw(size: Size, *shape: int, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape)).to(size.dtype).requires_grad_()
 
 
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+def _heads(size: Size) -> Tensor:
+    """(B, N, T, H), laid out as projections make it."""
+    by_tokens = torch.randn(size.B, size.T, size.N, size.H).to(size.dtype)
+    return by_tokens.transpose(1, 2).requires_grad_()
 
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:
@@ -206,4 +409,12 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 
 
 if __name__ == "__main__":
-    run_benchmark("operators", measure)
+    run_levels(
+        "operators",
+        {
+            "rows": partial(measure_cases, row_cases),
+            "products": partial(measure_cases, product_cases),
+            "optimizers": measure_optimizers,
+        },
+        option="part",
+    )

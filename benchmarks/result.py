@@ -46,12 +46,19 @@ def run_benchmark(name: str, measure: Callable[[bool], list[Row]]) -> None:
     _finish(name, measure, _parser(name).parse_args())
 
 
-def run_levels(name: str, measures: Mapping[str, Callable[[bool], list[Row]]]) -> None:
-    """Do the same for one of several levels, by --level; the first needs no saying."""
+def run_levels(
+    name: str, measures: Mapping[str, Callable[[bool], list[Row]]], option: str = "level"
+) -> None:
+    """Do the same for one of several levels, by --level; the first needs no saying.
+
+    option: what levels are called here.
+    """
     parser, first = _parser(name), next(iter(measures))
-    parser.add_argument("--level", choices=list(measures), default=first, help="what is compared")
+    parser.add_argument(
+        f"--{option}", choices=list(measures), default=first, help="what is compared"
+    )
     arguments = parser.parse_args()
-    level = arguments.level
+    level = getattr(arguments, option)
     result = name if level == first else f"{name}_{level.lower()}"
     _finish(result, measures[level], arguments)
 

@@ -1,10 +1,13 @@
 """Causal attention against its textbook formula."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.library import opcheck
 
-from plait.ops.attention import causal_attention, reference_causal_attention
+from plait.errors import ModelError
+from plait.ops.attention import causal_attention, causal_pairs, reference_causal_attention
 
 SHAPES = {
     "one-block": (2, 4, 4, 60, 16),
@@ -28,6 +31,9 @@ def _inputs(shape, dtype):
 
 def _blocked(q, k, v, *, scale):
     return torch.ops.plait.blocked_causal_attention(q, k, v, scale)
+
+
+WINDOWS = {"in a block": 40, "a block": 128, "over blocks": 150, "one token": 1}
 
 
 def _gradients(function, inputs, doutput):
@@ -78,3 +84,46 @@ def test_non_contiguous_inputs_give_the_same_result():
 def test_the_operator_keeps_the_rules_of_torch_library():
     inputs = _inputs(SHAPES["grouped"], torch.float32)
     opcheck(torch.ops.plait.blocked_causal_attention.default, (*inputs, 0.3))
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("shape", [SHAPES["several-blocks"], SHAPES["grouped"]], ids=str)
+def test_a_window_equals_the_formula_forward_and_backward(shape, window):
+    inputs = _inputs(shape, torch.float64)
+    doutput = torch.randn_like(inputs[0], requires_grad=False)
+    ours = _gradients(partial(causal_attention, window=window), inputs, doutput)
+    expected = _gradients(partial(reference_causal_attention, window=window), inputs, doutput)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_window_over_all_tokens_changes_no_bit():
+    inputs = _inputs(SHAPES["grouped"], torch.float32)
+    whole = causal_attention(*inputs, scale=0.3)
+    assert torch.equal(causal_attention(*inputs, scale=0.3, window=200), whole)
+
+
+def test_the_last_queries_see_their_window_of_all_keys():
+    q, k, v = _inputs(SHAPES["several-blocks"], torch.float64)
+    blocked = torch.ops.plait.blocked_causal_attention
+    whole, part = blocked(q, k, v, 0.3, 70), blocked(q[:, :, 200:], k, v, 0.3, 70)
+    torch.testing.assert_close(part, whole[:, :, 200:], atol=1e-12, rtol=1e-12)
+
+
+def test_an_operator_with_a_window_keeps_the_rules_of_torch_library():
+    inputs = _inputs(SHAPES["grouped"], torch.float32)
+    opcheck(torch.ops.plait.blocked_causal_attention.default, (*inputs, 0.3, 50))
+
+
+def test_pairs_of_a_window_are_those_that_a_mask_leaves():
+    for num_queries, num_keys, window in ((7, 7, None), (7, 7, 3), (3, 8, 4), (3, 8, 7), (5, 6, 9)):
+        ago = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
+        seen = (ago >= 0) & (ago < (window or num_keys))
+        assert causal_pairs(num_queries, num_keys, window) == seen.sum()
+
+
+def test_shapes_and_windows_that_do_not_fit_are_refused():
+    q = torch.zeros(1, 4, 8, 16)
+    with pytest.raises(ModelError, match="queries \\(B, K \\* G, T, H\\)"):
+        causal_attention(q, q[:, :3], q[:, :3], scale=1.0)
+    with pytest.raises(ModelError, match="window of at least 1 token, got 0"):
+        causal_attention(q, q, q, scale=1.0, window=0)

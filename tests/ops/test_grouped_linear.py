@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from plait.errors import ModelError
 from plait.ops.grouped_linear import grouped_linear, reference_grouped_linear
 
 ENDS = {"all groups": [3, 4, 11, 20], "empty groups": [0, 9, 9, 20], "one group": [0, 0, 0, 20]}
@@ -41,3 +42,10 @@ def test_autocast_reaches_the_products():
 
 def test_the_operator_keeps_the_rules_of_its_kind():
     opcheck(torch.ops.plait.grouped_linear.default, _inputs(ENDS["empty groups"], torch.float32))
+
+
+def test_operands_that_do_not_fit_are_refused():
+    x, weight, ends = _inputs(ENDS["all groups"])
+    for given in ((x[:, :6], weight, ends), (x, weight[:3], ends), (x, weight, ends.int())):
+        with pytest.raises(ModelError, match="grouped_linear needs rows"):
+            grouped_linear(*given)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from plait.errors import ModelError
 from plait.ops import linear_cross_entropy as module
 from plait.ops.linear_cross_entropy import linear_cross_entropy, reference_linear_cross_entropy
 
@@ -83,3 +84,10 @@ def test_without_gradients_the_loss_is_the_same():
 def test_the_operator_keeps_the_rules_of_torch_library():
     inputs = _inputs((20, 8, 30))
     opcheck(torch.ops.plait.linear_cross_entropy.default, (*inputs, torch.float32, True))
+
+
+def test_operands_that_do_not_fit_are_refused():
+    hidden, weight, targets = _inputs((20, 8, 30))
+    for given in ((hidden[:, :7], weight, targets), (hidden, weight, targets[:19])):
+        with pytest.raises(ModelError, match="needs hidden states"):
+            linear_cross_entropy(*given)

@@ -21,6 +21,7 @@ from plait.cost.collectives import collective_of
 from plait.errors import GraphError
 from plait.graph.graph import Value
 from plait.graph.schedule import CALL, CONSTANT, GETITEM, ISLAND, OBJECT, PYTHON, resolve
+from plait.ops.attention import causal_pairs
 
 
 class Kind(Enum):
@@ -198,11 +199,11 @@ def _attention(packet: str, named: Mapping[str, object]) -> _Work:
     if packet.startswith(("aten._flash", "aten._efficient")):
         num_queries, num_keys = query.shape[-3], key.shape[-3]  # heads after tokens there
     pairs = num_queries * num_keys
-    if named.get("is_causal") or named.get("causal") or packet.startswith("plait."):
+    if packet.startswith("plait."):
+        pairs = causal_pairs(num_queries, num_keys, cast("int | None", named.get("window")))
+    elif named.get("is_causal") or named.get("causal"):
         seen = min(num_queries, num_keys)
-        pairs = seen * (seen + 1) // 2 + (num_queries - seen) * num_keys
-        if packet.startswith("plait."):  # the queries are the last of those that have keys
-            pairs += num_queries * (num_keys - seen)
+        pairs = causal_pairs(seen, seen) + (num_queries - seen) * num_keys
     heads = math.prod(query.shape[:-1]) // num_queries
     forward = 2 * heads * pairs * (query.shape[-1] + value.shape[-1])
     flops = forward * 5 // 2 if packet.endswith("backward") else forward

@@ -15,17 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from plait.errors import CompilerWarning
 from plait.executor.codegen import Runner
 from plait.executor.kernel_batch import KernelBatch, forget_modules, num_modules, warm_up
 from plait.graph.graph import Value
 from plait.graph.schedule import IslandProgram, Program, Ref, Schedule, resolve
+from plait.ops.fused_kernel import compile_kernel
 
 
 @dataclass
@@ -85,31 +82,17 @@ def compile_islands(schedule: Schedule) -> Islands:
 
 def compile_island(island: IslandProgram) -> Runner:
     """Compile one island: a function that takes its operands in a list and returns a tuple."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode:
-        operands = [_empty(value) for value in island.takes]
-    with tracing(TracingContext(mode)), torch.no_grad():
-        with mode:  # what an island makes of nothing is fake too
-            module = make_fx(_interpreter(island.program), select_decomp_table())(*operands)
-        _keep_strides(module)
-        settings = _SETTINGS | (_whole_program_settings() if island.mode else {})
-        with config.patch(settings):
-            compiled = compile_fx_inner(module, operands, is_inference=not island.mode)
-    return getattr(compiled, "current_callable", None) or compiled
+    def operands(mode: FakeTensorMode) -> list[torch.Tensor]:
+        with mode:
+            return [_empty(value) for value in island.takes]
 
-
-_SETTINGS = {
-    "size_asserts": False,  # the schedule says which forms arrive
-    "alignment_asserts": False,
-    "scalar_asserts": False,
-    # Elements for each thread at least. To wake a thread takes as long as thousands of additions.
-    "cpp.min_chunk_size": 4096,
-    "pattern_matcher": False,  # it looks for what islands do not hold, and learns how for a second
-}
+    return compile_kernel(
+        _interpreter(island.program),
+        operands,
+        is_inference=not island.mode,
+        settings=_whole_program_settings() if island.mode else None,
+    )
 
 
 def _whole_program_settings() -> dict[str, Any]:
@@ -146,15 +129,6 @@ def _interpreter(program: Program) -> Callable:
         return value(program.results)
 
     return run
-
-
-def _keep_strides(module: fx.GraphModule) -> None:
-    """Ask that results have the strides for which what follows was traced."""
-    from torch._inductor.compile_fx import record_original_output_strides
-
-    output: Any = module.graph.output_node()
-    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
-    record_original_output_strides(module)
 
 
 def _reason(error: Exception) -> str:

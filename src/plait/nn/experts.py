@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from plait.errors import ModelError
 from plait.nn.feed_forward import FeedForward
+from plait.ops.expert_tokens import expert_order, gather_rows, mix_rows, route
 from plait.ops.grouped_linear import grouped_linear
 
 
@@ -86,30 +87,15 @@ class Router(nn.Module):
         if settings.router_float32:
             x_MD, weight_ED = x_MD.float(), weight_ED.float()
         scores_ME = functional.linear(x_MD, weight_ED)
-        dtype = scores_ME.dtype
-        if settings.router == "softmax":
-            scores_ME = scores_ME.float().softmax(dim=-1)
-            merit_ME = scores_ME
-        else:
-            scores_ME = scores_ME.float().sigmoid()
-            merit_ME = scores_ME + self.e_score_correction_bias
-        chosen_Mk = self._best_groups(merit_ME).topk(settings.experts_per_token, dim=-1).indices
-        weights_Mk = scores_ME.gather(1, chosen_Mk)
-        if settings.normalize:
-            weights_Mk = weights_Mk / (weights_Mk.sum(dim=-1, keepdim=True) + 1e-20)
-        return (weights_Mk * settings.scale).to(dtype), chosen_Mk
-
-    def _best_groups(self, merit_ME: Tensor) -> Tensor:
-        """Take experts outside the best groups out of the choice."""
-        settings = self.settings
-        if settings.groups_per_token == settings.num_groups:
-            return merit_ME
-        merit_MGe = merit_ME.unflatten(-1, (settings.num_groups, -1))
-        num_best = 1 if settings.router == "softmax" else 2
-        worth_MG = merit_MGe.topk(num_best, dim=-1).values.sum(dim=-1)
-        best_Mg = worth_MG.topk(settings.groups_per_token, dim=-1).indices
-        is_out_MG = torch.ones_like(worth_MG, dtype=torch.bool).scatter(1, best_Mg, False)
-        return merit_MGe.masked_fill(is_out_MG[..., None], float("-inf")).flatten(1)
+        weights_Mk, chosen_Mk = route(
+            scores_ME,
+            settings.experts_per_token,
+            bias_E=self.e_score_correction_bias if settings.router == "sigmoid" else None,
+            normalize=settings.normalize,
+            num_groups=settings.num_groups,
+            groups_per_token=settings.groups_per_token,
+        )
+        return (weights_Mk * settings.scale).to(scores_ME.dtype), chosen_Mk
 
 
 class ExpertWeights(nn.Module):
@@ -151,16 +137,8 @@ class ExpertFeedForward(nn.Module):
         """Map (B, T, D) to (B, T, D)."""
         x_MD = x_BTD.flatten(0, -2)
         weights_Mk, chosen_Mk = self.gate(x_MD)
-        num_each = chosen_Mk.shape[1]
-        chosen_R = chosen_Mk.flatten()
-        order_R = chosen_R.argsort(stable=True)
-        numbers_E = torch.arange(self.num_experts, device=x_MD.device)
-        ends_E = (chosen_R[:, None] == numbers_E).sum(dim=0).cumsum(dim=0)
-        rows_RD = x_MD.index_select(0, order_R // num_each)
-        outputs_RD = self.experts(rows_RD, ends_E)
-        # Back in the order of the tokens, a token's experts stand side by side: their sum has one
-        # order, whatever else is in the batch.
-        outputs_MkD = outputs_RD.index_select(0, order_R.argsort()).unflatten(0, (-1, num_each))
-        mixed_MD = (outputs_MkD * weights_Mk[..., None].to(outputs_MkD.dtype)).sum(dim=1)
+        order = expert_order(chosen_Mk, self.num_experts)
+        outputs_RD = self.experts(gather_rows(x_MD, order), order.ends_E)
+        mixed_MD = mix_rows(outputs_RD, weights_Mk, order)
         mixed_BTD = mixed_MD.view(x_BTD.shape)
         return mixed_BTD if self.shared_experts is None else mixed_BTD + self.shared_experts(x_BTD)

@@ -1,8 +1,9 @@
-"""Causal attention for training and prefill.
+"""Causal attention for training and prefill, over all earlier tokens or a window of them.
 
 On a CPU with bfloat16 dot products but no matrix tiles (AMX), PyTorch's flash kernel runs at a
-third of the speed of its own batched matrix product; there the blocked kernel below is used.
-Everywhere else the work goes to `scaled_dot_product_attention`.
+third of the speed of its own batched matrix product; there the blocked kernel below is used, and
+on every CPU for windows, as PyTorch's kernel multiplies what a mask then hides. Everywhere else
+the work goes to `scaled_dot_product_attention`.
 """
 
 # Shapes: B batch, T tokens, N query heads, K key-value heads (N = K * G), H head size.
@@ -11,20 +12,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from plait.errors import ModelError
+from plait.ops.work import WIDE, Work, num_bytes
+
 # Queries are handled in blocks, so that the scores of one block stay in cache. Measured on Zen 4:
 # 128 and 256 rows are within noise of each other, 64 and 512 are slower.
 _BLOCK_TOKENS = 128
 
 
-def causal_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, scale: float) -> Tensor:
-    """Attend to the same and all earlier tokens: (B, N, T, H) in the dtype of the queries."""
-    if uses_blocked_kernel(q_BNTH):
-        return torch.ops.plait.blocked_causal_attention(q_BNTH, k_BKTH, v_BKTH, scale)
+def causal_attention(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, scale: float, window: int | None = None
+) -> Tensor:
+    """Attend to the same and all earlier tokens: (B, N, T, H) in the dtype of the queries.
+
+    window: how many tokens back a token sees, itself included; None = all. Raises ModelError for
+    shapes that do not fit and a window below 1.
+    """
+    _check(q_BNTH, k_BKTH, v_BKTH, window)
+    num_tokens = q_BNTH.shape[2]
+    if window is not None and window >= num_tokens:
+        window = None
+    if uses_blocked_kernel(q_BNTH) or (window is not None and q_BNTH.device.type == "cpu"):
+        return torch.ops.plait.blocked_causal_attention(
+            q_BNTH, k_BKTH, v_BKTH, scale, *(() if window is None else (window,))
+        )
+    hidden = None if window is None else ~_hidden(num_tokens, window, q_BNTH.device)
     return scaled_dot_product_attention(
         q_BNTH,
         k_BKTH,
         v_BKTH,
-        is_causal=True,
+        attn_mask=hidden,
+        is_causal=window is None,
         scale=scale,
         enable_gqa=q_BNTH.shape[1] != k_BKTH.shape[1],
     )
@@ -72,51 +90,103 @@ def blocked_kernel_pays() -> bool:
 
 
 def reference_causal_attention(
-    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, scale: float
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, scale: float, window: int | None = None
 ) -> Tensor:
     """Compute the textbook formula, with the whole score matrix in memory."""
     groups = q_BNTH.shape[1] // k_BKTH.shape[1]
     k_BNTH = k_BKTH.repeat_interleave(groups, dim=1)
     v_BNTH = v_BKTH.repeat_interleave(groups, dim=1)
     scores_BNTT = q_BNTH @ k_BNTH.transpose(-1, -2) * scale
-    later_TT = torch.ones(scores_BNTT.shape[-2:], dtype=torch.bool, device=q_BNTH.device).triu(1)
-    return scores_BNTT.masked_fill(later_TT, float("-inf")).softmax(dim=-1) @ v_BNTH
+    num_tokens = q_BNTH.shape[2]
+    hidden_TT = _hidden(num_tokens, window or num_tokens, q_BNTH.device)
+    return scores_BNTT.masked_fill(hidden_TT, float("-inf")).softmax(dim=-1) @ v_BNTH
+
+
+def causal_pairs(num_queries: int, num_keys: int, window: int | None = None) -> int:
+    """How many keys all queries see together, the queries being the last of what has keys."""
+    before = num_keys - num_queries
+    window = min(window or num_keys, num_keys)
+    rising = min(max(window - before, 0), num_queries)  # queries that see the first key too
+    return rising * before + rising * (rising + 1) // 2 + (num_queries - rising) * window
+
+
+def causal_attention_work(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, window: int | None = None
+) -> tuple[Work, Work]:
+    """Two products forward, five backward [Dao 2023, arXiv:2307.08691, section 4.1]."""
+    pairs = causal_pairs(q_BNTH.shape[2], k_BKTH.shape[2], window)
+    num_products = q_BNTH.shape[0] * q_BNTH.shape[1] * pairs
+    flops = 2 * num_products * (q_BNTH.shape[3] + v_BKTH.shape[3])
+    moved = num_bytes(q_BNTH, k_BKTH, v_BKTH, q_BNTH)
+    return Work(flops=flops, bytes=moved), Work(
+        flops=flops * 5 // 2, bytes=moved + num_bytes(q_BNTH, q_BNTH, k_BKTH, v_BKTH)
+    )
+
+
+def _check(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, window: int | None) -> None:
+    shapes = [tuple(t.shape) for t in (q_BNTH, k_BKTH, v_BKTH)]
+    if any(len(shape) != 4 for shape in shapes) or (
+        shapes[1] != shapes[2]
+        or shapes[0][0] != shapes[1][0]
+        or shapes[0][2:] != shapes[1][2:]
+        or shapes[0][1] % max(shapes[1][1], 1)
+    ):
+        raise ModelError(
+            "causal_attention needs queries (B, K * G, T, H), keys and values (B, K, T, H), "
+            f"got {shapes}."
+        )
+    if window is not None and window < 1:
+        raise ModelError(f"causal_attention needs a window of at least 1 token, got {window}.")
+
+
+def _hidden(num_tokens: int, window: int, device: torch.device) -> Tensor:
+    """True where a query (line) does not see a key (column)."""
+    ones_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device)
+    return ones_TT.triu(1) | ones_TT.tril(-window)
 
 
 @torch.library.custom_op("plait::blocked_causal_attention", mutates_args=())
-def _blocked(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float) -> Tensor:
+def _blocked(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float, window: int = 0
+) -> Tensor:
     output_BNTH = torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
     for block in _blocks(q_BNTH):
-        p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block)
-        rows = torch.bmm(p_Xbe, _flat(v_BKTH[:, :, : p_Xbe.shape[2]]))
+        seen = _seen(q_BNTH, k_BKTH, block, window)
+        p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block, window)
+        rows = torch.bmm(p_Xbe, _flat(v_BKTH[:, :, seen]))
         output_BNTH[:, :, block] = rows.view(output_BNTH[:, :, block].shape)
     return output_BNTH
 
 
 @_blocked.register_fake
-def _(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float) -> Tensor:
+def _(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float, window: int = 0) -> Tensor:
     return torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("plait::blocked_causal_attention_backward", mutates_args=())
 def _blocked_backward(
-    dout_BNTH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float
+    dout_BNTH: Tensor,
+    q_BNTH: Tensor,
+    k_BKTH: Tensor,
+    v_BKTH: Tensor,
+    scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The probabilities are computed again: keeping them saves 6 % of the time and costs T * T
     # memory.
     dq_BNTH = torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
-    dk_XTH = torch.zeros(_flat(k_BKTH).shape, dtype=torch.float32)
+    dk_XTH = torch.zeros(_flat(k_BKTH).shape, dtype=WIDE.get(k_BKTH.dtype, torch.float32))
     dv_XTH = torch.zeros_like(dk_XTH)
     for block in _blocks(q_BNTH):
-        p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block)
-        num_seen = p_Xbe.shape[2]
+        seen = _seen(q_BNTH, k_BKTH, block, window)
+        p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block, window)
         dout_XbH = _rows(dout_BNTH[:, :, block], k_BKTH)
-        dv_XTH[:, :num_seen] += torch.bmm(p_Xbe.transpose(1, 2), dout_XbH)
-        dp_Xbe = torch.bmm(dout_XbH, _flat(v_BKTH[:, :, :num_seen]).transpose(1, 2))
+        dv_XTH[:, seen] += torch.bmm(p_Xbe.transpose(1, 2), dout_XbH)
+        dp_Xbe = torch.bmm(dout_XbH, _flat(v_BKTH[:, :, seen]).transpose(1, 2))
         ds_Xbe = torch.ops.aten._softmax_backward_data(dp_Xbe, p_Xbe, -1, p_Xbe.dtype)
-        dq_XbH = torch.bmm(ds_Xbe, _flat(k_BKTH[:, :, :num_seen])).mul_(scale)
+        dq_XbH = torch.bmm(ds_Xbe, _flat(k_BKTH[:, :, seen])).mul_(scale)
         dq_BNTH[:, :, block] = dq_XbH.view(dq_BNTH[:, :, block].shape)
-        dk_XTH[:, :num_seen] += torch.bmm(
+        dk_XTH[:, seen] += torch.bmm(
             ds_Xbe.transpose(1, 2), _rows(q_BNTH[:, :, block], k_BKTH) * scale
         )
     return (
@@ -128,7 +198,12 @@ def _blocked_backward(
 
 @_blocked_backward.register_fake
 def _(
-    dout_BNTH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float
+    dout_BNTH: Tensor,
+    q_BNTH: Tensor,
+    k_BKTH: Tensor,
+    v_BKTH: Tensor,
+    scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     new = torch.contiguous_format
     return (
@@ -138,16 +213,17 @@ def _(
     )
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dout_BNTH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _backward(ctx, dout_BNTH: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    settings = (ctx.scale, ctx.window) if ctx.window else (ctx.scale,)
     dq, dk, dv = torch.ops.plait.blocked_causal_attention_backward(
-        dout_BNTH, *ctx.saved_tensors, ctx.scale
+        dout_BNTH, *ctx.saved_tensors, *settings
     )
-    return dq, dk, dv, None
+    return dq, dk, dv, None, None
 
 
 _blocked.register_autograd(_backward, setup_context=_save)
@@ -170,17 +246,29 @@ def _rows(x_BNbH: Tensor, k_BKTH: Tensor) -> Tensor:
     return x_BNbH.reshape(k_BKTH.shape[0] * k_BKTH.shape[1], -1, x_BNbH.shape[-1])
 
 
-def _probabilities(q_BNTH: Tensor, k_BKTH: Tensor, scale: float, block: slice) -> Tensor:
-    """Softmax over the keys up to the end of the block: (B * K, G * b, e).
+def _seen(q_BNTH: Tensor, k_BKTH: Tensor, block: slice, window: int) -> slice:
+    """The keys that any query of the block sees.
 
     The queries are the last of the positions that have keys.
     """
     before = k_BKTH.shape[2] - q_BNTH.shape[2]
-    start, stop = before + block.start, before + block.stop
+    first = max(before + block.start - window + 1, 0) if window else 0
+    return slice(first, before + block.stop)
+
+
+def _probabilities(
+    q_BNTH: Tensor, k_BKTH: Tensor, scale: float, block: slice, window: int
+) -> Tensor:
+    """Softmax over the keys that the block sees: (B * K, G * b, e)."""
+    seen = _seen(q_BNTH, k_BKTH, block, window)
     q_XbH = _rows(q_BNTH[:, :, block], k_BKTH) * scale
-    scores_Xbe = torch.bmm(q_XbH, _flat(k_BKTH[:, :, :stop]).transpose(1, 2))
-    num_rows = stop - start
-    later_bb = torch.full((num_rows, num_rows), float("-inf"), dtype=q_BNTH.dtype).triu_(1)
-    diagonal = scores_Xbe.view(scores_Xbe.shape[0], -1, num_rows, stop)[..., start:]
-    diagonal += later_bb
+    scores_Xbe = torch.bmm(q_XbH, _flat(k_BKTH[:, :, seen]).transpose(1, 2))
+    num_rows, num_seen = block.stop - block.start, seen.stop - seen.start
+    hidden_bb = torch.full((num_rows, num_rows), float("-inf"), dtype=q_BNTH.dtype)
+    scores_Xgbe = scores_Xbe.view(scores_Xbe.shape[0], -1, num_rows, num_seen)
+    scores_Xgbe[..., num_seen - num_rows :] += hidden_bb.triu(1)
+    # Of the first key that the block sees, how many keys before is the first that query 0 sees?
+    ahead = num_seen - num_rows - window + 1
+    if window and ahead > -num_rows:
+        scores_Xgbe[..., :num_rows] += hidden_bb.tril(ahead - 1)
     return torch.softmax(scores_Xbe, dim=-1)

@@ -11,14 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from plait.errors import ModelError
 from plait.ops.numerics import autocast_inputs
+from plait.ops.work import Work, num_bytes
 
 
 def grouped_linear(x_RI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """Multiply rows [ends[g-1], ends[g]) by weight[g].T: (R, O) in the dtype of the rows.
 
-    ends: int64, not falling, the last being R. Under autocast products run in its dtype.
+    ends: int64, not falling, the last being R. Under autocast products run in its dtype. Raises
+    ModelError for shapes that do not fit; what the ends are is not looked at.
     """
+    _check(x_RI, weight_GOI, ends_G)
     x_RI, weight_GOI = autocast_inputs(x_RI, weight_GOI)
     return torch.ops.plait.grouped_linear(x_RI, weight_GOI, ends_G)
 
@@ -28,6 +32,29 @@ def reference_grouped_linear(x_RI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -
     rows_R = torch.arange(len(x_RI), device=x_RI.device)
     group_R = torch.searchsorted(ends_G, rows_R, right=True)
     return torch.einsum("ri,roi->ro", x_RI, weight_GOI[group_R])
+
+
+def grouped_linear_work(x_RI: Tensor, weight_GOI: Tensor) -> tuple[Work, Work]:
+    """Each row is multiplied once, by the matrix of its group, however rows are routed."""
+    (rows, inner), columns = x_RI.shape, weight_GOI.shape[1]
+    out_bytes = rows * columns * x_RI.element_size()
+    moved = num_bytes(x_RI, weight_GOI)
+    forward = Work(flops=2 * rows * inner * columns, bytes=moved + out_bytes)
+    return forward, Work(flops=2 * forward.flops, bytes=2 * moved + out_bytes)
+
+
+def _check(x_RI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> None:
+    shapes = [tuple(t.shape) for t in (x_RI, weight_GOI, ends_G)]
+    if (
+        [len(shape) for shape in shapes] != [2, 3, 1]
+        or shapes[0][1] != shapes[1][2]
+        or shapes[1][0] != shapes[2][0]
+        or ends_G.dtype != torch.int64
+    ):
+        raise ModelError(
+            "grouped_linear needs rows (R, I), weights (G, O, I) and int64 ends (G,), "
+            f"got {shapes} and {ends_G.dtype}."
+        )
 
 
 @torch.library.custom_op("plait::grouped_linear", mutates_args=())

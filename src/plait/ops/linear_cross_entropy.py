@@ -10,6 +10,10 @@ loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2].
 import torch
 from torch import Tensor
 
+from plait.errors import ModelError
+from plait.ops.fused_kernel import triton_kernels
+from plait.ops.work import Work, num_bytes
+
 GROUP_ELEMENTS = 32 * 2**20
 """Logits held at a time in the dtype of the products: 64 MiB in bfloat16. Larger groups mean
 fewer and larger products; beyond this nothing is gained."""
@@ -29,8 +33,9 @@ def linear_cross_entropy(
 
     The products run in `dtype` (default: that of `hidden_MD`), the softmax in float32. The weight
     keeps its own dtype, and so does its gradient. Targets below 0 are left out. soft_cap: take
-    cap * tanh(logits / cap) for the logits.
+    cap * tanh(logits / cap) for the logits. Raises ModelError for shapes that do not fit.
     """
+    _check(hidden_MD, weight_VD, targets_M)
     dtype = dtype or hidden_MD.dtype
     loss, _, _ = torch.ops.plait.linear_cross_entropy(
         hidden_MD,
@@ -54,6 +59,29 @@ def reference_linear_cross_entropy(
     return torch.nn.functional.cross_entropy(
         logits_MV, targets_M, reduction="sum", ignore_index=-100
     )
+
+
+def linear_cross_entropy_work(hidden_MD: Tensor, weight_VD: Tensor) -> tuple[Work, Work]:
+    """Three products forward, as the gradients are made there; backward both are scaled."""
+    (rows, width), columns = hidden_MD.shape, weight_VD.shape[0]
+    gradients = hidden_MD.numel() + weight_VD.numel()
+    moved = num_bytes(hidden_MD, weight_VD)
+    forward = Work(flops=6 * rows * width * columns, bytes=2 * moved)
+    return forward, Work(flops=gradients, bytes=2 * moved)
+
+
+def _check(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
+    shapes = [tuple(t.shape) for t in (hidden_MD, weight_VD, targets_M)]
+    if (
+        [len(shape) for shape in shapes] != [2, 2, 1]
+        or shapes[0][1] != shapes[1][1]
+        or shapes[0][0] != shapes[2][0]
+        or targets_M.dtype != torch.int64
+    ):
+        raise ModelError(
+            "linear_cross_entropy needs hidden states (M, D), a weight (V, D) and int64 targets "
+            f"(M,), got {shapes} and {targets_M.dtype}."
+        )
 
 
 @torch.library.custom_op("plait::linear_cross_entropy", mutates_args=())
@@ -89,6 +117,8 @@ def _losses_to_gradients(
     logits_mV: Tensor, targets_m: Tensor, with_gradients: bool, soft_cap: float
 ) -> Tensor:
     """Return the summed loss; with gradients, overwrite the logits by its gradient."""
+    if logits_mV.is_cuda and (kernels := triton_kernels()):
+        return kernels.losses_to_gradients(logits_mV, targets_m, with_gradients, soft_cap)
     loss = torch.zeros((), dtype=torch.float32, device=logits_mV.device)
     num_rows = max(1, _BLOCK_ELEMENTS // logits_mV.shape[1])
     for start in range(0, logits_mV.shape[0], num_rows):

@@ -1,0 +1,191 @@
+"""A function of tensors as one kernel, written by TorchInductor when it is first needed.
+
+Islands (`executor/islands.py`) and the operators of this package are made here by the same call.
+What Inductor makes it keeps in its own cache on disk, so that the next process only loads it.
+"""
+
+# pyright: basic
+# (TorchInductor is not typed.)
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_double, c_int64, c_void_p
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from plait.errors import CompilerWarning
+
+# Inductor takes a second to import, and most programs do without it: it is imported where needed.
+
+_SETTINGS = {
+    "size_asserts": False,  # whoever calls the kernel knows the forms of its operands
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+    # Elements for each thread at least. To wake a thread takes as long as thousands of additions.
+    "cpp.min_chunk_size": 4096,
+    "pattern_matcher": False,  # it looks for what islands do not hold, and learns how for a second
+}
+SMALLEST = 2**15
+"""Elements of the largest operand below which operators one by one are as fast as a kernel."""
+_FIRST_MANY = 2  # PyTorch takes sizes of 0 and 1 for constants, all others for any size
+
+
+def compile_kernel(
+    function: Callable,
+    operands: Callable[[FakeTensorMode], Sequence[Tensor]],
+    *,
+    is_inference: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """Compile a function that returns a tuple: the kernel takes its operands in a list.
+
+    operands: makes fake tensors of the forms that will come. settings: of Inductor, beside ours.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    given = operands(mode)
+    with tracing(TracingContext(mode)), torch.no_grad():
+        with mode:  # what a function makes of nothing is fake too
+            module = make_fx(function, select_decomp_table())(*given)
+        _keep_strides(module)
+        with config.patch({**_SETTINGS, **(settings or {})}):
+            compiled = compile_fx_inner(module, given, is_inference=is_inference)
+    return getattr(compiled, "current_callable", None) or compiled
+
+
+class FusedKernel:
+    """A function of tensors and constants that returns a tuple of tensors, run as one kernel.
+
+    The first dim of the first operand counts rows. A kernel serves any number of them; it is
+    written anew for other widths, strides, dtypes and constants. Small operands, and all where no
+    compiler works (one warning), go through the function itself, operator by operator.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Wait for the first operands."""
+        self.function = function
+        self._kernels: dict[tuple, Callable] = {}
+
+    def __call__(self, *operands: Tensor, **constants: object) -> Sequence[Tensor]:
+        """Run on tensors without gradients; results are contiguous."""
+        operands = tuple(x if _lies_in_rows(x) else x.contiguous() for x in operands)
+        num_rows = operands[0].shape[0]
+        if max(x.numel() for x in operands) < SMALLEST or num_rows < _FIRST_MANY:
+            return self.function(*operands, **constants)
+        is_rows = [x.dim() > 0 and x.shape[0] == num_rows for x in operands]
+        key = (
+            *(
+                (x.shape[n:], x.stride(), x.dtype, x.device, n)
+                for x, n in zip(operands, is_rows, strict=True)
+            ),
+            *constants.items(),
+        )
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = self._compiled(operands, is_rows, constants)
+        return kernel(list(operands))
+
+    def _compiled(
+        self, operands: Sequence[Tensor], is_rows: Sequence[bool], constants: Mapping[str, object]
+    ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+        def function(*operands: Tensor) -> tuple[Tensor, ...]:
+            return self.function(*operands, **constants)
+
+        def fakes(mode: FakeTensorMode) -> list[Tensor]:
+            return [_fake(x, mode, n) for x, n in zip(operands, is_rows, strict=True)]
+
+        # One kernel is built here, not by the pool of processes that Inductor keeps for many.
+        try:
+            with torch.autocast(operands[0].device.type, enabled=False):
+                return compile_kernel(function, fakes, settings={"compile_threads": 1})
+        except Exception as error:  # Inductor raises what its parts raise, here in one warning
+            _warn(self.function, error)
+            return lambda operands: function(*operands)
+
+
+class CppKernel:
+    """A kernel in C++ where what Inductor writes is slow, and the function that it stands for.
+
+    The source has `extern "C"` functions that take addresses, then sizes, then a double. A machine
+    without a working compiler is told so once.
+    """
+
+    def __init__(self, function: Callable, source: str) -> None:
+        """Wait for the first use."""
+        self.function, self.source = function, source
+        self._library: Any = None
+
+    def run(
+        self, name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], number: float
+    ) -> bool:
+        """Call a function of the source, compiled at the first call; False if that fails."""
+        if self._library is None:
+            from torch._inductor.codecache import CppCodeCache
+
+            try:
+                self._library = CppCodeCache.load(self.source)
+            except Exception as error:  # what the C++ compiler raises: there is none that works
+                _warn(self.function, error)
+                self._library = False
+        if self._library is False:
+            return False
+        addresses = (c_void_p(None if x is None else x.data_ptr()) for x in tensors)
+        getattr(self._library, name)(*addresses, *map(c_int64, sizes), c_double(number))
+        return True
+
+
+@cache
+def triton_kernels() -> Any:
+    """The module of kernels in Triton, None where Triton is not installed."""
+    if find_spec("triton") is None:
+        return None
+    from plait.ops import triton_kernels
+
+    return triton_kernels
+
+
+def _warn(function: Callable, error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    warnings.warn(
+        f"{function.__name__.strip('_')} runs operator by operator, as its kernel cannot be "
+        f"compiled ({type(error).__name__}: {lines[0]}). Install g++, or name a compiler in the "
+        "environment variable CXX.",
+        CompilerWarning,
+        stacklevel=3,
+    )
+
+
+def _lies_in_rows(x: Tensor) -> bool:
+    """Whether rows are contiguous and follow each other, with or without gaps."""
+    return x.dim() == 0 or (x[0].is_contiguous() and x.stride(0) >= x[0].numel())
+
+
+def _fake(x: Tensor, mode: FakeTensorMode, is_rows: bool) -> Tensor:
+    sizes = [DimDynamic.STATIC] * x.dim()
+    if is_rows:
+        sizes[0] = DimDynamic.DYNAMIC
+    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+def _keep_strides(module: torch.fx.GraphModule) -> None:
+    """Ask that results have the strides for which what follows was traced."""
+    from torch._inductor.compile_fx import record_original_output_strides
+
+    output: Any = module.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))
+    record_original_output_strides(module)
