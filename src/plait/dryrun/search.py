@@ -21,9 +21,8 @@ from plait.dryrun.legal_plans import (
     describe,
 )
 from plait.dryrun.model_source import ModelSource
-from plait.dryrun.pieces import Shape
 from plait.dryrun.pretrain_job import PretrainJob
-from plait.dryrun.price_job import Pricer, source_of, with_plan
+from plait.dryrun.price_job import Pricer, shape_of, source_of, with_plan
 from plait.dryrun.stages import stages_of
 from plait.errors import GraphError, PlanError
 from plait.plan.parallel_plan import Recompute
@@ -201,15 +200,8 @@ class _Search:
     def _elements(self, candidate: Candidate) -> list[tuple[float, float]]:
         """Elements and expert elements of each rank of a pipeline."""
         plan = candidate.plan
-        pieces = self.pricer.store.find(
-            Shape(
-                sequence_length=self.job.sequence_length,
-                tp=plan.tp,
-                sp=plan.sp,
-                kernels=self.job.kernels,
-                share_head=self.job.share_head,
-            )
-        )
+        shape = shape_of(replace(self.job, plan=plan))
+        pieces = self.pricer.store.find(replace(shape, recompute=Recompute.NONE))
         by_name = {"before": pieces.before, "behind": pieces.behind, **pieces.layers}
         stages = stages_of(self.source, plan.pp * plan.stages_per_rank)
         found = [(0.0, 0.0)] * plan.pp
