@@ -1,4 +1,7 @@
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -37,6 +40,42 @@ def test_a_large_job_is_priced_as_text_and_as_json(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["plan"]["fsdp"] == 2
     assert found["fits"]
+
+
+def test_a_large_job_has_a_page(tmp_path):
+    page = tmp_path / "job.html"
+    settings = [*SMALL, "plan.pp=2"]
+    price_large_job("llama3_8b", world=4, cluster="h100", settings=settings, html=page)
+    assert 'id="pipeline"' in page.read_text()
+
+
+def test_plans_to_explain_are_checked_before_the_search():
+    words = ["search", "llama3_8b", "--world", "4", "--explain", "1", "11"]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ConfigError)
+    assert "1 to 10" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_the_best_so_far():
+    code = "from plait.cli.main import main; main()"
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    words = ["search", "llama3_8b", "--world", "64", *settings]
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stderr is not None
+    for line in started.stderr:
+        if ", best " in line:
+            break
+    started.send_signal(signal.SIGINT)
+    printed, complaint = started.communicate(timeout=120)
+    assert started.returncode == 0, complaint
+    assert "(stopped early)" in printed
+    assert "  1 " in printed
 
 
 def test_a_job_that_does_not_fit_is_an_error_with_what_is_missing():

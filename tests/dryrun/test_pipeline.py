@@ -135,3 +135,27 @@ def test_tasks_that_wait_for_each_other_are_an_error():
 def test_a_pipeline_needs_the_times_of_all_its_stages():
     with pytest.raises(GraphError, match="1 stages have times"):
         play(table_of(Pipeline.GPIPE, 2, 1, 2), [EQUAL])
+
+
+def test_dualpipev_hides_exchanges_behind_the_other_half_of_a_pair():
+    """DeepSeek-V3, arXiv 2412.19437, section 3.2.1: a forward and a backward cover each other."""
+    p, m = 4, 16
+    sent = replace(EQUAL, exchange_s=0.5)
+    base = run(Pipeline.DUAL_PIPE_V, p, 2, m)
+    hidden = run(Pipeline.DUAL_PIPE_V, p, 2, m, sent)
+    pairs = [sum(a.slot == b.slot for a, b in pairwise(tasks)) for tasks in hidden.table.tasks]
+    assert hidden.hidden_s == pytest.approx(pairs)  # two exchanges of half a second in each
+    assert min(pairs) > 0
+    assert hidden.total_s < base.total_s - min(pairs) / 2
+    slowed = run(Pipeline.DUAL_PIPE_V, p, 2, m, sent, interference=1.25)
+    assert slowed.hidden_s == pytest.approx([0.8 * each for each in pairs])
+    assert run(Pipeline.ZBV, p, 2, m, sent).hidden_s == (0.0,) * p
+
+
+def test_what_a_rank_holds_is_counted_by_its_own_stages():
+    table = table_of(Pipeline.INTERLEAVED, 2, 2, 4)
+    whole = in_flight(table, [1.0, 1.0, 1.0, 1.0])
+    assert whole.saved_bytes == tuple(map(float, whole.micro_batches))
+    only_first = in_flight(table, [1.0, 0.0, 0.0, 0.0])
+    assert only_first.saved_bytes[0] > 0
+    assert only_first.saved_bytes[1] == 0

@@ -1,11 +1,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from plait.cost.accelerators import find_cluster
 from plait.cost.collectives import Collective
 from plait.cost.nccl_tests import Measured
-from plait.dryrun.data_parallel import beside_s, owners_of
+from plait.cost.simulate import beside_s
+from plait.dryrun.data_parallel import owners_of
 from plait.dryrun.job_report import job_report, pipeline_trace
 from plait.dryrun.model_source import decoder_source
 from plait.dryrun.pieces import PieceStore, Shape
@@ -143,6 +145,9 @@ def test_experts_are_shared_over_ep_and_exchange_their_tokens(cluster):
     weights = 8 * 8 * 3 * 512 * 1024
     kinds = [each.fullest.ledger.bytes_by_kind["parameters"] for each in (alone, shared)]
     assert kinds[0] - kinds[1] == pytest.approx(2 * weights * 7 / 8)
+    temporaries = [x.fullest.ledger.bytes_by_kind["temporaries"] for x in (alone, shared)]
+    stack = 2 * 8 * 512 * 1024  # the gradient of one matrix of all experts of a layer
+    assert temporaries[0] - temporaries[1] >= stack * 7 / 8
     assert shared.parts.exposed_s > 0
     loaded = price_job(replace(job, plan=ParallelPlan(fsdp=8, ep=8), expert_load=1.5), cluster)
     assert loaded.step_s > shared.step_s
@@ -263,3 +268,90 @@ def test_a_source_makes_a_model_of_chosen_layers_without_memory():
     assert isinstance(model, Decoder)
     assert len(model.layers) == 2
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def attention_of(cluster, **options):
+    shape = Shape(sequence_length=1024, **options)
+    layer = PieceStore(decoder_source(CONFIG), cluster).find(shape).layers["layer"]
+    found = [
+        work.at(1.0)
+        for work in (*layer.forward, *layer.backward)
+        if work.low.cost.kind.value == "attention"
+    ]
+    return layer, found
+
+
+def test_attention_that_is_not_fused_is_priced_by_the_whole_square_of_scores(cluster):
+    """Korthikanti et al. 2022, arXiv 2205.05198, section 4.1: it keeps 5 a s^2 bytes."""
+    scores = 8 * 1024 * 1024
+    fused, _ = attention_of(cluster)
+    kept, (forward, backward) = attention_of(cluster, attention="unfused")
+    again, (_, recomputed) = attention_of(cluster, attention="recomputed")
+    product = 2 * scores * 64
+    assert [sum(x.flops for x in work.kernels) for work in (forward, backward, recomputed)] == [
+        2 * product,
+        4 * product,
+        6 * product,
+    ]
+    assert kept.saved.at(1.0) - fused.saved.at(1.0) == 5 * scores
+    assert again.saved.at(1.0) == fused.saved.at(1.0)
+    assert forward.cost.flops == product  # two products over half of the square: causal, as in MFU
+
+
+def test_an_optimizer_of_single_operators_takes_longer_by_their_bytes(cluster):
+    fused, foreach = (
+        price_job(replace(JOB, fused_optimizer=is_fused), cluster) for is_fused in (True, False)
+    )
+    ratio = foreach.parts.optimizer_s / fused.parts.optimizer_s
+    assert ratio == pytest.approx(92 / 34)
+
+
+def test_alternate_recompute_computes_every_second_product_again(cluster):
+    """Of query, key, value, output, gate, up and down: key, output and up."""
+    none = price_job(JOB, cluster)
+    alternate = price_job(replace(JOB, plan=ParallelPlan(fsdp=8, recompute="alternate")), cluster)
+    full = price_job(replace(JOB, plan=ParallelPlan(fsdp=8, recompute="full")), cluster)
+    store = PieceStore(decoder_source(CONFIG), cluster)
+
+    def flops(policy):
+        layer = store.find(Shape(sequence_length=1024, recompute=policy)).layers["layer"]
+        works = [each.at(1.0).cost for each in layer.backward]
+        return sum(each.flops for each in works if each.kind.value == "matrix")
+
+    again = 2 * 1024 * (2 * 512 * 512 + 512 * 1024)
+    assert flops(Recompute.ALTERNATE) - flops(Recompute.NONE) == again
+    steps = [each.step_s for each in (none, alternate, full)]
+    assert steps == sorted(steps)
+    peaks = [each.peak_bytes for each in (full, alternate, none)]
+    assert peaks == sorted(peaks)
+
+
+def test_a_price_names_what_holds_the_memory_and_the_line_that_made_it(cluster):
+    price = price_job(JOB, cluster)
+    kinds = price.fullest.ledger.bytes_by_kind
+    assert sum(each.num_bytes for each in price.largest) <= price.peak_bytes
+    sizes = [each.num_bytes for each in price.largest]
+    assert sizes == sorted(sizes, reverse=True)
+    saved = [each for each in price.largest if each.kind == "saved activations"]
+    assert saved[0].num_bytes <= kinds["saved activations"]
+    assert any(".py:" in each.source for each in saved)
+    table = [each for each in price.largest if each.name == "embed_tokens.weight"]
+    state = 2 + 4 + 12 / 8
+    assert table[0].num_bytes == pytest.approx(state * 4096 * 512, rel=0.01)
+
+
+def test_an_operator_without_a_cost_is_priced_by_its_bytes_and_named(cluster):
+    @torch.library.custom_op("plait_test::mystery", mutates_args=())
+    def mystery(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    mystery.register_fake(torch.empty_like)
+    mystery.register_autograd(lambda ctx, gradient: gradient * 2)
+
+    def loss(model, tokens):
+        return model.loss(mystery(model(tokens)), tokens) / tokens.numel()
+
+    source = replace(decoder_source(CONFIG), loss=loss)
+    price = price_job(JOB, cluster, source=source)
+    assert any("no cost is known of plait_test.mystery" in note for note in price.notes)
+    assert price.parts.memory_s > price_job(JOB, cluster).parts.memory_s

@@ -95,7 +95,7 @@ def test_a_schedule_runs_on_another_model_of_its_shape(step):
     assert all(torch.equal(p.grad, gradients[name]) for name, p in other.named_parameters())
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("policy", ["none", "selective", "alternate", "full"])
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 3])
 def test_recompute_and_micro_batches_keep_the_bits(step, policy, num_micro_batches):
     model, x, target = step

@@ -11,6 +11,7 @@ from plait.config import override
 from plait.cost.accelerators import find_cluster
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import read_measured
+from plait.dryrun.job_page import job_page
 from plait.dryrun.job_report import job_report, pipeline_trace
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import price_job
@@ -31,6 +32,7 @@ def price_large_job(
     nccl: Sequence[Path] = (),
     dollars: float | None = None,
     as_json: bool = False,
+    html: Path | None = None,
     trace: Path | None = None,
 ) -> None:
     """Price a recipe on a whole cluster and print it. A job that does not fit is an error too."""
@@ -41,6 +43,9 @@ def price_large_job(
         show_json(price.to_dict(dollars))
     else:
         show(job_report(price, dollars))
+    if html is not None:
+        html.write_text(job_page(price, dollars), encoding="utf-8")
+        say(f"{html}: the step, a layer's streams, the pipeline, memory over time, ledgers")
     if trace is not None:
         trace.write_text(json.dumps(pipeline_trace(price)), encoding="utf-8")
         say(f"{trace}: open it at ui.perfetto.dev")

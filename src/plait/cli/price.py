@@ -101,8 +101,8 @@ def price_command(
     """
     given = settings or []
     if recipe in PRETRAIN_RECIPES:
-        if table is not None or html is not None:
-            raise ConfigError(f"--table and --html are for one rank; {recipe} is a whole cluster.")
+        if table is not None:
+            raise ConfigError(f"--table is for one rank; {recipe} is a whole cluster.")
         ranks = world or find_pretrain_recipe(recipe).plan.num_ranks
         price_large_job(
             recipe,
@@ -112,6 +112,7 @@ def price_command(
             nccl=nccl or [],
             dollars=dollars,
             as_json=as_json,
+            html=html,
             trace=trace,
         )
         return

@@ -35,6 +35,8 @@ def search_command(
     """
     if top < 1:
         raise ConfigError(f"--top must be at least 1, got {top}.")
+    if explain is not None and not all(1 <= number <= top for number in explain):
+        raise ConfigError(f"--explain compares two of the plans shown, 1 to {top}: {explain}.")
     result = search(
         large_job(recipe, settings or []),
         large_cluster(cluster, world),

@@ -1,7 +1,8 @@
 """Recompute: what the backward of a block computes again instead of keeping it from the forward.
 
 The same kernels run on the same values, so the numbers keep their bits. Random operators are never
-run again: what they drew is kept.
+run again: what they drew is kept. "alternate" is what torchtitan's per-operator checkpointing does
+[torchtitan/parallelisms/parallelize_llama.py at 004b3148, _get_custom_policy].
 """
 
 # pyright: basic
@@ -33,12 +34,28 @@ def recompute(graph: Graph, policy: Recompute) -> Graph:
 
 def _chosen(joint: fx.GraphModule, policy: Recompute) -> set[str]:
     chosen = set()
+    num_products = 0
     for node in joint.graph.nodes:
         if node.op != "call_function" or _must_keep(node):
             continue
-        if policy is Recompute.FULL or _is_cheap(node):
+        num_products += node.target in _PRODUCTS
+        is_kept = _is_attention(node) or (node.target in _PRODUCTS and num_products % 2)
+        if (
+            policy is Recompute.FULL
+            or (policy is Recompute.ALTERNATE and not is_kept)
+            or _is_cheap(node)
+        ):
             chosen.add(node.name)
     return chosen
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _is_attention(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_attention(node.args[0])
+    return "attention" in str(node.target)
 
 
 def _must_keep(node: Node) -> bool:

@@ -273,6 +273,8 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.blocked_causal_attention_backward": _attention,
     "plait.causal_part_attention": _attention,
     "plait.causal_part_attention_backward": _attention,
+    "plait.latent_causal_attention": _attention,
+    "plait.latent_causal_attention_backward": _attention,
     "plait.strict_causal_attention": _attention,
     "plait.strict_causal_attention_backward": _attention,
     "plait.grouped_linear": _grouped_linear,

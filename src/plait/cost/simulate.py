@@ -156,6 +156,14 @@ def longest_paths_s(operations: Sequence[Operation]) -> list[float]:
     return paths_s
 
 
+def beside_s(compute_s: float, message_s: float, interference: float) -> float:
+    """Time of computation with a message beside it; compute is slower while it lasts."""
+    covered_s = message_s / interference
+    if covered_s >= compute_s:
+        return max(message_s, compute_s)
+    return message_s + compute_s - covered_s
+
+
 class _Choice(Protocol):
     """What a free stream takes next."""
 

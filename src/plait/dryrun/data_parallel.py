@@ -83,11 +83,3 @@ def gathered(
         sum_s=sum_s,
         num_bytes=_WEIGHT_BYTES * (piece.num_elements + experts),
     )
-
-
-def beside_s(compute_s: float, message_s: float, interference: float) -> float:
-    """Time of computation with a message beside it; compute is slower while it lasts."""
-    covered_s = message_s / interference
-    if covered_s >= compute_s:
-        return max(message_s, compute_s)
-    return message_s + compute_s - covered_s

@@ -71,6 +71,7 @@ def ledger_of(
     experts = sum(count * piece.num_expert_elements for piece, count in held)
     peaks = [
         max(piece.forward_peak.at(sequences), piece.backward_peak.at(sequences))
+        + piece.expert_peak.at(sequences) / plan.ep
         for piece, _ in held
     ]
     communication = 2 * 2 * boundary_bytes if plan.pp > 1 else 0.0  # in and out, forward and back

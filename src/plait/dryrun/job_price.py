@@ -4,7 +4,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from plait.cost.timeline import Timeline
 from plait.dryrun.job_memory import Ledger
+from plait.dryrun.owners import Owner
 from plait.dryrun.pipeline import PipelineRun
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.stages import Stage
@@ -91,7 +93,12 @@ def missing(fullest: RankClass, limit_bytes: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPrice:
-    """The price of a job. low_s and high_s: 10th and 90th percentile of the step."""
+    """The price of a job. low_s and high_s: 10th and 90th percentile of the step.
+
+    What a page shows besides, of a price that is exact: largest, what holds the fullest rank's
+    memory; stage_saved_bytes, of a micro-batch, by stage; timelines, of a layer's two passes on
+    their streams.
+    """
 
     job: PretrainJob
     cluster: str
@@ -108,6 +115,9 @@ class JobPrice:
     classes: tuple[RankClass, ...]
     notes: tuple[str, ...] = ()
     run: PipelineRun | None = field(default=None, repr=False, compare=False)
+    largest: tuple[Owner, ...] = field(default=(), repr=False)
+    stage_saved_bytes: tuple[float, ...] = field(default=(), repr=False)
+    timelines: tuple[tuple[str, Timeline], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def tokens_per_s(self) -> float:
@@ -186,6 +196,7 @@ class JobPrice:
                 }
                 for each in self.classes
             ],
+            "largest": [asdict(each) for each in self.largest],
             "notes": list(self.notes),
         }
         if dollars_per_rank_hour is not None:

@@ -32,7 +32,7 @@ def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> s
         lines.append(f"  {name:<30}{seconds:>10.3f} s {seconds / price.step_s:>7.1%}")
     lines += ["", "memory by class of ranks [GiB]"]
     for each in price.classes:
-        ranks = _span(each.pipeline_ranks)
+        ranks = span(each.pipeline_ranks)
         lines.append(
             f"  pipeline rank {ranks}: {each.num_ranks} ranks, {each.in_flight} micro-batches in "
             f"flight, {each.ledger.total_bytes / _GIB:.1f}"
@@ -40,6 +40,9 @@ def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> s
         kinds = sorted(each.ledger.bytes_by_kind.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds)
         lines.append(f"    {parts}")
+    if price.largest:
+        lines += ["", "what holds the fullest rank's memory"]
+        lines += [f"  {each}" for each in price.largest]
     if price.notes:
         lines += ["", *price.notes]
     return "\n".join(lines)
@@ -103,7 +106,8 @@ def pipeline_trace(price: JobPrice) -> dict[str, object]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _span(ranks: tuple[int, ...]) -> str:
+def span(ranks: tuple[int, ...]) -> str:
+    """Numbers of ranks in a few words."""
     if len(ranks) == 1:
         return str(ranks[0])
     if ranks == tuple(range(ranks[0], ranks[-1] + 1)):

@@ -14,6 +14,7 @@ from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
 MICRO_BATCH_SIZES = (1, 2, 4)
+_POLICIES = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 _MANY_STAGES = (2, 4, 8)
 _LEAST_TOKENS = 1024  # of a rank of cp; below it attention's ring is all latency
 _FEWEST_ROUNDS = 1  # micro-batches over pipeline ranks, below which most of the time is bubble
@@ -97,7 +98,7 @@ def _with_pipeline(
                 continue
             for order in _orders(source, sized, spread.num_micro_batches):
                 for ep in _experts(source, order):
-                    for policy in Recompute:
+                    for policy in _POLICIES:
                         yield Candidate(replace(order, ep=ep, recompute=policy), micro_batch_size)
 
 

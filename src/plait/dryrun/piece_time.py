@@ -23,9 +23,11 @@ from plait.cost.simulate import (
     longest_paths_s,
     simulate,
 )
+from plait.cost.timeline import Timeline
 from plait.cost.topology import Placement, message, place
 from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, ScaledWork, Shape
 from plait.dryrun.work import Part, Work
+from plait.plan.parallel_plan import Recompute
 
 _FLOAT_BYTES, _BFLOAT16_BYTES = 4, 2
 
@@ -56,12 +58,16 @@ class PassTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class PieceTimes:
-    """A piece forward and backward; weight_s: of the backward, what only weights rest on."""
+    """A piece forward and backward; weight_s: of the backward, what only weights rest on.
+
+    exchange_s: of either pass, messages of ep, which nothing in the piece runs beside.
+    """
 
     forward: PassTimes
     backward: PassTimes
     backward_input_s: float
     backward_weight_s: float
+    exchange_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,15 @@ class PieceClock:
             self.known[name, setting] = self._times(_named(pieces, name), setting, pieces)
         return self.known[name, setting]
 
+    def timelines(self, name: str, setting: Setting) -> list[tuple[str, Timeline]]:
+        """The forward and the backward of a piece on their streams."""
+        piece = _named(self.store.find(setting.shape, setting.sequences), name)
+        programs = (("forward", piece.forward), ("backward", piece.backward))
+        return [
+            (title, self._simulation(_at(program, setting), setting).timeline(title))
+            for title, program in programs
+        ]
+
     def placement(self, axis: str, size: int, stride: int) -> Placement:
         """How an axis lies."""
         return place(self.cluster, axis, size=size, stride=stride)
@@ -108,6 +123,17 @@ class PieceClock:
         return message(kind, num_bytes, where, self.measured).duration_s
 
     def _times(self, piece: Piece, setting: Setting, pieces: Pieces) -> PieceTimes:
+        shape = setting.shape
+        if shape.reruns_all and shape.recompute is Recompute.FULL:
+            shape = replace(shape, recompute=Recompute.NONE)
+            once = self.times(piece.name, replace(setting, shape=shape))
+            if piece.name in (BEFORE, BEHIND):
+                return once
+            return replace(
+                once,
+                backward=once.forward.plus(once.backward),
+                backward_input_s=once.forward.total_s + once.backward_input_s,
+            )
         forward = _at(piece.forward, setting)
         backward = _at(piece.backward, setting)
         inputs = _only(backward, is_weight=False)
@@ -119,6 +145,7 @@ class PieceClock:
             backward=whole,
             backward_input_s=self._pass(inputs, setting, extra_backward_s).total_s,
             backward_weight_s=weight_s,
+            exchange_s=self._exchange_s(piece, setting),
         )
 
     def _pass(self, work: Sequence[Work], setting: Setting, extra_s: float) -> PassTimes:
@@ -158,12 +185,16 @@ class PieceClock:
             where = self.placement(work.group, setting.shape.tp, 1)
             duration_s = self.message_s(work.collective, work.num_bytes, where)
             return Operation(work.name, communication(work.group), duration_s, work.depends_on)
-        duration_s = 0.0 if work.is_wait else operation_s(work.cost, self.cluster.device)
+        duration_s = 0.0 if work.is_wait else self._kernels_s(work)
         if work.part is Part.EXPERTS:
             duration_s *= setting.expert_load
         return Operation(
             work.name, COMPUTE, duration_s + self._ring_exposed_s(work, setting), work.depends_on
         )
+
+    def _kernels_s(self, work: Work) -> float:
+        device = self.cluster.device
+        return sum(operation_s(each, device) for each in work.kernels or (work.cost,))
 
     def _ring_exposed_s(self, work: Work, setting: Setting) -> float:
         """What attention waits for while keys and values go round the ranks of cp.
@@ -180,18 +211,22 @@ class PieceClock:
         beside_s = operation_s(work.cost, self.cluster.device) * (setting.cp - 1) / setting.cp
         return max(0.0, ring_s - beside_s)
 
+    def _exchange_s(self, piece: Piece, setting: Setting) -> float:
+        """Tokens to their experts and back."""
+        if not piece.num_expert_elements or setting.ep == 1:
+            return 0.0
+        shape, source = setting.shape, self.store.source
+        tokens = setting.sequences * shape.sequence_length / (shape.tp if shape.sp else 1)
+        rows = tokens * source.expert_rows * setting.expert_load
+        num_bytes = rows * source.hidden_size * _BFLOAT16_BYTES
+        where = self.placement("ep", setting.ep, setting.ep_stride)
+        return 2 * self.message_s(Collective.ALL_TO_ALL, num_bytes, where)
+
     def _extra_s(self, piece: Piece, setting: Setting, pieces: Pieces) -> tuple[float, float]:
         """Messages that are not in the captured programs, forward and backward."""
         shape, source = setting.shape, self.store.source
         tokens = setting.sequences * shape.sequence_length
-        own_tokens = tokens / (shape.tp if shape.sp else 1)
-        forward_s = backward_s = 0.0
-        if piece.num_expert_elements and setting.ep > 1:
-            rows = own_tokens * source.expert_rows * setting.expert_load
-            num_bytes = rows * source.hidden_size * _BFLOAT16_BYTES
-            where = self.placement("ep", setting.ep, setting.ep_stride)
-            forward_s = 2 * self.message_s(Collective.ALL_TO_ALL, num_bytes, where)
-            backward_s = forward_s
+        forward_s = backward_s = self._exchange_s(piece, setting)
         if pieces.is_shared_head:
             where = self.placement("tp", shape.tp, 1)
             kind = Collective.REDUCE_SCATTER if shape.sp else Collective.ALL_REDUCE

@@ -1,10 +1,10 @@
 """A large model in pieces: what stands before the layers, each kind of layer, what is behind.
 
-One sequence in a micro-batch is captured as it is. For several, captures with two and with three
-give each operation's cost as a straight line in their number: arithmetic, bytes and sizes of a
-token-wise operation are affine in the tokens, and so is attention as long as sequences keep their
-length. A share of a sequence (cp) is a fraction of one: the line then goes through half a sequence
-and a whole one, with attention in proportion, for its queries are a share and its keys are all.
+One sequence in a micro-batch is captured as it is. For other numbers, captures with one and with
+two give each operation's cost as a straight line: arithmetic, bytes and sizes of a token-wise
+operation are affine in the tokens, and so is attention as long as sequences keep their length. A
+share of a sequence (cp) lies on that line too: of its queries attention has a share, and all keys.
+Where one sequence makes another program than two (a copy may be a view), two and three are taken.
 """
 
 # pyright: basic
@@ -12,7 +12,7 @@ and a whole one, with attention in proportion, for its queries are a share and i
 
 import warnings
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -23,9 +23,10 @@ from plait.compiler.levels import passes_of
 from plait.compiler.order import fillers_of, weight_arguments
 from plait.cost.clusters import Cluster
 from plait.cost.operations import Cost
+from plait.dryrun.fused_attention import gpu_attention
 from plait.dryrun.model_source import ModelSource
-from plait.dryrun.saved import Held, held_of
-from plait.dryrun.work import Kernels, Part, Work, work_of
+from plait.dryrun.saved import Held, Tensor, held_of
+from plait.dryrun.work import Attention, Kernels, Work, work_of
 from plait.errors import GraphError, PlanError
 from plait.graph.capture import capture
 from plait.graph.cut import BETWEEN
@@ -35,6 +36,10 @@ from plait.plan.parallel_plan import ParallelPlan, Recompute
 
 BEFORE, BEHIND = "before", "behind"
 """Names of the pieces around the layers."""
+
+
+class _DifferentProgramsError(GraphError):
+    """Two numbers of sequences are captured as different programs."""
 
 
 Points = tuple[float, float]
@@ -72,25 +77,29 @@ class ScaledWork:
         def between(first: float, second: float) -> int:
             return round(Line(self.points, first, second).at(sequences))
 
-        low, high = self.low.cost, self.high.cost
-        sizes = None
-        if low.sizes is not None and high.sizes is not None:
-            pairs = zip(low.sizes, high.sizes, strict=True)
-            rows, inner, columns = (max(1, between(a, b)) for a, b in pairs)
-            sizes = rows, inner, columns
-        cost = Cost(
-            kind=low.kind,
-            bytes=between(low.bytes, high.bytes),
-            flops=between(low.flops, high.flops),
-            dtype=low.dtype,
-            sizes=sizes,
-        )
+        pairs = zip(self.low.kernels, self.high.kernels, strict=True)
         return replace(
             self.low,
-            cost=cost,
+            cost=_cost_at(self.low.cost, self.high.cost, between),
             num_bytes=between(self.low.num_bytes, self.high.num_bytes),
             key_bytes=between(self.low.key_bytes, self.high.key_bytes),
+            kernels=tuple(_cost_at(*pair, between) for pair in pairs),
         )
+
+
+def _cost_at(low: Cost, high: Cost, between: Callable[[float, float], int]) -> Cost:
+    sizes = None
+    if low.sizes is not None and high.sizes is not None:
+        pairs = zip(low.sizes, high.sizes, strict=True)
+        rows, inner, columns = (max(1, between(a, b)) for a, b in pairs)
+        sizes = rows, inner, columns
+    return Cost(
+        kind=low.kind,
+        bytes=between(low.bytes, high.bytes),
+        flops=between(low.flops, high.flops),
+        dtype=low.dtype,
+        sizes=sizes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +107,9 @@ class Piece:
     """A layer, or what stands before or behind them, on one rank of tp.
 
     Elements are parameters on this rank, those of experts apart. saved and the two peaks are bytes:
-    kept for the backward, and live besides that while a pass runs.
+    kept for the backward, and live besides that while a pass runs; expert_peak: on top of these, of
+    what all experts have a part of, before ep. parameters, saved_tensors: by
+    name and line, in the bytes of one sequence or two.
     """
 
     name: str
@@ -109,7 +120,10 @@ class Piece:
     saved: Line
     forward_peak: Line
     backward_peak: Line
+    expert_peak: Line
     source: str = ""
+    parameters: tuple[Tensor, ...] = ()
+    saved_tensors: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,24 +151,16 @@ class Shape:
     recompute: Recompute = Recompute.NONE
     kernels: Kernels = "fused"
     share_head: bool = True
+    attention: Attention = "fused"
+    reruns_all: bool = False
 
 
 _SPLIT_LAYERS = 3
 """Captured beside the first with replicas: the first piece spans two layers, two are alike."""
 
-_FEW: dict[Points, tuple[tuple[int, int], tuple[int, int]]] = {
-    # points -> (sequences, divisor of their length) of the two captures
-    (1.0, 1.0): ((1, 1), (1, 1)),
-    (0.5, 1.0): ((1, 2), (1, 1)),
-    (2.0, 3.0): ((2, 1), (3, 1)),
-}
 
-
-def points_for(sequences: float) -> Points:
-    """Where the captures for so many sequences lie."""
-    if sequences == 1:
-        return (1.0, 1.0)
-    return (0.5, 1.0) if sequences < 1 else (2.0, 3.0)
+_ONE: Points = (1.0, 1.0)
+_LINES: tuple[Points, ...] = ((1.0, 2.0), (2.0, 3.0))
 
 
 @contextmanager
@@ -172,39 +178,46 @@ class PieceStore:
     source: ModelSource
     cluster: Cluster
     graphs: dict[tuple[object, ...], Graph] = field(default_factory=dict)
-    pieces: dict[tuple[Shape, Points], Pieces] = field(default_factory=dict)
+    pieces: dict[tuple[Shape, bool], Pieces] = field(default_factory=dict)
 
     def find(self, shape: Shape, sequences: float = 1.0) -> Pieces:
         """The pieces of a shape, to be scaled to so many sequences.
 
         Raises PlanError if the model cannot be parted so.
         """
-        key = shape, points_for(sequences)
+        key = shape, sequences == 1
         if key not in self.pieces:
             self._check(shape)
-            self.pieces[key] = _pieces(self, *key)
+            self.pieces[key] = _pieces(self, shape, _ONE) if sequences == 1 else self._line(shape)
         return self.pieces[key]
+
+    def _line(self, shape: Shape) -> Pieces:
+        first, second = _LINES
+        try:
+            return _pieces(self, shape, first)
+        except _DifferentProgramsError:
+            return _pieces(self, shape, second)
 
     def called(self, shape: Shape, points: Points, extra: int) -> list[list["_Program"]]:
         """The programs of both captures."""
-        (low, low_part), (high, high_part) = _FEW[points]
-        first = _called(self.graph(shape, low, low_part, extra), shape)
-        if points[0] == points[1]:
+        low, high = map(int, points)
+        first = _called(self.graph(shape, low, extra), shape)
+        if low == high:
             return [first, first]
-        return [first, _called(self.graph(shape, high, high_part, extra), shape)]
+        return [first, _called(self.graph(shape, high, extra), shape)]
 
-    def graph(self, shape: Shape, batch: int, part: int, extra: int) -> Graph:
+    def graph(self, shape: Shape, batch: int, extra: int) -> Graph:
         """A captured graph of one layer of each kind, and the last kind `extra` times more."""
         key = (shape.sequence_length, shape.tp, shape.sp, shape.replicas, shape.share_head)
-        key = (*key, batch, part, extra)
+        key = (*key, batch, extra)
         if key not in self.graphs:
             layers = list(self.source.kind_layers)
             layers += layers[-1:] * extra
             model = self.source.make(layers, self._vocabulary(shape))
             with torch.device("meta"):
-                tokens_BT = torch.empty((batch, shape.sequence_length // part), dtype=torch.int64)
+                tokens_BT = torch.empty((batch, shape.sequence_length), dtype=torch.int64)
             plan = ParallelPlan(tp=shape.tp, sp=shape.sp, replicas=shape.replicas)
-            with without_torch_warnings():
+            with without_torch_warnings(), gpu_attention():
                 self.graphs[key] = capture(model, tokens_BT, plan, loss=self.source.loss)
         plan = ParallelPlan(
             tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=shape.recompute
@@ -249,6 +262,7 @@ class _Program:
     num_elements: int
     num_expert_elements: int
     source: str
+    parameters: tuple[Tensor, ...]
 
 
 def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
@@ -272,6 +286,18 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
         layers=dict(zip(kinds, pieces[1:-1], strict=True)),
         behind=pieces[-1],
         is_shared_head=shape.share_head and shape.tp > 1,
+        notes=_unknown_operators(low),
+    )
+
+
+def _unknown_operators(programs: Sequence[_Program]) -> tuple[str, ...]:
+    works = (work for each in programs for work in (*each.forward, *each.backward))
+    unknown = sorted({work.unknown for work in works} - {""})
+    if not unknown:
+        return ()
+    return (
+        f"warning: no cost is known of {', '.join(unknown)}: priced by the bytes that go in and "
+        "out. Register a formula with torch.utils.flop_counter.register_flop_formula.",
     )
 
 
@@ -300,10 +326,13 @@ def _joined(programs: Sequence[_Program]) -> _Program:
             backward_peak_bytes=max(
                 (each.held.backward_peak_bytes for each in programs), default=0
             ),
+            expert_peak_bytes=max((each.held.expert_peak_bytes for each in programs), default=0),
+            saved=tuple(x for each in programs for x in each.held.saved),
         ),
         num_elements=sum(each.num_elements for each in programs),
         num_expert_elements=sum(each.num_expert_elements for each in programs),
         source=BETWEEN,
+        parameters=tuple(x for each in programs for x in each.parameters),
     )
 
 
@@ -340,9 +369,9 @@ def _split_pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
         kind: replace(piece, forward=split.forward, backward=split.backward)
         for kind, piece in whole.layers.items()
     }
-    batch, part = _FEW[points][0]
-    graph = store.graph(shape, batch, part, _SPLIT_LAYERS)
-    return replace(whole, layers=layers, notes=tuple(dict.fromkeys(map(str, graph.notes))))
+    graph = store.graph(shape, int(points[0]), _SPLIT_LAYERS)
+    notes = dict.fromkeys((*whole.notes, *map(str, graph.notes)))
+    return replace(whole, layers=layers, notes=tuple(notes))
 
 
 def _called(graph: Graph, shape: Shape) -> list[_Program]:
@@ -368,8 +397,10 @@ def _called(graph: Graph, shape: Shape) -> list[_Program]:
                 fillers = fillers_of(template, weights.get(template.name, set()))
             backward = template.backward
             seen[template.name] = (
-                work_of(template.forward, shape.kernels),
-                () if backward is None else work_of(backward, shape.kernels, fillers),
+                work_of(template.forward, shape.kernels, attention=shape.attention),
+                ()
+                if backward is None
+                else work_of(backward, shape.kernels, fillers, shape.attention),
             )
         parameters = [
             x.meta["val"]
@@ -383,18 +414,42 @@ def _called(graph: Graph, shape: Shape) -> list[_Program]:
             for i, x in enumerate(node.args[2:])
             if isinstance(x, fx.Node) and x.op == "call_function" and shared[x] == 1
         ]
-        experts = sum(_count(v.shape) for v in parameters if ".experts." in v.name)
+        of_experts = [v for v in parameters if ".experts." in v.name]
+        experts = sum(_count(v.shape) for v in of_experts)
         found.append(
             _Program(
                 template.name,
                 *seen[template.name],
-                held=held_of(template, own),
+                held=_with_scores(
+                    held_of(template, own, {tuple(map(int, v.shape)) for v in of_experts}),
+                    *seen[template.name],
+                    shape,
+                ),
                 num_elements=sum(_count(v.shape) for v in parameters) - experts,
                 num_expert_elements=experts,
                 source=template.block,
+                parameters=tuple(
+                    Tensor(num_bytes=value.num_bytes, name=value.name) for value in parameters
+                ),
             )
         )
     return found
+
+
+def _with_scores(
+    held: Held, forward: Sequence[Work], backward: Sequence[Work], shape: Shape
+) -> Held:
+    """What attention that is not fused holds of its scores; what runs again keeps nothing."""
+    one = max((each.score_bytes for each in (*forward, *backward)), default=0)
+    saved = 0 if shape.recompute is Recompute.FULL else sum(each.score_bytes for each in forward)
+    scores = (Tensor(num_bytes=saved, name="scores of attention"),) if saved else ()
+    return replace(
+        held,
+        saved=(*held.saved, *scores),
+        saved_bytes=held.saved_bytes + saved,
+        forward_peak_bytes=held.forward_peak_bytes + one - min(one, saved),
+        backward_peak_bytes=held.backward_peak_bytes + one,
+    )
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -417,26 +472,18 @@ def _piece(name: str, one: _Program, two: _Program, points: Points) -> Piece:
         saved=line("saved_bytes"),
         forward_peak=line("forward_peak_bytes"),
         backward_peak=line("backward_peak_bytes"),
+        expert_peak=line("expert_peak_bytes"),
         source=one.source,
+        parameters=one.parameters,
+        saved_tensors=one.held.saved,
     )
 
 
 def _scaled(one: Sequence[Work], two: Sequence[Work], points: Points) -> tuple[ScaledWork, ...]:
     names = [(work.name, work.depends_on, work.collective) for work in one]
     if names != [(work.name, work.depends_on, work.collective) for work in two]:
-        raise GraphError(
+        raise _DifferentProgramsError(
             f"micro-batches of {points[0]:g} and {points[1]:g} sequences are captured as different "
             "programs, so their price cannot be scaled. Choose one sequence in a micro-batch."
         )
-    pairs = zip(one, two, strict=True)
-    if points[1] > 1 or points[0] == points[1]:
-        return tuple(ScaledWork(points, low, high) for low, high in pairs)
-    return tuple(ScaledWork(points, _part_of(low, high), high) for low, high in pairs)
-
-
-def _part_of(low: Work, high: Work) -> Work:
-    """Attention of half the queries sees all keys: half the work of a whole sequence."""
-    if high.part is not Part.ATTENTION:
-        return low
-    cost = replace(high.cost, flops=high.cost.flops // 2, bytes=high.cost.bytes // 2)
-    return replace(low, cost=cost)
+    return tuple(ScaledWork(points, low, high) for low, high in zip(one, two, strict=True))

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.cost.simulate import beside_s
 from plait.dryrun.pipeline_tables import Action, Table, Task, table_of
 from plait.errors import GraphError
 from plait.plan.parallel_plan import Pipeline
@@ -24,13 +25,15 @@ _ROUNDS = 4  # of micro-batches over ranks, after which a pipeline is full
 class StageTimes:
     """One stage and one micro-batch, in seconds. A whole backward takes input and weight part.
 
-    saved_bytes: what the forward keeps for the backward.
+    saved_bytes: what the forward keeps for the backward. exchange_s: in either pass, messages with
+    nothing of the stage beside them.
     """
 
     forward_s: float
     backward_input_s: float
     backward_weight_s: float
     saved_bytes: float = 0.0
+    exchange_s: float = 0.0
 
     @property
     def backward_s(self) -> float:
@@ -49,13 +52,22 @@ class PlayedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun:
-    """All ranks, from the first start to the last end. starts_s, ends_s: by rank, in its order."""
+    """All ranks, from the first start to the last end. starts_s, ends_s: by rank, in its order.
+
+    hidden_s: of each rank, what ran beside the other task of a pair and is not in its busy time.
+    """
 
     table: Table
     total_s: float
     busy_s: tuple[float, ...]
     starts_s: tuple[tuple[float, ...], ...]
     ends_s: tuple[tuple[float, ...], ...]
+    hidden_s: tuple[float, ...]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of the table."""
+        return 1 + max(task.micro_batch for task in self.table.tasks[0])
 
     @property
     def bubble(self) -> float:
@@ -76,8 +88,18 @@ class InFlight:
     saved_bytes: tuple[float, ...]
 
 
-def play(table: Table, stages: Sequence[StageTimes], *, send_s: float = 0.0) -> PipelineRun:
-    """Play a table. stages: by number. Raises GraphError if its tasks wait for each other."""
+def play(
+    table: Table,
+    stages: Sequence[StageTimes],
+    *,
+    send_s: float = 0.0,
+    interference: float = 1.0,
+) -> PipelineRun:
+    """Play a table. stages: by number. Raises GraphError if its tasks wait for each other.
+
+    Of two tasks that run beside each other, as DualPipeV pairs them, the exchanges of each hide
+    behind the computation of both, slowed by `interference`; the second ends so much earlier.
+    """
     if len(stages) != table.num_stages:
         raise GraphError(f"{len(stages)} stages have times, the pipeline has {table.num_stages}.")
     order = _order_of(table)
@@ -85,16 +107,25 @@ def play(table: Table, stages: Sequence[StageTimes], *, send_s: float = 0.0) -> 
         (each.forward_s, each.backward_s, each.backward_input_s, each.backward_weight_s)
         for each in stages
     ]
-    ends = [0.0] * len(order)
+    lags_s = (0.0, send_s)
     starts = [0.0] * len(order)
+    ends = [0.0] * (len(order) + 1)  # the last, also -1, is that of no task
+    hidden_s = [0.0] * len(table.tasks)
     for i, (before, needs, is_sent, stage, kind) in enumerate(order):
-        start_s = ends[before] if before >= 0 else 0.0
-        if needs >= 0:
-            ready_s = ends[needs] + (send_s if is_sent else 0.0)
-            if ready_s > start_s:
-                start_s = ready_s
+        start_s = ends[before]
+        ready_s = ends[needs] + lags_s[is_sent]
+        if ready_s > start_s:
+            start_s = ready_s
         starts[i] = start_s
-        ends[i] = start_s + durations_s[stage][kind]
+        if kind != _PAIRED:
+            ends[i] = start_s + durations_s[stage][kind]
+            continue
+        beside = order[before][3]
+        sent_s = stages[beside].exchange_s + stages[stage].exchange_s
+        pair_s = stages[beside].forward_s + stages[stage].backward_s
+        saved_s = pair_s - beside_s(pair_s - sent_s, sent_s, interference)
+        ends[i] = start_s + stages[stage].backward_s - saved_s
+        hidden_s[table.rank_of_stage[stage]] += saved_s
     by_rank = _by_rank(table)
     busy_s = tuple(sum(ends[i] - starts[i] for i in held) for held in by_rank)
     return PipelineRun(
@@ -103,17 +134,20 @@ def play(table: Table, stages: Sequence[StageTimes], *, send_s: float = 0.0) -> 
         busy_s=busy_s,
         starts_s=tuple(tuple(starts[i] for i in held) for held in by_rank),
         ends_s=tuple(tuple(ends[i] for i in held) for held in by_rank),
+        hidden_s=tuple(hidden_s),
     )
 
 
 def in_flight(table: Table, saved_bytes: Sequence[float]) -> InFlight:
     """The most that each rank holds. saved_bytes: of a micro-batch, by stage."""
-    counts = [_held(table, rank) for rank in range(len(table.tasks))]
-    saved = np.asarray(saved_bytes, dtype=np.float64)
-    return InFlight(
-        micro_batches=tuple(int(each.sum(axis=1).max()) for each in counts),
-        saved_bytes=tuple(float((each @ saved).max()) for each in counts),
-    )
+    micro_batches: list[int] = []
+    most_bytes: list[float] = []
+    for rank in range(len(table.tasks)):
+        stages, held = _held(table, rank)
+        own = np.asarray([saved_bytes[stage] for stage in stages], dtype=np.float64)
+        micro_batches.append(int(held.sum(axis=1).max()))
+        most_bytes.append(float((held @ own).max()))
+    return InFlight(micro_batches=tuple(micro_batches), saved_bytes=tuple(most_bytes))
 
 
 def pipeline_s(
@@ -169,6 +203,8 @@ _KINDS = {
     Action.BACKWARD_INPUT: 2,
     Action.BACKWARD_WEIGHT: 3,
 }
+_PAIRED = 4
+"""Of a backward right behind a forward that it runs beside."""
 _Entry = tuple[int, int, bool, int, int]
 """The task before it on its rank, the task that it waits for (-1: none), whether its result is sent
 from another rank, its stage, and its kind."""
@@ -186,22 +222,27 @@ def _by_rank(table: Table) -> tuple[tuple[int, ...], ...]:
     return _ordered(table)[1]
 
 
-@lru_cache(maxsize=512)
-def _held(table: Table, rank: int) -> NDArray[np.float64]:
-    """Micro-batches of each stage that a rank holds after each of its tasks, (task, stage)."""
+@lru_cache(maxsize=4096)
+def _held(table: Table, rank: int) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """A rank's stages, and the micro-batches of each that it holds, (moment, stage).
+
+    Only moments at which it holds something that it did not hold before.
+    """
     tasks = table.tasks[rank]
-    change = np.zeros((len(tasks), table.num_stages))
+    stages = tuple(dict.fromkeys(task.stage for task in tasks))
+    column = {stage: i for i, stage in enumerate(stages)}
+    change = np.zeros((len(tasks), len(stages)))
     weights = {
         (task.stage, task.micro_batch) for task in tasks if task.action is Action.BACKWARD_WEIGHT
     }
     for i, task in enumerate(tasks):
         if task.action is Action.FORWARD:
-            change[i, task.stage] = 1
+            change[i, column[task.stage]] = 1
         elif task.action is not Action.BACKWARD_INPUT or (
             (task.stage, task.micro_batch) not in weights
         ):
-            change[i, task.stage] = -1
-    return change.cumsum(axis=0)
+            change[i, column[task.stage]] = -1
+    return stages, np.unique(change.cumsum(axis=0), axis=0)
 
 
 @lru_cache(maxsize=512)
@@ -225,12 +266,23 @@ def _ordered(table: Table) -> tuple[tuple[_Entry, ...], tuple[tuple[int, ...], .
                     key = task.action is Action.FORWARD, task.stage, task.micro_batch
                     made[key] = len(order)
                 held[rank].append(len(order))
-                order.append((before, needs, is_sent, task.stage, _KINDS[task.action]))
+                kind = _KINDS[task.action]
+                if _is_paired(tasks, len(held[rank]) - 1):
+                    kind = _PAIRED
+                order.append((before, needs, is_sent, task.stage, kind))
         pending = [r for r in pending if len(held[r]) < len(table.tasks[r])]
         if len(order) == size:
             stuck = ", ".join(str(table.tasks[r][len(held[r])]) for r in pending[:3])
             raise GraphError(f"the pipeline's tasks wait for each other in a circle: {stuck}.")
     return tuple(order), tuple(map(tuple, held))
+
+
+def _is_paired(tasks: Sequence[Task], i: int) -> bool:
+    return (
+        i > 0
+        and tasks[i].slot == tasks[i - 1].slot
+        and (tasks[i - 1].action, tasks[i].action) == (Action.FORWARD, Action.BACKWARD)
+    )
 
 
 def _needs(task: Task, table: Table, made: dict[tuple[bool, int, int], int]) -> int | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from plait.dryrun.work import Kernels
+from plait.dryrun.work import Attention, Kernels
 from plait.errors import ConfigError
 from plait.models.decoder_config import DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan
@@ -17,8 +17,13 @@ class PretrainJob:
     share_head: the vocabulary is parted over tp, as in Megatron-LM; else each rank computes all of
     it, as `plait.compile` does today. kernels: "fused" pointwise operators, or "eager" ones.
     overlap: tensor-parallel messages run beside weight gradients, and those of fsdp and dp beside
-    neighbouring layers. offload: share of the saved activations that waits in the host's memory.
-    expert_load: rows of the busiest rank's experts over the mean; 1 is balanced routing.
+    neighbouring layers. attention: one kernel ("fused"), or products, a softmax and a dropout over
+    the whole square of scores, kept for the backward ("unfused") or computed again in it
+    ("recomputed"). fused_optimizer: Adam is one kernel, else one for each line of its formula, as
+    PyTorch's foreach form is. reruns_all: recompute "full" runs a layer's whole forward again, with
+    its messages, as torch.utils.checkpoint did before it stopped early, and not only what the
+    backward needs. offload: share of the saved activations that waits in the host's
+    memory. expert_load: rows of the busiest rank's experts over the mean; 1 is balanced routing.
 
     Bytes of a parameter: in the gradient that is summed, and in the optimizer (master copy and two
     moments of Adam in float32). Weights and activations are bfloat16.
@@ -32,6 +37,9 @@ class PretrainJob:
     micro_batch_size: int = 1
     share_head: bool = True
     kernels: Kernels = "fused"
+    attention: Attention = "fused"
+    fused_optimizer: bool = True
+    reruns_all: bool = False
     overlap: bool = True
     offload: float = 0.0
     expert_load: float = 1.0

@@ -147,7 +147,9 @@ class _Pricing:
         is_cpu = self.cluster.device.name == "cpu"
         operations = [work.operation for work in self.works]
         host = Host.BLOCKING if is_cpu else Host.AHEAD
-        return simulate(operations, range(len(operations)), host=host)
+        # A CPU's messages are copies by other threads; its device's figure is not about those.
+        slowdown = 1.0 if is_cpu else self.cluster.device.interference
+        return simulate(operations, range(len(operations)), host=host, slowdown=slowdown)
 
     def _timeline(self, simulation: Simulation) -> Timeline:
         events = (

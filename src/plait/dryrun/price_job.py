@@ -5,6 +5,7 @@ thousands of ranks is a few pieces, each captured once on fake tensors, timed on
 together to stages and played through the table of the pipeline.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,11 +13,14 @@ import torch
 
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import Measured
+from plait.cost.simulate import beside_s
+from plait.cost.timeline import Timeline
 from plait.cost.topology import send_s
-from plait.dryrun.data_parallel import Gathered, beside_s, gathered, owners_of
+from plait.dryrun.data_parallel import Gathered, gathered, owners_of
 from plait.dryrun.job_memory import ledger_of
 from plait.dryrun.job_price import JobPrice, RankClass, TimeParts, interval_s
 from plait.dryrun.model_source import ModelSource, decoder_source
+from plait.dryrun.owners import Owner, owners_of_rank
 from plait.dryrun.piece_time import PassTimes, PieceClock, PieceTimes, Setting
 from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, Shape
 from plait.dryrun.pipeline import (
@@ -35,10 +39,14 @@ from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
 _ACTIVATION_BYTES = 2
-_OPTIMIZER_PASSES_BYTES = 30
+_LARGEST = 8  # owners of memory that a price names
+_OPTIMIZER_BYTES = 34
 """Adam reads a gradient, a master copy and two moments in float32 and writes three of them, and a
-bfloat16 copy: 4 * 4 + 3 * 4 + 2 bytes a parameter."""
-_CLIP_BYTES = 4  # the norm reads every gradient once
+bfloat16 copy: 4 * 4 + 3 * 4 + 2 bytes a parameter; before it the norm of gradients reads them."""
+_FOREACH_OPTIMIZER_BYTES = 92
+"""A kernel a line [torch/optim/adamw.py, _multi_tensor_adamw]: decay 8, both moments 12 + 8 + 12,
+root 8, its corrections 8 + 8, update 16; clipping reads the gradients, then reads and writes them,
+4 + 8."""
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Pricer:
     measured: Sequence[Measured] = ()
     moved: dict[tuple[object, ...], Gathered] = field(default_factory=dict)
     flops: dict[tuple[object, ...], float] = field(default_factory=dict)
+    last_run: tuple[object, PipelineRun, float] | None = None
     store: PieceStore = field(init=False)
     clock: PieceClock = field(init=False)
 
@@ -62,16 +71,13 @@ class Pricer:
         self.store = PieceStore(self.source, self.cluster)
         self.clock = PieceClock(self.store, self.cluster, self.measured)
 
-    def price(self, job: PretrainJob, *, exact: bool = True) -> JobPrice:
-        """The price of a job that differs in its plan and micro-batches only.
+    def price(self, job: PretrainJob) -> JobPrice:
+        """The price of a job that differs in its plan and micro-batches only."""
+        return PlannedJob(self, job, exact=True).price()
 
-        exact: play the whole pipeline; else take long pipelines from two short ones.
-        """
-        return _Job(self, job, exact).price()
-
-    def classes(self, job: PretrainJob) -> tuple[RankClass, ...]:
-        """The classes of ranks of a job, and their memory, without its time."""
-        return _Job(self, job, False).classes()
+    def planned(self, job: PretrainJob) -> "PlannedJob":
+        """The job with its memory; its price takes long pipelines from two short ones."""
+        return PlannedJob(self, job, exact=False)
 
 
 def price_job(
@@ -107,12 +113,14 @@ class _StageSums:
     alone_backward_s: float
 
 
-class _Job:
-    """One job being priced."""
+class PlannedJob:
+    """One job being priced: its memory at once, its time when it is asked for."""
 
-    def __init__(self, pricer: Pricer, job: PretrainJob, exact: bool) -> None:
+    def __init__(self, pricer: Pricer, job: PretrainJob, *, exact: bool) -> None:
+        """Spread the job and find its pieces."""
         self.pricer, self.exact = pricer, exact
         self.cluster, self.clock, self.source = pricer.cluster, pricer.clock, pricer.source
+        self.known_classes: tuple[RankClass, ...] | None = None
         check_model(self.source, job.plan)
         self.spread: Spread = spread_of(job, job.plan, self.cluster.num_ranks)
         given = job.plan.num_micro_batches
@@ -162,9 +170,14 @@ class _Job:
         step_s = makespan_s + tail_s
         busiest = max(range(self.plan.pp), key=lambda rank: run.busy_s[rank])
         parts = self._parts(
-            [sums[stages[i]] for i in ranks[busiest]], makespan_s, tail_s, max(optimizer)
+            [sums[stages[i]] for i in ranks[busiest]],
+            makespan_s,
+            tail_s,
+            max(optimizer),
+            hidden_s=run.hidden_s[busiest] * self.spread.num_micro_batches / run.num_micro_batches,
         )
         low_s, high_s = interval_s(step_s, parts)
+        saved = tuple(sums[stage].times.saved_bytes for stage in stages)
         return JobPrice(
             job=self.job,
             cluster=self.cluster.name,
@@ -181,6 +194,28 @@ class _Job:
             classes=self.classes(),
             notes=self._notes(),
             run=run,
+            largest=self._largest() if self.exact else (),
+            stage_saved_bytes=saved,
+            timelines=self._timelines() if self.exact else (),
+        )
+
+    def _largest(self) -> tuple[Owner, ...]:
+        fullest = max(self.classes(), key=lambda each: each.ledger.total_bytes)
+        kinds = fullest.ledger.bytes_by_kind
+        return owners_of_rank(
+            [(self.piece(name), count) for stage in fullest.stages for name, count in stage],
+            state_bytes=sum(kinds[kind] for kind in ("parameters", "gradients", "optimizer state")),
+            saved_bytes=kinds["saved activations"],
+            top=_LARGEST,
+        )
+
+    def _timelines(self) -> tuple[tuple[str, Timeline], ...]:
+        """Of the kind of layer that there are most of."""
+        ((kind, _),) = Counter(self.source.kinds).most_common(1)
+        title = "a layer" if kind == "layer" else f"a layer with {kind}"
+        return tuple(
+            (f"{title}, {which}", timeline)
+            for which, timeline in self.clock.timelines(kind, self.setting)
         )
 
     def _table(self, count: int) -> Table:
@@ -190,18 +225,27 @@ class _Job:
         return table_of(plan.pipeline, plan.pp, plan.stages_per_rank, count)
 
     def _pipeline(self, times: list[StageTimes]) -> tuple[PipelineRun, float]:
-        """The run, of a few micro-batches unless it is to be exact, and the time of all."""
+        """The run, of a few micro-batches unless it is to be exact, and the time of all.
+
+        Plans that differ in how they share parameters have the same run, unless with reshard.
+        """
         count = self.spread.num_micro_batches
         hop_s = 0.0
         if self.plan.pp > 1:
             hop_s = send_s(self._boundary_bytes(), self.cluster, stride=self._pp_stride())
         short = count if self.exact else shorter(count, self.plan.pp)
-        run = play(self._table(short), times, send_s=hop_s)
-        if short == count:
-            return run, run.total_s
-        before_s = play(self._table(short - self.plan.pp), times, send_s=hop_s).total_s
-        rounds = (count - short) // self.plan.pp
-        return run, run.total_s + rounds * (run.total_s - before_s)
+        table = self._table(short)
+        key = (table, tuple(times), hop_s, count)
+        if self.pricer.last_run is None or self.pricer.last_run[0] != key:
+            interference = self.cluster.device.interference
+            run = play(table, times, send_s=hop_s, interference=interference)
+            whole_s = run.total_s
+            if short < count:
+                before = self._table(short - self.plan.pp)
+                before_s = play(before, times, send_s=hop_s, interference=interference).total_s
+                whole_s += (count - short) // self.plan.pp * (run.total_s - before_s)
+            self.pricer.last_run = key, run, whole_s
+        return self.pricer.last_run[1:]
 
     def _pp_stride(self) -> int:
         return self.cluster.num_ranks // self.plan.pp
@@ -213,14 +257,14 @@ class _Job:
 
     def _stage(self, stage: Stage) -> _StageSums:
         """Sum the pieces of a stage; with reshard their parameters travel beside them."""
-        forward_s = input_s = weight_s = exposed_s = saved = 0.0
+        forward_s = input_s = weight_s = exposed_s = saved = exchange_s = 0.0
         parts = PassTimes()
         gathers: list[Gathered] = []
         interference = self.cluster.device.interference
         for name, count in stage:
             piece = self.piece(name)
             times: PieceTimes = self.clock.times(name, self.setting)
-            moved = gathered(piece, self.plan, self.clock, gradient_bytes=self.job.gradient_bytes)
+            moved = self._gathered(piece)
             gathers += [moved] * count
             ahead, behind = times.forward.total_s, times.backward.total_s
             if self.plan.reshard:
@@ -235,12 +279,14 @@ class _Job:
             input_s += count * (own_input_s + late_s)
             weight_s += count * own_weight_s
             saved += count * piece.saved.at(self.spread.sequences)
+            exchange_s += count * times.exchange_s
             parts = parts.plus(times.forward, count).plus(times.backward, count)
         stage_times = StageTimes(
             forward_s=forward_s,
             backward_input_s=input_s,
             backward_weight_s=weight_s,
             saved_bytes=saved,
+            exchange_s=exchange_s,
         )
         if self.job.offload:
             bandwidth = self.cluster.device.host_bandwidth_bytes_per_s
@@ -302,11 +348,16 @@ class _Job:
                 piece = self.piece(name)
                 shared += count * piece.num_elements / owners.shards
                 shared += count * piece.num_expert_elements / self.plan.ep / owners.expert_shards
-        num_bytes = shared * (_OPTIMIZER_PASSES_BYTES + _CLIP_BYTES)
-        return num_bytes / self.cluster.device.memory_bandwidth_bytes_per_s
+        each = _OPTIMIZER_BYTES if self.job.fused_optimizer else _FOREACH_OPTIMIZER_BYTES
+        return shared * each / self.cluster.device.memory_bandwidth_bytes_per_s
 
     def classes(self) -> tuple[RankClass, ...]:
         """Ranks that hold the same stages and as many micro-batches, with their memory."""
+        if self.known_classes is None:
+            self.known_classes = self._classes()
+        return self.known_classes
+
+    def _classes(self) -> tuple[RankClass, ...]:
         stages = self.stages
         saved = [
             sum(n * self.piece(name).saved.at(self.spread.sequences) for name, n in stage)
@@ -339,14 +390,20 @@ class _Job:
         return tuple(found.values())
 
     def _parts(
-        self, held: list[_StageSums], makespan_s: float, tail_s: float, optimizer_s: float
+        self,
+        held: list[_StageSums],
+        makespan_s: float,
+        tail_s: float,
+        optimizer_s: float,
+        *,
+        hidden_s: float,
     ) -> TimeParts:
         count = self.spread.num_micro_batches
         total = PassTimes()
         for sums in held:
             total = total.plus(sums.parts, count)
         gather_s = count * sum(sums.gather_exposed_s for sums in held)
-        busy_s = total.total_s + gather_s
+        busy_s = total.total_s + gather_s - hidden_s
         slowed_s = (
             total.total_s - total.matrix_s - total.attention_s - total.memory_s - total.exposed_s
         )
@@ -354,7 +411,7 @@ class _Job:
             matrix_s=total.matrix_s,
             attention_s=total.attention_s,
             memory_s=total.memory_s,
-            exposed_s=total.exposed_s,
+            exposed_s=total.exposed_s - hidden_s,
             interference_s=max(0.0, slowed_s),
             data_parallel_s=gather_s + tail_s - optimizer_s,
             optimizer_s=optimizer_s,
@@ -404,6 +461,8 @@ class _Job:
         if plan.ep > 1:
             load = self.job.expert_load
             notes.append(f"closed form: exchanges of ep; the busiest rank has {load:g} of the mean")
+            if plan.pipeline is Pipeline.DUAL_PIPE_V:
+                notes.append("exchanges of ep run beside the other half of DualPipeV's pairs")
         if self.pieces.is_shared_head:
             notes.append("closed form: sums over a vocabulary parted over tp")
         return tuple(notes)
@@ -420,6 +479,8 @@ def shape_of(job: PretrainJob) -> Shape:
         recompute=plan.recompute,
         kernels=job.kernels,
         share_head=job.share_head,
+        attention=job.attention,
+        reruns_all=job.reruns_all,
     )
 
 

@@ -25,7 +25,7 @@ _COLORS = {
     Kind.WORKSPACE: "#c97b4a",
     Kind.CONTEXT: "#444444",
 }
-_STYLE = """
+PAGE_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1040px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -48,10 +48,10 @@ def page(titled: Titled) -> str:
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>",
+            f"<title>{title}</title><style>{PAGE_STYLE}</style></head><body><h1>{title}</h1>",
             _figures(titled),
             f"<h2>Streams</h2><div id='streams'>{picture([('one rank', price.timeline)])}</div>",
-            f"<h2>Memory over time</h2>{_memory_picture(price.bytes_over_time)}",
+            f"<h2>Memory over time</h2>{memory_picture(price.bytes_over_time)}",
             f"<h2>At the peak</h2>{_ledger_table(price.memory)}",
             f"<h2>Largest</h2>{_largest_table(price.memory)}",
             f"<h2>All figures</h2><pre>{html.escape(to_text(titled))}</pre></body></html>",
@@ -75,7 +75,7 @@ def _figures(titled: Titled) -> str:
     return f"<table id='figures'>{cells}</table>"
 
 
-def _memory_picture(points: Sequence[tuple[float, int]]) -> str:
+def memory_picture(points: Sequence[tuple[float, int]]) -> str:
     """A step line of live bytes; of many neighbours the largest is drawn."""
     if not points:
         return "<p>no operator was priced</p>"

@@ -13,26 +13,51 @@ from dataclasses import dataclass
 from plait.dryrun.work import num_bytes_of
 from plait.graph.graph import Module, Node, Role, Template
 from plait.graph.partition import is_view
+from plait.graph.source import source_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A tensor that lives on. source: the user's line that made it."""
+
+    num_bytes: int
+    name: str
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes of one call of a template."""
+    """Bytes of one call of a template; saved: each tensor of the saved bytes.
+
+    The peaks leave out what has the shape of all experts' matrices, of which a rank of ep has a
+    share: at most expert_peak_bytes of them live at once.
+    """
 
     saved_bytes: int
     forward_peak_bytes: int
     backward_peak_bytes: int
+    expert_peak_bytes: int = 0
+    saved: tuple[Tensor, ...] = ()
 
 
-def held_of(template: Template, own: Collection[int]) -> Held:
+def held_of(
+    template: Template, own: Collection[int], experts: Collection[tuple[int, ...]] = ()
+) -> Held:
     """What a call holds. own: numbers of arguments that it alone takes and that are no parameters.
+
+    experts: shapes of the parameters that hold a matrix for each expert.
 
     Saved is what the forward makes for the backward, and those of its own arguments that take a
     gradient (a layer's input). The peaks come on top of it.
     """
     if template.backward is None:
-        peak = _peak(template.forward, ())
-        return Held(saved_bytes=0, forward_peak_bytes=peak, backward_peak_bytes=0)
+        peak, of_experts = _peaks(template.forward, (), experts)
+        return Held(
+            saved_bytes=0,
+            forward_peak_bytes=peak,
+            backward_peak_bytes=0,
+            expert_peak_bytes=of_experts,
+        )
     bases = _saved_bases(template)
     inputs = [
         value
@@ -41,12 +66,18 @@ def held_of(template: Template, own: Collection[int]) -> Held:
         and int(value.name) in own
         and template.gradients[int(value.name)] is not None
     ]
-    saved = sum(num_bytes_of(base) for base in bases)
-    saved += sum(value.num_bytes for value in inputs)
+    saved = [
+        *(Tensor(num_bytes=num_bytes_of(x), name=x.name, source=source_of(x)) for x in bases),
+        *(Tensor(num_bytes=x.num_bytes, name="input of the layer") for x in inputs),
+    ]
+    forward, forward_experts = _peaks(template.forward, bases, experts)
+    backward, backward_experts = _peaks(template.backward, (), experts)
     return Held(
-        saved_bytes=saved,
-        forward_peak_bytes=_peak(template.forward, bases),
-        backward_peak_bytes=_peak(template.backward, ()),
+        saved_bytes=sum(each.num_bytes for each in saved),
+        saved=tuple(sorted(saved, key=lambda each: (-each.num_bytes, each.name))),
+        forward_peak_bytes=forward,
+        backward_peak_bytes=backward,
+        expert_peak_bytes=max(forward_experts, backward_experts),
     )
 
 
@@ -63,6 +94,24 @@ def _base(node: Node) -> Node:
     while node.op == "call_function" and is_view(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def _peaks(
+    module: Module, apart: Collection[Node], experts: Collection[tuple[int, ...]]
+) -> tuple[int, int]:
+    """The most that is live, without what has the shape of experts, and of that alone."""
+    if not experts:
+        return _peak(module, apart), 0
+    shapes = {tuple(sorted(shape)) for shape in experts}  # some are transposed
+    of_experts = {node for node in module.graph.nodes if _shapes(node) & shapes}
+    others = set(module.graph.nodes) - of_experts
+    return _peak(module, {*apart, *of_experts}), _peak(module, {*apart, *others})
+
+
+def _shapes(node: Node) -> set[tuple[int, ...]]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else (value,)
+    return {tuple(sorted(map(int, x.shape))) for x in values if hasattr(x, "shape")}
 
 
 def _peak(module: Module, apart: Collection[Node]) -> int:

@@ -5,6 +5,7 @@ ledger of every rank class, and priced. Pieces are captured and timed once for a
 them. The best are priced again with the whole pipeline, and with replicas.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,8 @@ from plait.dryrun.legal_plans import (
     describe,
 )
 from plait.dryrun.model_source import ModelSource
-from plait.dryrun.pieces import Shape
 from plait.dryrun.pretrain_job import PretrainJob
-from plait.dryrun.price_job import Pricer, source_of, with_plan
+from plait.dryrun.price_job import Pricer, shape_of, source_of, with_plan
 from plait.dryrun.stages import stages_of
 from plait.errors import GraphError, PlanError
 from plait.plan.parallel_plan import Recompute
@@ -30,7 +30,7 @@ from plait.plan.parallel_plan import Recompute
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
 _REPLICAS = (2,)
-_TELL_EVERY = 25
+_TELL_EVERY, _TELL_EVERY_S = 25, 1.0
 OnProgress = Callable[[str], None]
 
 
@@ -123,6 +123,8 @@ def search(
         hunt.refine(top)
         result.is_complete = True
     except KeyboardInterrupt:
+        if not result.best:
+            raise PlanError("stopped before any plan was priced.") from None
         on_progress("stopped; the best so far:")
     result.best.sort(key=lambda each: each.price.step_s)
     del result.best[top:]
@@ -146,9 +148,11 @@ class _Search:
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
         self.pricer = Pricer(job, limited, source)
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
+        self.told_s = 0.0
 
     def run(self) -> None:
         """Price every candidate that fits, in groups that share pieces."""
+        self.on_progress(f"plans of {self.job.name} on {self.cluster.num_ranks:,} ranks")
         seen = candidates(
             self.job,
             self.source,
@@ -164,16 +168,19 @@ class _Search:
                 legal.append(each)
         self.result.num_candidates = len(legal)
         kept = [each for each in legal if self._least_fits(each)]
-        self.on_progress(f"{len(legal)} legal plans, {len(kept)} whose parameters fit")
+        self.on_progress(f"{len(legal):,} legal plans, {len(kept):,} whose parameters fit")
         kept.sort(key=_sharing)
         for number, each in enumerate(kept, start=1):
             self._price(each)
-            if number % _TELL_EVERY == 0:
+            if number % _TELL_EVERY == 0 and (
+                number == _TELL_EVERY or time.perf_counter() - self.told_s > _TELL_EVERY_S
+            ):
                 self._tell(number, len(kept))
 
     def _tell(self, number: int, total: int) -> None:
+        self.told_s = time.perf_counter()
         best = min(self.result.best, key=lambda each: each.price.step_s, default=None)
-        text = f"{number} of {total} plans"
+        text = f"{number:,} of {total:,} plans"
         self.on_progress(text if best is None else f"{text}, best {best.price.step_s:.3f} s")
 
     def _least_fits(self, candidate: Candidate) -> bool:
@@ -193,15 +200,8 @@ class _Search:
     def _elements(self, candidate: Candidate) -> list[tuple[float, float]]:
         """Elements and expert elements of each rank of a pipeline."""
         plan = candidate.plan
-        pieces = self.pricer.store.find(
-            Shape(
-                sequence_length=self.job.sequence_length,
-                tp=plan.tp,
-                sp=plan.sp,
-                kernels=self.job.kernels,
-                share_head=self.job.share_head,
-            )
-        )
+        shape = shape_of(replace(self.job, plan=plan))
+        pieces = self.pricer.store.find(replace(shape, recompute=Recompute.NONE))
         by_name = {"before": pieces.before, "behind": pieces.behind, **pieces.layers}
         stages = stages_of(self.source, plan.pp * plan.stages_per_rank)
         found = [(0.0, 0.0)] * plan.pp
@@ -218,7 +218,8 @@ class _Search:
     def _price(self, candidate: Candidate) -> None:
         job = with_plan(self.job, candidate.plan, candidate.micro_batch_size)
         try:
-            fullest = max(self.pricer.classes(job), key=lambda each: each.ledger.total_bytes)
+            planned = self.pricer.planned(job)
+            fullest = max(planned.classes(), key=lambda each: each.ledger.total_bytes)
             needed = fullest.ledger.total_bytes
             if needed > self.result.limit_bytes:
                 kind = fullest.ledger.largest()
@@ -226,7 +227,7 @@ class _Search:
                 self.result.reject(reason, describe(candidate))
                 self._near(needed, candidate, missing(fullest, self.result.limit_bytes))
                 return
-            price = self.pricer.price(job, exact=False)
+            price = planned.price()
         except (PlanError, GraphError) as error:
             self.result.reject(str(error).split(". ")[0], describe(candidate))
             return
@@ -239,6 +240,7 @@ class _Search:
 
     def refine(self, top: int) -> None:
         """Price the best again, exactly and with replicas."""
+        self.on_progress(f"the best {max(top, _NUM_AGAIN)} again, exactly and with replicas")
         self.result.best.sort(key=lambda each: each.price.step_s)
         again = self.result.best[: max(top, _NUM_AGAIN)]
         rest = self.result.best[len(again) :]
@@ -261,11 +263,12 @@ class _Search:
         return self.pricer.price(with_plan(self.job, candidate.plan, candidate.micro_batch_size))
 
 
-def _sharing(candidate: Candidate) -> tuple[int, int, int, int, str]:
-    """Plans that share captures and pipelines stand together; small ones first."""
+def _sharing(candidate: Candidate) -> tuple[object, ...]:
+    """Plans that share captures, tables and runs of a pipeline stand together; small ones first."""
     plan = candidate.plan
     order = list(Recompute).index(plan.recompute)
-    return (-plan.tp, candidate.micro_batch_size, plan.cp, order, f"{plan.pp:06}{plan.pipeline}")
+    shares = -plan.tp, candidate.micro_batch_size, plan.cp, order
+    return (*shares, plan.pp, plan.pipeline, plan.stages_per_rank, plan.ep)
 
 
 def _row(name: str, a: float, b: float) -> str:

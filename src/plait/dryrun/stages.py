@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from plait.dryrun.model_source import ModelSource
 from plait.dryrun.pieces import BEFORE, BEHIND
@@ -82,12 +83,17 @@ def stages_of(source: ModelSource, num_stages: int) -> tuple[Stage, ...]:
     last stage have a layer less, as in Llama 3 [arXiv 2407.21783, section 3.3.2]; what is left over
     goes to the stages in the middle.
     """
-    slots = [BEFORE, *source.kinds, BEHIND]
+    return _parted(source.kinds, num_stages)
+
+
+@lru_cache(maxsize=256)
+def _parted(kinds: tuple[str, ...], num_stages: int) -> tuple[Stage, ...]:
+    slots = [BEFORE, *kinds, BEHIND]
     size, rest = divmod(len(slots), num_stages)
     first = (num_stages - rest) // 2
     sizes = [size + (first <= i < first + rest) for i in range(num_stages)]
-    if source.num_layers % num_stages == 0:
-        sizes = [source.num_layers // num_stages] * num_stages
+    if len(kinds) % num_stages == 0:
+        sizes = [len(kinds) // num_stages] * num_stages
         sizes[0] += 1
         sizes[-1] += 1
     found: list[Stage] = []

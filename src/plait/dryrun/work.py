@@ -8,8 +8,9 @@ reads what comes in and writes what goes out ("fused"), as a compiler or hand-wr
 # pyright: basic
 # (fx nodes are not typed.)
 
+import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from heapq import heappop, heappush
 from typing import Literal
@@ -26,6 +27,8 @@ from plait.graph.partition import is_view
 from plait.graph.schedule import name_of
 
 Kernels = Literal["fused", "eager"]
+Attention = Literal["fused", "unfused", "recomputed"]
+"""One kernel; products and passes over the square of scores; these again in the backward."""
 
 
 class Part(Enum):
@@ -42,7 +45,9 @@ class Work:
 
     is_weight_only: only gradients of parameters rest on it. part: attention and experts, whose cost
     depends on cp and ep. key_bytes: of attention's keys and values. expert_bytes: of the matrices
-    of all experts, read or written.
+    of all experts, read or written. kernels: what it really is, where that is not one kernel with
+    this cost. score_bytes: what attention that is not fused keeps of its scores. unknown: the
+    operator's name, where it has no cost but its bytes.
     """
 
     name: str
@@ -56,9 +61,17 @@ class Work:
     part: Part = Part.PLAIN
     key_bytes: int = 0
     expert_bytes: int = 0
+    kernels: tuple[Cost, ...] = ()
+    score_bytes: int = 0
+    unknown: str = ""
 
 
-def work_of(module: Module, kernels: Kernels, fillers: Iterable[Node] = ()) -> tuple[Work, ...]:
+def work_of(
+    module: Module,
+    kernels: Kernels,
+    fillers: Iterable[Node] = (),
+    attention: Attention = "fused",
+) -> tuple[Work, ...]:
     """The operations of a module in an order that can be launched.
 
     fillers: nodes on which only gradients of parameters rest. Raises GraphError for a shape that
@@ -69,22 +82,45 @@ def work_of(module: Module, kernels: Kernels, fillers: Iterable[Node] = ()) -> t
         _check_shapes(node)
     costs = {node: _cost(node) for node in nodes if not _is_free(node)}
     groups = _fused(nodes, costs) if kernels == "fused" else [[node] for node in costs]
-    return _in_order(groups, costs, set(fillers))
+    work = _in_order(groups, costs, set(fillers))
+    if attention == "fused":
+        return work
+    by_name = {node.name: node for node in nodes}
+    return tuple(
+        _unfused(each, by_name[each.name], attention) if each.part is Part.ATTENTION else each
+        for each in work
+    )
 
 
 def _cost(node: Node) -> Cost:
     if is_collective(node) or is_wait(node):
         return FREE
     name = name_of(node.target)
-    if name is None:
-        return FREE
+    if name is None or not isinstance(node.target, torch._ops.OpOverload):
+        operands = sum(num_bytes_of(x) for x in node.all_input_nodes)
+        return Cost(kind=Kind.MEMORY, bytes=operands + num_bytes_of(node))
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])  # type: ignore[misc]
     return cost_of(name, args, kwargs, node.meta["val"])
 
 
 def _is_free(node: Node) -> bool:
-    """Views and parts of results; waits stay, for streams wait there."""
-    return is_view(node) or not isinstance(node.target, torch._ops.OpOverload)
+    """Views, parts of results and numbers; waits stay, for streams wait there."""
+    return (
+        is_view(node)
+        or node.target is operator.getitem
+        or not (_tensors(node.meta.get("val")) or isinstance(node.target, torch._ops.OpOverload))
+    )
+
+
+_KNOWN_NAMESPACES = ("aten", "plait", "prims", "_c10d_functional", "c10d_functional", "c10d")
+
+
+def _unknown(node: Node, cost: Cost) -> str:
+    """The name of an operator that nobody gave a cost, or ""."""
+    name = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+    if cost.kind is not Kind.MEMORY or name.partition(".")[0] in _KNOWN_NAMESPACES:
+        return ""
+    return name.removesuffix(".default") or getattr(node.target, "__name__", str(node.target))
 
 
 def _check_shapes(node: Node) -> None:
@@ -231,6 +267,7 @@ def _work(
         is_wait=is_wait(node),
         is_weight_only=is_weight_only,
         part=part,
+        unknown=_unknown(node, costs[node]),
         key_bytes=_key_bytes(node) if part is Part.ATTENTION else 0,
         expert_bytes=_expert_bytes(node) if part is Part.EXPERTS else 0,
     )
@@ -243,12 +280,55 @@ def _part(node: Node, cost: Cost) -> Part:
 
 
 def _key_bytes(node: Node) -> int:
-    """Of keys and values, the second and third of the operands with four dims."""
-    forms = [x for arg in node.args for x in _tensors(_meta(arg)) if x.dim() == 4]
-    named = [x for arg in node.kwargs.values() for x in _tensors(_meta(arg)) if x.dim() == 4]
-    operands = [*forms, *named]
-    start = 1 if "backward" not in str(node.target) else 2
-    return sum(x.numel() * x.element_size() for x in operands[start : start + 2])
+    """Of keys and values."""
+    return sum(x.numel() * x.element_size() for x in _operands(node)[1:])
+
+
+_FORWARD_SCORE_BYTES, _BACKWARD_SCORE_BYTES = 9, 11
+"""Of a score, by kernels of two bytes a value: softmax (scale and mask in it) reads and writes 4,
+dropout reads and writes 4 and a mask of 1; backward dropout moves 5, softmax reads two values and
+writes one, 6."""
+_KEPT_SCORE_BYTES = 5
+"""The softmax's result, the dropout's mask and its result [Korthikanti et al. 2022, arXiv
+2205.05198, section 4.1: 5 a s / h of a layer's bytes]."""
+
+
+def _unfused(work: Work, node: Node, attention: Attention) -> Work:
+    """Attention as products over the whole square of scores and passes over it."""
+    is_backward = "backward" in str(node.target)
+    query, key, value = _operands(node)
+    (batch, heads, rows, size), columns, value_size = query.shape, key.shape[2], value.shape[3]
+    scores = batch * heads * rows * columns
+
+    def product(inner: int, sizes: tuple[int, int, int]) -> Cost:
+        flops = 2 * scores * inner
+        return Cost(kind=Kind.MATRIX, flops=flops, dtype=query.dtype, sizes=sizes)
+
+    forward = (
+        product(size, (rows, size, columns)),
+        Cost(kind=Kind.MEMORY, bytes=_FORWARD_SCORE_BYTES * scores),
+        product(value_size, (rows, columns, value_size)),
+    )
+    if not is_backward:
+        kept = _KEPT_SCORE_BYTES * scores if attention == "unfused" else 0
+        return replace(work, kernels=forward, score_bytes=kept)
+    backward = (
+        product(value_size, (rows, value_size, columns)),
+        product(value_size, (columns, rows, value_size)),
+        Cost(kind=Kind.MEMORY, bytes=_BACKWARD_SCORE_BYTES * scores),
+        product(size, (rows, columns, size)),
+        product(size, (columns, rows, size)),
+    )
+    again = forward if attention == "recomputed" else ()
+    return replace(work, kernels=again + backward)
+
+
+def _operands(node: Node) -> list[Tensor]:
+    """Query, key and value: the operands with four dims, backward behind the gradient."""
+    forms = [x for arg in (*node.args, *node.kwargs.values()) for x in _tensors(_meta(arg))]
+    forms = [x for x in forms if x.dim() == 4]
+    start = 1 if "backward" in str(node.target) else 0
+    return forms[start : start + 3]
 
 
 def _expert_bytes(node: Node) -> int:

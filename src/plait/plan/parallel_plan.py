@@ -16,6 +16,7 @@ class Recompute(StrEnum):
 
     NONE = "none"
     SELECTIVE = "selective"  # what costs little time for the bytes it frees
+    ALTERNATE = "alternate"  # all but attention and the first of every two products
     FULL = "full"  # all of a block but its inputs
 
 
