@@ -225,13 +225,13 @@ def kendall_tau(first: list[float], second: list[float]) -> float:
 
 
 def _line(run: Run, price: Price, truth_s: float) -> str:
-    total = sum(share.num_operators for share in price.sources.values())
-    known = price.sources[Source.MEASURED].num_operators
+    total_s = sum(share.seconds for share in price.sources.values())
+    known_s = price.sources[Source.MEASURED].seconds
     return (
         f"  {run.recipe.name:34} {truth_s * 1e3:9.2f} ms, predicted {price.step_s * 1e3:9.2f} "
         f"[{price.low_s * 1e3:.2f}, {price.high_s * 1e3:.2f}], "
         f"error {(price.step_s / truth_s - 1) * 100:+.1f} %, spread {run.spread * 100:.0f} %, "
-        f"{(1 - known / max(total, 1)) * 100:.0f} % of launches unseen"
+        f"{(1 - known_s / total_s) * 100:.0f} % of the time of operators that were not measured"
     )
 
 
