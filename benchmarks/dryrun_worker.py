@@ -3,11 +3,12 @@
     python -m benchmarks.dryrun_worker measure NAME RANK STORE_FILE
     python -m benchmarks.dryrun_worker predict NAME...
 
-Both print JSON: bytes before the first step, and the peak of the first and of the second.
+Both print JSON: bytes before the first step, and the peak of the first and of the later ones.
 """
 
 import json
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -54,13 +55,13 @@ def measure(recipe: Recipe) -> tuple[Figures, Allocations]:
 
     found = record(run)
     marks = [*(f"step {i}" for i in range(NUM_STEPS)), "end"]
-    before = [total for at, _, total in found.events if at <= found.marks["step 0"]]
     peaks = [found.peak(a, b) for a, b in pairwise(marks)]
     figures = {
-        "start": before[-1],
+        "start": found.at("step 0"),
         "first": peaks[0],
-        "later": min(peaks[1:]),
+        "later": statistics.median(peaks[1:]),
         "spread": max(peaks[1:]) / min(peaks[1:]) - 1,
+        "unseen_frees": len(found.unseen),
     }
     return figures, found
 

@@ -194,3 +194,33 @@ def test_every_node_of_a_captured_step_has_a_price():
     assert flops == counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm]
     assert sum(cost.kind is Kind.ATTENTION for cost in costs) == 2
     assert all(operation_s(cost, DEVICE) > 0 for cost in costs if cost.kind is not Kind.FREE)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "result", "flops"),
+    [
+        ((12, 8), (3, 8, 5), (12, 5), 2 * 12 * 8 * 5),
+        ((6, 12), (12, 5), (3, 6, 5), 2 * 6 * 12 * 5),
+        ((3, 4, 8), (3, 8, 5), (3, 4, 5), 3 * 2 * 4 * 8 * 5),
+        ((3, 6, 8), (8, 12), (6, 12), 2 * 6 * 8 * 12),
+    ],
+    ids=["rows", "inner", "all", "columns"],
+)
+def test_grouped_products_count_each_row_once(left, right, result, flops):
+    offsets = None if len(left) == len(right) == 3 else new(3, dtype=torch.int32)
+    found = priced(
+        "aten._grouped_mm.default", new(*left), new(*right), offsets, result=new(*result)
+    )
+    assert (found.kind, found.flops) == (Kind.MATRIX, flops)
+
+
+def test_grouped_products_of_transformers_are_known():
+    import transformers.integrations.moe  # noqa: F401  registers the operators
+
+    x, weight, offsets = new(12, 8), new(3, 8, 5), new(3, dtype=torch.int32)
+    forward = priced("transformers.grouped_mm_fallback.default", x, weight, offsets)
+    backward = priced(
+        "transformers.grouped_mm_fallback_backward.default", x, weight, offsets, new(12, 5)
+    )
+    assert forward.flops == 2 * 12 * 8 * 5
+    assert backward.flops == 2 * forward.flops

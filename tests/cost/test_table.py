@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from plait.cost.clusters import cpu
+from plait.cost.interpolate import variant_of
 from plait.cost.operations import Cost, Kind, operation_s
-from plait.cost.table import Entry, Source, Table
+from plait.cost.table import Source, Table
+from plait.cost.table_entry import Entry
 from plait.errors import PlanError
 
 DEVICE = cpu().device
@@ -65,7 +67,82 @@ def test_a_table_is_written_and_read_and_anything_else_is_refused():
     with pytest.raises(PlanError, match="not a table of `plait calibrate`"):
         Table.from_json("[1, 2")
     with pytest.raises(PlanError, match="not a table"):
-        Table.from_json('{"format": 1}')
-    with pytest.raises(PlanError, match="format 7, this Plait reads 1"):
+        Table.from_json('{"format": 2}')
+    with pytest.raises(PlanError, match="format 7, this Plait reads 2"):
         Table.from_json('{"format": 7}')
     assert table.device.peak_flops_per_s[torch.float32] == DEVICE.peak_flops_per_s[torch.float32]
+
+
+def pointwise(operator, num_bytes, seconds, given="float32[1]"):
+    cost = Cost(kind=Kind.MEMORY, bytes=num_bytes)
+    entry = Entry(
+        key=f"{operator}({given}, {num_bytes})",
+        operator=operator,
+        seconds=seconds,
+        low_s=seconds,
+        high_s=seconds,
+        flops=0,
+        bytes=num_bytes,
+        dtype="torch.float32",
+    )
+    return cost, entry
+
+
+def test_a_variant_is_a_key_without_its_sizes():
+    assert variant_of("aten.add.Tensor(float32[8x1], 1.5e-05)") == "aten.add.Tensor(float32, x)"
+    assert variant_of("f(float32[4x2]/1x4, [2, -1], True, scale=0.25)") == (
+        "f(float32/, [n, n], True, scale=x)"
+    )
+    assert variant_of("f(float32[2], None)") != variant_of("f(float32[2], 30.0)")
+
+
+def test_entries_with_the_same_constants_go_first():
+    # A cap makes the kernel three times as slow; the capped one is nearer in size.
+    rows = [(2**18, 1e-3, "None"), (2**20, 4e-3, "None"), (2**19, 6e-3, "30.0")]
+    entries = tuple(pointwise("f.default", size, s, given)[1] for size, s, given in rows)
+    table = Table("here", entries, DEVICE)
+    plain = table.duration(
+        "f.default", f"f.default(None, {2**19})", Cost(kind=Kind.MEMORY, bytes=2**19)
+    )
+    capped = table.duration(
+        "f.default", f"f.default(7.5, {2**18})", Cost(kind=Kind.MEMORY, bytes=2**18)
+    )
+    assert plain.seconds == pytest.approx(2e-3)
+    assert capped.seconds == pytest.approx(3e-3)
+
+
+def test_the_interval_of_a_family_is_how_far_its_entries_are_off_each_other():
+    def width(noise):
+        rows = [(2**i, 1e-9 * 2**i * (1 + noise * (-1) ** i)) for i in range(14, 30)]
+        entries = tuple(pointwise("f.default", size, seconds)[1] for size, seconds in rows)
+        cost = Cost(kind=Kind.MEMORY, bytes=3 * 2**20)
+        found = Table("here", entries, DEVICE).duration("f.default", "f.default(new)", cost)
+        return found.high_s / found.seconds
+
+    assert width(0.0) == pytest.approx(1.05, abs=0.01)  # the least
+    assert width(0.3) > 1.3
+
+
+def test_an_operator_without_a_family_is_as_slow_as_those_of_its_class():
+    # By the class, not by the bytes alone: an exponential takes longer than a sum.
+    entries = [pointwise("aten.mul.Tensor", 2**i, 1e-9 * 2**i)[1] for i in range(15, 25)]
+    entries += [pointwise("aten.silu.default", 2**i, 5e-9 * 2**i)[1] for i in range(15, 25)]
+    table = Table("here", tuple(entries), DEVICE)
+    cost = Cost(kind=Kind.MEMORY, bytes=2**20)
+    for operator, expected_s in (
+        ("aten.gelu.default", 5e-9 * 2**20),
+        ("aten.sub.Tensor", 1e-9 * 2**20),
+    ):
+        found = table.duration(operator, f"{operator}(new)", cost)
+        assert found.source is Source.ROOFLINE
+        assert found.seconds == pytest.approx(expected_s, rel=0.01)
+        assert found.low_s < found.seconds < found.high_s
+
+
+def test_a_table_with_impossible_times_is_refused():
+    table = table_of(64)
+    text = table.to_json()
+    assert text.count('"seconds"') == 1
+    broken = text.replace('"seconds": ', '"seconds": -')
+    with pytest.raises(PlanError, match="must be positive and in this order"):
+        Table.from_json(broken)

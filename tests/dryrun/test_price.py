@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import plait
 from plait.cost.clusters import Cluster, Link, h100
@@ -163,6 +164,20 @@ class Squashing(nn.Module):
         return squashed(x)
 
 
+def test_a_registered_formula_prices_an_operator_and_ends_the_warning():
+    flops = 10**9
+    with torch.no_grad():
+        graph = plait.capture(Squashing(), torch.zeros(4, 8))
+    schedule = plait.compile(graph)
+    try:
+        register_flop_formula(torch.ops.dryrun_test.squashed)(lambda *shapes, **_: flops)
+        found = plait.price(schedule, plait.clusters.cpu())
+    finally:
+        flop_registry.pop(torch.ops.dryrun_test.squashed, None)
+    assert found.warnings == ()
+    assert found.flops == flops
+
+
 def test_a_cluster_with_too_few_ranks_is_refused():
     schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=4))
     with pytest.raises(PlanError, match=r"over 4 ranks \(dp=4\), and the cluster h100 has 2"):
@@ -214,3 +229,10 @@ def test_a_price_reads_as_text_and_compares_with_itself():
     assert {each.error for each in compare(figures, figures)} == {0.0}
     with pytest.raises(PlanError, match="no figure in common"):
         compare(figures, {"other": 1})
+
+
+def test_a_table_of_another_device_is_refused():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32))
+    table = Table("here", (), plait.clusters.cpu().device)
+    with pytest.raises(PlanError, match="measured on cpu, and the cluster h100"):
+        plait.price(schedule, h100(1), table=table)

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,27 +19,39 @@ from plait.executor.profile import profile_step
 from plait.executor.run import run
 from plait.graph.capture import capture
 from plait.models.decoder import Decoder, DecoderConfig
+from plait.models.registry import FAMILIES
+from plait.ops.numerics import bfloat16_pays
 
-_HEAD_SIZE, _VOCABULARY = 64, 4096
+_HEAD_SIZE, _VOCABULARY, _NUM_LAYERS = 64, 4096, 2
 
 
 @dataclass(frozen=True)
 class Size:
-    """A small Llama: its width, tokens of a row, rows, and the dtype of its weights."""
+    """A small model: its width, tokens of a row, rows, dtype of its weights, and architecture."""
 
     width: int
     tokens: int
     rows: int
     dtype: torch.dtype
+    architecture: str = "LlamaForCausalLM"
 
 
 QUICK = (Size(256, 128, 2, torch.float32),)
-LADDER = tuple(
-    Size(width, tokens, rows, dtype)
-    for dtype in (torch.float32, torch.bfloat16)
-    for width in (128, 256, 512, 1024)
-    for tokens, rows in ((128, 2), (256, 4), (512, 4))
-)
+WIDTHS = (128, 256, 512, 1024)
+SHAPES = ((128, 2), (256, 4), (512, 4))
+OTHER_ARCHITECTURES = ("GPT2LMHeadModel", "Gemma2ForCausalLM", "MixtralForCausalLM")
+"""With operators that Llama does without: other norms, activations, caps and experts."""
+
+
+def ladder(dtypes: Sequence[torch.dtype]) -> tuple[Size, ...]:
+    """All models that are measured."""
+    found: list[Size] = []
+    for dtype in dtypes:
+        found += [Size(width, *shape, dtype) for width in WIDTHS for shape in SHAPES]
+        for name in OTHER_ARCHITECTURES:
+            found += [Size(128, *SHAPES[0], dtype, name)]
+            found += [Size(width, *SHAPES[1], dtype, name) for width in (256, 512)]
+    return tuple(found)
 
 
 def calibrate_command(
@@ -54,8 +66,13 @@ def calibrate_command(
     """
     if threads < 1 or steps < 1:
         raise ConfigError(f"--threads and --steps are at least 1, got {threads} and {steps}.")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out {out} cannot be written: name a file in a folder that exists.")
     torch.set_num_threads(threads)
-    sizes = QUICK if quick else LADDER
+    dtypes = [torch.float32, *([torch.bfloat16] if bfloat16_pays("cpu") else [])]
+    if not quick and len(dtypes) == 1:
+        say("no bfloat16: this CPU emulates its products; their prices stay those of the roofline")
+    sizes = QUICK if quick else ladder(dtypes)
     began_s = time.perf_counter()
     measured = list(_measured(sizes, steps))
     table = learn_table(platform.processor() or platform.machine(), cpu().device, measured)
@@ -80,7 +97,8 @@ def calibrate_command(
 def _measured(sizes: tuple[Size, ...], num_steps: int) -> Iterator[MeasuredSteps]:
     for size in sizes:
         dtype = str(size.dtype).removeprefix("torch.")
-        say(f"width {size.width}, {size.rows} rows of {size.tokens} tokens, {dtype}")
+        name = size.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        say(f"{name}, width {size.width}, {size.rows} rows of {size.tokens} tokens, {dtype}")
         model = Decoder(_config(size)).to(size.dtype)
         tokens_BT = torch.randint(0, _VOCABULARY, (size.rows, size.tokens))
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-5, fused=True)
@@ -101,13 +119,25 @@ def _measured(sizes: tuple[Size, ...], num_steps: int) -> Iterator[MeasuredSteps
 
 def _config(size: Size) -> DecoderConfig:
     heads = size.width // _HEAD_SIZE
-    return DecoderConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=size.width,
-        intermediate_size=size.width * 11 // 4,
-        num_layers=2,
-        num_heads=heads,
-        num_kv_heads=heads // 2,
-        head_size=_HEAD_SIZE,
-        max_positions=size.tokens,
+    if size.architecture == "GPT2LMHeadModel":
+        settings = {
+            "n_embd": size.width,
+            "n_layer": _NUM_LAYERS,
+            "n_head": heads,
+            "n_positions": size.tokens,
+        }
+    else:
+        settings = {
+            "hidden_size": size.width,
+            "intermediate_size": size.width * 11 // 4,
+            "num_hidden_layers": _NUM_LAYERS,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "head_dim": _HEAD_SIZE,
+            "max_position_embeddings": size.tokens,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+    return FAMILIES[size.architecture].read_config(
+        {"architectures": [size.architecture], "vocab_size": _VOCABULARY, **settings}
     )

@@ -1,6 +1,7 @@
 """`plait compare`: how far a prediction is from what was measured."""
 
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,12 @@ def compare_command(
     """
     found = compare(load_figures(predicted), load_figures(measured))
     if as_json:
-        show_json([asdict(each) | {"error": each.error} for each in found])
+        # JSON knows no infinity: what was predicted and not measured has no error.
+        show_json(
+            [
+                asdict(each) | {"error": each.error if isfinite(each.error) else None}
+                for each in found
+            ]
+        )
     else:
         show(to_text(found))

@@ -91,6 +91,12 @@ def cost_of(
     )
 
 
+def has_formula(operator: str) -> bool:
+    """Whether the arithmetic of an operator is known: here, or to torch.utils.flop_counter."""
+    packet = operator.rpartition(".")[0]
+    return packet in _FORMULAS or resolve(operator).overloadpacket in flop_registry  # type: ignore[attr-defined]
+
+
 def operation_s(cost: Cost, device: Device) -> float:
     """Time of a cost on a device, in seconds, never less than a launch; nothing if it is free.
 
@@ -222,6 +228,32 @@ def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:
     )
 
 
+def _grouped_mm(packet: str, named: Mapping[str, object]) -> _Work:
+    """A product for each group of rows, of columns, or of what is summed over; none knows which.
+
+    Forms of aten._grouped_mm: 2D by 3D, 3D by 2D, 2D by 2D (a group owns a part of the inner dim)
+    and 3D by 3D. All rows count once, however they are routed; sizes are those at balanced routing.
+    """
+    if packet.startswith("transformers."):
+        first, second = ("input", "weight")
+    else:
+        first, second = ("self", "mat2")
+    left, right = _named(named, first, second)
+    groups = max((each.shape[0] for each in (left, right) if len(each.shape) == 3), default=1)
+    rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    flops = 2 * math.prod(left.shape) * columns
+    if len(left.shape) == 3 and len(right.shape) == 2:
+        flops, columns = flops // groups, max(columns // groups, 1)
+    elif len(left.shape) == 2 and len(right.shape) == 3:
+        rows = max(rows // groups, 1)
+    return _Work(
+        kind=Kind.MATRIX,
+        flops=flops * (2 if packet.endswith("backward") else 1),
+        dtype=left.dtype,
+        sizes=(rows, inner, columns),
+    )
+
+
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
     """The logits, and with gradients the two products of their backward."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
@@ -280,6 +312,9 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.grouped_linear": _grouped_linear,
     "plait.grouped_linear_backward": _grouped_linear,
     "plait.linear_cross_entropy": _linear_cross_entropy,
+    "aten._grouped_mm": _grouped_mm,
+    "transformers.grouped_mm_fallback": _grouped_mm,
+    "transformers.grouped_mm_fallback_backward": _grouped_mm,
 }
 _GATHERS = frozenset(
     f"aten.{name}" for name in ("embedding", "gather", "index", "index_select", "_unsafe_index")

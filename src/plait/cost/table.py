@@ -1,33 +1,29 @@
 """Measured times of operators: looked up, interpolated inside a family, else by the roofline.
 
 A table is data: JSON, made by `plait calibrate` on the machine that it speaks of. An entry's key is
-the operator with the forms and constants that it was given; a family is all entries of one operator
-and dtype. Between its entries, the ratio of measured time to roofline is interpolated over the
-logarithms of sizes; products and attention change it slowly.
+the operator with the forms and constants that it was given. What was not measured is estimated from
+what was (`interpolate.py`).
 """
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from plait.cost.clusters import Device
+from plait.cost.interpolate import Akin, Estimate, Family, quantile
 from plait.cost.operations import Cost, Kind, operation_s
+from plait.cost.table_entry import Entry, dtype_named
 from plait.errors import PlanError
 
-FORMAT = 1
-_NUM_NEIGHBOURS = 4
-_FAR = math.log(4.0)
-"""Sizes that lie further from every entry than four times are not interpolated."""
+FORMAT = 2
 _ROOFLINE_LOW, _ROOFLINE_HIGH = 0.7, 1.5
 """How far a roofline time may be off, without a measurement (assumed)."""
 _LEAST_SPREAD = 0.03  # of a measurement between two runs, even where a few samples agree better
+_POOLED = 0.8
 
 
 class Source(StrEnum):
@@ -40,7 +36,7 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """A predicted time and its interval, in seconds."""
+    """A predicted time and its interval, in seconds: 8 of 10 runs should lie in it."""
 
     seconds: float
     low_s: float
@@ -48,26 +44,13 @@ class Duration:
     source: Source
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One operator on one form: median seconds of its runs and their 10th and 90th percentile."""
-
-    key: str
-    operator: str
-    seconds: float
-    low_s: float
-    high_s: float
-    flops: int
-    bytes: int
-    dtype: str
-    sizes: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True)
 class Table:
     """What was measured on a device. launch_s: what the host needs beside each operator.
 
-    device: the figures fitted to all entries, for what has no family.
+    device: the figures fitted to all entries, for what has no family. step_low, step_high: the 10th
+    and 90th percentile of single steps of calibration that nobody observed, over their median: how
+    the machine itself changes, which is common to all operators.
     """
 
     machine: str
@@ -75,6 +58,8 @@ class Table:
     device: Device
     launch_s: float = 0.0
     views_s: dict[str, float] = field(default_factory=dict[str, float])
+    step_low: float = 1.0
+    step_high: float = 1.0
 
     @cached_property
     def known(self) -> dict[str, Entry]:
@@ -82,12 +67,26 @@ class Table:
         return {entry.key: entry for entry in self.entries}
 
     @cached_property
-    def families(self) -> dict[tuple[str, str], list[Entry]]:
+    def families(self) -> dict[tuple[str, str], Family]:
         """Entries by operator and dtype."""
         found: dict[tuple[str, str], list[Entry]] = {}
         for entry in self.entries:
             found.setdefault((entry.operator, entry.dtype), []).append(entry)
+        return {name: Family(entries, self.device) for name, entries in found.items()}
+
+    @cached_property
+    def akin(self) -> Akin:
+        """Entries by class, for operators without a family."""
+        found = Akin(self.device)
+        for entry in self.entries:
+            found.add(entry)
         return found
+
+    @cached_property
+    def spread(self) -> float | None:
+        """That of most families, for those with few entries."""
+        known = [each.spread for each in self.families.values() if each.spread is not None]
+        return quantile(known, _POOLED) if known else None
 
     def duration(self, operator: str, key: str, cost: Cost) -> Duration:
         """Predict the time of an operator."""
@@ -105,35 +104,12 @@ class Table:
             return Duration(
                 seconds=view_s, low_s=view_s / 2, high_s=view_s * 2, source=Source.INTERPOLATED
             )
-        family = self.families.get((operator, str(cost.dtype)), [])
-        found = self._interpolated(family, cost) if family else None
-        return found or roofline(cost, self.device)
-
-    def _interpolated(self, family: Iterable[Entry], cost: Cost) -> Duration | None:
-        here = _place(cost.sizes or (), cost.flops, cost.bytes)
-        near: list[tuple[float, float]] = []
-        for entry in family:
-            there = _place(entry.sizes, entry.flops, entry.bytes)
-            if len(there) == len(here):
-                gap = max(abs(x - y) for x, y in zip(here, there, strict=True))
-                near.append((gap, math.log(entry.seconds / self._base_s(entry))))
-        near = sorted(near)[:_NUM_NEIGHBOURS]
-        if not near or near[0][0] > _FAR:
-            return None
-        weights = [1 / (gap + 0.05) ** 2 for gap, _ in near]
-        mean = sum(w * x for w, (_, x) in zip(weights, near, strict=True)) / sum(weights)
-        spread = max(abs(x - mean) for _, x in near) / 2 + near[0][0] / 10
-        seconds = _operation_s(cost, self.device) * math.exp(mean)
-        share = math.exp(max(spread, 0.05))
-        return Duration(
-            seconds=seconds,
-            low_s=seconds / share,
-            high_s=seconds * share,
-            source=Source.INTERPOLATED,
-        )
-
-    def _base_s(self, entry: Entry) -> float:
-        return _operation_s(cost_of_entry(entry), self.device)
+        family = self.families.get((operator, str(cost.dtype)))
+        near = None if family is None else family.estimate(key, cost, self.spread)
+        if near is not None:
+            return _duration(near, Source.INTERPOLATED)
+        akin = self.akin.estimate(operator, cost)
+        return roofline(cost, self.device) if akin is None else _duration(akin, Source.ROOFLINE)
 
     def to_json(self) -> str:
         """Write it."""
@@ -146,6 +122,8 @@ class Table:
             "machine": self.machine,
             "launch_s": self.launch_s,
             "views_s": self.views_s,
+            "step_low": self.step_low,
+            "step_high": self.step_high,
             "device": device,
             "entries": [asdict(entry) for entry in self.entries],
         }
@@ -162,7 +140,7 @@ class Table:
                 )
             device = dict(data["device"])
             device["peak_flops_per_s"] = {
-                _dtype(name): float(peak) for name, peak in device["peak_flops_per_s"].items()
+                dtype_named(name): float(peak) for name, peak in device["peak_flops_per_s"].items()
             }
             entries = (_entry(x) for x in data["entries"])
             return cls(
@@ -171,6 +149,8 @@ class Table:
                 Device(**device),
                 float(data["launch_s"]),
                 {str(name): float(x) for name, x in data["views_s"].items()},
+                float(data["step_low"]),
+                float(data["step_high"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
@@ -194,34 +174,22 @@ def roofline(cost: Cost, device: Device) -> Duration:
     )
 
 
-def cost_of_entry(entry: Entry) -> Cost:
-    """What the operator of an entry does."""
-    kind = Kind.MATRIX if entry.sizes else Kind.ATTENTION if entry.flops else Kind.MEMORY
-    return Cost(
-        kind=kind,
-        bytes=entry.bytes,
-        flops=entry.flops,
-        dtype=_dtype(entry.dtype),
-        sizes=cast("tuple[int, int, int]", entry.sizes) if entry.sizes else None,
+def _duration(found: Estimate, source: Source) -> Duration:
+    return Duration(
+        seconds=found.seconds,
+        low_s=found.seconds * math.exp(-found.below),
+        high_s=found.seconds * math.exp(found.above),
+        source=source,
     )
 
 
 def _entry(data: dict[str, Any]) -> Entry:
     given: dict[str, Any] = {**data, "sizes": tuple(data["sizes"])}
-    return Entry(**given)
-
-
-def _operation_s(cost: Cost, device: Device) -> float:
-    return max(operation_s(cost, device), 1e-9)
-
-
-def _place(sizes: tuple[int, ...], flops: int, num_bytes: int) -> tuple[float, ...]:
-    """Where a cost lies among the others of its family: logarithms of what it does."""
-    return tuple(math.log(max(x, 1)) for x in (*sizes, flops, num_bytes) if x)
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise PlanError(f"{name!r} is no dtype of torch.")
-    return found
+    entry = Entry(**given)
+    dtype_named(entry.dtype)
+    if not 0 < entry.low_s <= entry.seconds <= entry.high_s < math.inf:
+        raise PlanError(
+            f"the table's entry {entry.key!r} has the times {entry.low_s!r}, {entry.seconds!r} and "
+            f"{entry.high_s!r} s: they must be positive and in this order. Calibrate again."
+        )
+    return entry

@@ -4,6 +4,7 @@ Both are JSON as `plait price --json` writes it; a measurement may hold only som
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ def _mapping(x: object) -> Mapping[str, Any]:
 
 
 def _difference(group: str, name: str, predicted: Any, measured: Any) -> Difference:
-    if not all(isinstance(x, int | float) for x in (predicted, measured)):
-        raise PlanError(f"{group}, {name}: {predicted!r} and {measured!r} are not both numbers.")
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in (predicted, measured)):
+        raise PlanError(
+            f"{group}, {name}: {predicted!r} and {measured!r} are not both finite numbers."
+        )
     return Difference(group=group, name=name, predicted=float(predicted), measured=float(measured))

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 import plait.graph.exchange as _registers_own_part  # noqa: F401
 from plait.cost.collectives import Collective, collective_of
-from plait.cost.operations import Cost, cost_of
+from plait.cost.operations import Cost, cost_of, has_formula
 from plait.errors import GraphError
 from plait.graph.graph import Value
 from plait.graph.schedule import OBJECT, resolve
@@ -169,7 +169,7 @@ class Forms:
             bytes_written=sum(form.num_bytes for form in outputs) if moves or not inputs else 0,
             key=signature(target, args, kwargs),
             is_unknown=target.startswith(OBJECT)
-            or target.partition(".")[0] not in _KNOWN_NAMESPACES,
+            or (target.partition(".")[0] not in _KNOWN_NAMESPACES and not has_formula(target)),
         )
 
     def _call(self, target: str, args: Any, kwargs: Any) -> object:

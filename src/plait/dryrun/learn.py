@@ -6,16 +6,18 @@ time are measured too.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from plait.cost.calibrate import fit_device
 from plait.cost.clusters import Device
+from plait.cost.interpolate import quantile
 from plait.cost.operations import Kind
-from plait.cost.table import Entry, Table
+from plait.cost.table import Table
+from plait.cost.table_entry import Entry
 from plait.cost.timeline import Timeline
 from plait.dryrun.forms import Forms, Outcome
-from plait.dryrun.replay import Replay
+from plait.dryrun.replay import Launched, Replay
 from plait.dryrun.replay_step import StepReplay
 from plait.dryrun.workspace import Workspace
 from plait.errors import PlanError
@@ -40,12 +42,22 @@ class MeasuredSteps:
             raise PlanError("measure steps of one micro-batch: places are told apart by name.")
 
 
-def learn_table(machine: str, device: Device, measured: Sequence[MeasuredSteps]) -> Table:
-    """Make a table. device: what is assumed of it; its figures are fitted to the measurements."""
+def learn_table(
+    machine: str,
+    device: Device,
+    measured: Sequence[MeasuredSteps],
+    *,
+    without: Container[str] = frozenset(),
+) -> Table:
+    """Make a table. device: what is assumed of it; its figures are fitted to the measurements.
+
+    without: keys of operators that the table must not know, to see what it makes of them.
+    """
     found: dict[str, tuple[Outcome, list[float]]] = {}
     gaps_s: list[float] = []
     for each in measured:
         gaps_s.append(_add_samples(each, found))
+    found = {key: each for key, each in found.items() if key not in without}
     entries: list[Entry] = []
     samples = []
     views_s: dict[str, list[float]] = {}
@@ -61,9 +73,25 @@ def learn_table(machine: str, device: Device, measured: Sequence[MeasuredSteps])
     views = {name: statistics.median(times_s) for name, times_s in views_s.items()}
     if every_view_s:
         views[""] = statistics.median(every_view_s)
+    relative = [
+        step_s / statistics.median(each.steps_s) for each in measured for step_s in each.steps_s
+    ]
     return Table(
-        machine, tuple(entries), fit_device(device, samples), statistics.median(gaps_s), views
+        machine,
+        tuple(entries),
+        fit_device(device, samples),
+        statistics.median(gaps_s),
+        views,
+        step_low=quantile(relative, 0.1),
+        step_high=quantile(relative, 0.9),
     )
+
+
+def launched_in_a_step(schedule: Schedule) -> list[Launched]:
+    """What a first step of a schedule launches, on forms."""
+    steps = StepReplay(Replay(schedule, Forms(schedule.objects, Workspace())))
+    steps.step()
+    return steps.replay.launched
 
 
 def _add_samples(measured: MeasuredSteps, found: dict[str, tuple[Outcome, list[float]]]) -> float:
@@ -71,16 +99,13 @@ def _add_samples(measured: MeasuredSteps, found: dict[str, tuple[Outcome, list[f
 
     That is negative where the clock, which each measured operator reads, takes longer.
     """
-    schedule = measured.schedule
-    steps = StepReplay(Replay(schedule, Forms(schedule.objects, Workspace())))
-    steps.step()
     times_s: dict[tuple[object, ...], list[float]] = {}
     for timeline in measured.timelines:
         for event in timeline.events:
             place = (event.program, *(call.step for call in event.calls), event.name)
             times_s.setdefault(place, []).append(event.duration_s)
     whole_s, count = 0.0, 0
-    for each in steps.replay.launched:
+    for each in launched_in_a_step(measured.schedule):
         place = (each.program, *(call.step for call in each.calls), each.step.name)
         if place not in times_s or each.outcome.cost is None:
             continue
@@ -95,11 +120,11 @@ def _add_samples(measured: MeasuredSteps, found: dict[str, tuple[Outcome, list[f
 def _entry(key: str, outcome: Outcome, seconds: Sequence[float]) -> Entry:
     cost = outcome.cost
     assert cost is not None
-    ordered = sorted(seconds)
+    ordered = [max(each, _LEAST_S) for each in sorted(seconds)]
     return Entry(
         key=key,
         operator=outcome.target,
-        seconds=max(statistics.median(ordered), _LEAST_S),
+        seconds=statistics.median(ordered),
         low_s=ordered[len(ordered) // 10],
         high_s=ordered[-1 - len(ordered) // 10],
         flops=cost.flops,

@@ -36,8 +36,9 @@ class SourceShare:
 class Price:
     """What one rank does in a training step, or in a forward and backward of a model.
 
-    step_s with low_s and high_s: the interval in which it should lie. compute_s, communication_s:
-    sums of durations. exposed_s: time in which something is communicated and nothing computed.
+    step_s with low_s and high_s: the interval in which 8 of 10 single steps should lie (where it
+    comes from: docs/theory/dryrun.md). compute_s, communication_s: sums of durations. exposed_s:
+    time in which something is communicated and nothing computed.
     flops: of the step, without what is computed a second time (recompute), which is recomputed. mfu
     is of the first [Chowdhery et al. 2022, arXiv:2204.02311, appendix B].
     programs_s: time from the start to the end of each program, all its runs together.
@@ -91,6 +92,7 @@ def price(
     if steps < 1:
         raise PlanError(f"steps={steps}: steps are counted from 1.")
     _check_size(schedule, cluster)
+    _check_table(table, cluster)
     replay = Replay(schedule, Forms(schedule.objects, Workspace(num_threads)))
     steps_replay = StepReplay(replay)
     makes_state = "optimizer" in schedule.programs
@@ -218,7 +220,7 @@ class _Pricing:
         return max(count, key=lambda dtype: count[dtype], default=default)
 
     def _interval(self, step_s: float) -> tuple[float, float]:
-        """Errors of one operator on one form are one error; those of others are independent."""
+        """Errors of one operator are one error; those of others, and the machine's, are apart."""
         below: dict[str, float] = {}
         above: dict[str, float] = {}
         for i, (each, work) in enumerate(zip(self.launched, self.works, strict=True)):
@@ -226,6 +228,9 @@ class _Pricing:
             duration = work.duration
             below[key] = below.get(key, 0.0) + weight * (duration.seconds - duration.low_s)
             above[key] = above.get(key, 0.0) + weight * (duration.high_s - duration.seconds)
+        if self.table is not None:
+            below["the machine"] = step_s * (1 - self.table.step_low)
+            above["the machine"] = step_s * (self.table.step_high - 1)
         shift_low = sum(x * x for x in below.values()) ** 0.5
         shift_high = sum(x * x for x in above.values()) ** 0.5
         return max(0.0, step_s - shift_low), step_s + shift_high
@@ -333,4 +338,12 @@ def _check_size(schedule: Schedule, cluster: Cluster) -> None:
         raise PlanError(
             f"the schedule communicates over {needed} ranks ({axes}), and the cluster "
             f"{cluster.name} has {cluster.num_ranks}. Price it on {cluster.name}({needed}) or more."
+        )
+
+
+def _check_table(table: Table | None, cluster: Cluster) -> None:
+    if table is not None and table.device.name != cluster.device.name:
+        raise PlanError(
+            f"the table was measured on {table.device.name}, and the cluster {cluster.name} is of "
+            f"{cluster.device.name}. Calibrate there, or leave the table out."
         )

@@ -37,12 +37,15 @@ def price_step(
 
     The model (its own class, or Hugging Face's) may lie on the meta device: nothing of it is read
     but forms. inputs: of one rank, all its micro-batches together. loss: a function `loss(model,
-    *inputs)` that returns a scalar. optimizer: made of the whole model's parameters; each rank is
+    *inputs)` that returns a scalar. Experts are priced at balanced routing: each sees
+    its share of all rows. optimizer: made of the whole model's parameters; each rank is
     priced with its part of them. settings: those of `price`.
 
     Raises as `capture`, `compile` and `price` do.
     """
     _check(plan, cluster)
+    if isinstance(inputs, Tensor):
+        raise PlanError("inputs is a tensor. Give a list of all that the loss takes: [tensor].")
     graph = capture(model, *inputs, plan=_placed(plan), loss=loss)
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     parts = [_of_own_part(each, model, graph, plan) for each in given]

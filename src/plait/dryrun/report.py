@@ -10,6 +10,7 @@ from plait.dryrun.price import Price
 
 _MIB, _GIB = 2**20, 2**30
 _NUM_OPERATORS = 8
+_LEAST_S = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,15 @@ def _headline(titled: Titled, memory_bytes: int) -> dict[str, str]:
     interval = f"{time_text(price.low_s)} to {time_text(price.high_s)}"
     rows = {"step time": f"{time_text(price.step_s)}  ({interval})"}
     if titled.tokens:
-        rows["tokens per second"] = f"{titled.tokens_per_s:,.0f} on {titled.num_ranks} ranks"
-    rows["model FLOPs utilization"] = f"{price.mfu:.1%}"
+        low, high = (
+            titled.tokens / max(price.high_s, _LEAST_S),
+            titled.tokens / max(price.low_s, _LEAST_S),
+        )
+        rows["tokens per second"] = (
+            f"{titled.tokens_per_s:,.0f}  ({low:,.0f} to {high:,.0f}) on {titled.num_ranks} ranks"
+        )
+    shares = [price.mfu * price.step_s / max(t, _LEAST_S) for t in (price.high_s, price.low_s)]
+    rows["model FLOPs utilization"] = f"{price.mfu:.1%}  ({shares[0]:.1%} to {shares[1]:.1%})"
     rows["arithmetic of a rank"] = f"{price.flops / 1e12:.3f} TFLOP"
     if price.recomputed_flops:
         rows["computed again"] = f"{price.recomputed_flops / 1e12:.3f} TFLOP"
