@@ -288,4 +288,4 @@ def test_a_resistivity_that_is_not_positive_is_refused():
     mesh = layered_mesh()
     problem = make_problem(mesh, position_m=np.zeros(1), frequency_hz=np.ones(1))
     with pytest.raises(EarthError, match="positive"):
-        solve_mode(problem, np.zeros(mesh.ground_shape), frequency_hz=1.0, mode=Mode.TM)
+        solve_mode(problem, np.zeros(mesh.ground_shape), frequency_hz=np.ones(1), mode=Mode.TM)
