@@ -1,0 +1,123 @@
+"""The rival of mt_speed: SimPEG's 2-D natural-source simulations on the same mesh and receivers.
+
+SimPEG solves TM for the electric field in the plane (it calls the in-plane axis x, so its data are
+Zxy) and TE for the magnetic field in the plane (its Zyx), one frequency after the other.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pymatsolver
+from discretize import TensorMesh
+from simpeg import (
+    data,
+    data_misfit,
+    inverse_problem,
+    inversion,
+    maps,
+    optimization,
+    regularization,
+)
+from simpeg.electromagnetics import natural_source
+
+from plait.magnetotellurics.earth import AIR_OHM_M
+from plait.magnetotellurics.forward_2d import Problem
+
+SOLVERS = {
+    "SuperLU, its default": "SolverLU",
+    "MUMPS": "Mumps",
+    "MKL Pardiso": "Pardiso",
+}
+
+
+def solvers() -> dict[str, Any]:
+    """SimPEG's default solver and the faster ones that are installed here, by name."""
+    return {
+        name: getattr(pymatsolver, attribute)
+        for name, attribute in SOLVERS.items()
+        if pymatsolver.AvailableSolvers[attribute]
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """Both modes' simulations for a model of log10 rho of the ground, rows from the top."""
+
+    simulations: list[Any]
+
+    def forward(self, model: np.ndarray) -> list[np.ndarray]:
+        """Compute apparent resistivities and phases anew, for TM and TE."""
+        found = []
+        for simulation in self.simulations:
+            simulation.model = None
+            found.append(simulation.dpred(model))
+        return found
+
+    def jacobian(self, model: np.ndarray) -> list[np.ndarray]:
+        """Compute the explicit Jacobian by SimPEG's own method."""
+        found = []
+        for simulation in self.simulations:
+            simulation.model = None
+            found.append(simulation.getJ(model))
+        return found
+
+    def step(self, model: np.ndarray) -> int:
+        """Run one step of SimPEG's inexact Gauss-Newton inversion with its default settings."""
+        misfits = []
+        for simulation in self.simulations:
+            simulation.model = None
+            wanted = np.ones(simulation.survey.nD)
+            observed = data.Data(simulation.survey, dobs=wanted, standard_deviation=0.03 * wanted)
+            misfits.append(data_misfit.L2DataMisfit(data=observed, simulation=simulation))
+        mesh = self.simulations[0].mesh
+        smooth = regularization.WeightedLeastSquares(
+            mesh, active_cells=_is_ground(mesh), mapping=maps.IdentityMap(nP=len(model))
+        )
+        optimizer = optimization.InexactGaussNewton(maxIter=1)
+        problem = inverse_problem.BaseInvProblem(
+            misfits[0] + misfits[1], smooth, optimizer, beta=10.0
+        )
+        inversion.BaseInversion(problem).run(model)
+        return optimizer.iter
+
+
+def _is_ground(mesh: Any) -> np.ndarray:
+    return mesh.cell_centers[:, 1] < 0
+
+
+def make_rival(problem: Problem, position_m: np.ndarray, solver: Any) -> Rival:
+    """Set up SimPEG's simulations for a flat problem."""
+    mesh = TensorMesh(
+        [problem.mesh.width_m, np.diff(problem.mesh.z_m)[::-1]],
+        origin=[problem.mesh.y_m[0], -problem.mesh.z_m[-1]],
+    )
+    ground = _is_ground(mesh)
+    log10_rho = maps.InjectActiveCells(mesh, ground, valInactive=np.log10(AIR_OHM_M))
+    places = np.column_stack([position_m, np.full(len(position_m), -1e-3)])
+    simulations = []
+    for orientation, make in (
+        ("xy", natural_source.Simulation2DElectricField),
+        ("yx", natural_source.Simulation2DMagneticField),
+    ):
+        receivers = [
+            natural_source.receivers.Impedance(places, orientation=orientation, component=part)
+            for part in ("apparent_resistivity", "phase")
+        ]
+        sources = [natural_source.sources.Planewave(receivers, f) for f in problem.frequency_hz]
+        sigma = maps.ExpMap(nP=mesh.n_cells) * maps.LinearMap(-np.log(10) * _eye(mesh)) * log10_rho
+        simulations.append(
+            make(mesh, survey=natural_source.Survey(sources), sigmaMap=sigma, solver=solver)
+        )
+    return Rival(simulations=simulations)
+
+
+def model_of(problem: Problem, resistivity_ohm_m: np.ndarray) -> np.ndarray:
+    """Give SimPEG's model vector: log10 rho of the ground, rows from below, columns fastest."""
+    return np.log10(resistivity_ohm_m)[::-1].ravel()
+
+
+def _eye(mesh: Any) -> Any:
+    from scipy import sparse
+
+    return sparse.eye_array(mesh.n_cells, format="csr")
