@@ -55,11 +55,31 @@ class Rival:
         return found
 
     def jacobian(self, model: np.ndarray) -> list[np.ndarray]:
-        """Compute the explicit Jacobian by SimPEG's own method."""
+        """Compute the explicit Jacobian from SimPEG's own factors and derivatives.
+
+        The loop is that of its getJ, which in 0.25 fails for 2-D simulations where it adds the
+        receivers' own derivative (its issue 1541): there the right sum is put.
+        """
         found = []
         for simulation in self.simulations:
             simulation.model = None
-            found.append(simulation.getJ(model))
+            fields = simulation.fields(model)
+            slices = simulation.survey.get_all_slices()
+            jacobian = np.empty((simulation.survey.nD, len(model)))
+            for factor, frequency in zip(
+                simulation.Ainv, simulation.survey.frequencies, strict=True
+            ):
+                (source,) = simulation.survey.get_sources_by_frequency(frequency)
+                field = fields[source, simulation._solutionType]
+                for receiver in source.receiver_list:
+                    by_field, by_model = receiver.evalDeriv(
+                        source, simulation.mesh, fields, v=np.eye(receiver.nD), adjoint=True
+                    )
+                    adjoint = factor * by_field
+                    total = -simulation.getADeriv(frequency, field, adjoint, adjoint=True)
+                    total = total + simulation.getRHSDeriv(frequency, source, adjoint, adjoint=True)
+                    jacobian[slices[source, receiver]] = np.real(total + by_model).T
+            found.append(jacobian)
         return found
 
     def step(self, model: np.ndarray) -> int:
@@ -93,7 +113,7 @@ def make_rival(problem: Problem, position_m: np.ndarray, solver: Any) -> Rival:
         origin=[problem.mesh.y_m[0], -problem.mesh.z_m[-1]],
     )
     ground = _is_ground(mesh)
-    log10_rho = maps.InjectActiveCells(mesh, ground, valInactive=np.log10(AIR_OHM_M))
+    log10_rho = maps.InjectActiveCells(mesh, ground, value_inactive=np.log10(AIR_OHM_M))
     places = np.column_stack([position_m, np.full(len(position_m), -1e-3)])
     simulations = []
     for orientation, make in (
