@@ -246,3 +246,9 @@ def test_far_from_the_middle_of_2d4_each_side_has_its_own_layers():
         )
         for z in (found.te_impedance_ohm[0, side], -found.tm_impedance_ohm[0, side]):
             assert abs(z / exact[0] - 1) < 1e-3
+
+
+def test_contacts_and_interfaces_are_nodes():
+    mesh = designed_mesh_2d1()
+    assert {-500.0, 500.0} <= set(mesh.y_m)
+    assert {0.0, 250.0, 2250.0} <= set(mesh.z_m)

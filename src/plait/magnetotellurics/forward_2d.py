@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
+import torch
 
 from plait.errors import EarthError
 from plait.magnetotellurics.arrays import ComplexArray, RealArray
@@ -67,10 +68,16 @@ def make_problem(
     """Place the receivers and lay out both modes' matrices.
 
     Raises:
-        EarthError: a receiver outside the mesh, frequencies that are not positive.
+        EarthError: a receiver outside the mesh, frequencies that are not positive, a device that
+            PyTorch does not have here or that lacks complex128.
     """
     if (np.asarray(frequency_hz) <= 0).any():
         raise EarthError("frequencies must be positive")
+    try:
+        torch.zeros(1, dtype=torch.complex128, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EarthError(f"device {device!r} cannot be used: {reason}") from error
     return Problem(
         mesh=mesh,
         receivers=place_receivers(mesh, position_m, on_node=on_node),
