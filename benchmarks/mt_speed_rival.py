@@ -4,7 +4,9 @@ SimPEG solves TM for the electric field in the plane (it calls the in-plane axis
 Zxy) and TE for the magnetic field in the plane (its Zyx), one frequency after the other.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,11 +85,13 @@ class Rival:
             found.append(jacobian)
         return found
 
-    def step(self, start: np.ndarray, observed: list[np.ndarray]) -> int:
-        """Run one step of SimPEG's inexact Gauss-Newton inversion with its default settings.
+    def prepared_step(
+        self, start: np.ndarray, observed: list[np.ndarray]
+    ) -> Callable[[], np.ndarray]:
+        """Prepare one step of SimPEG's inexact Gauss-Newton inversion with its default settings.
 
-        Returns:
-            How many steps it says it made.
+        The trade-off is that at which the largest slopes of misfit and regularization are equal, as
+        its BetaEstimateMaxDerivative takes it; choosing it is not part of the step.
         """
         misfits = []
         for simulation, values in zip(self.simulations, observed, strict=True):
@@ -99,16 +103,22 @@ class Rival:
                 simulation.survey, dobs=values, standard_deviation=np.abs(error).ravel()
             )
             misfits.append(data_misfit.L2DataMisfit(data=measured, simulation=simulation))
+        misfit = misfits[0] + misfits[1]
         mesh = self.simulations[0].mesh
         smooth = regularization.WeightedLeastSquares(
-            mesh, active_cells=_is_ground(mesh), mapping=maps.IdentityMap(nP=len(start))
+            mesh,
+            active_cells=_is_ground(mesh),
+            mapping=maps.IdentityMap(nP=len(start)),
+            reference_model=start,
         )
+        slope = np.abs(misfit.deriv(start))
+        change = np.where(slope == slope.max(), start.max(), 0.0)
+        beta = slope.max() / np.abs(smooth.deriv(start + change)).max()
         optimizer = optimization.InexactGaussNewton(maxIter=1)
-        problem = inverse_problem.BaseInvProblem(
-            misfits[0] + misfits[1], smooth, optimizer, beta=10.0
-        )
-        inversion.BaseInversion(problem).run(start)
-        return optimizer.iter
+        problem = inverse_problem.BaseInvProblem(misfit, smooth, optimizer, beta=beta)
+        for simulation in self.simulations:
+            simulation.model = None
+        return partial(inversion.BaseInversion(problem).run, start)
 
 
 def _is_ground(mesh: Any) -> np.ndarray:
