@@ -45,6 +45,8 @@ STATIONS = [
             "tf_zmm.zmm",
             "tf_zss_tipper.zss",
             "tf_jfile.j",
+            "tf_avg.avg",
+            "tf_avg_tipper.avg",
         )
     ),
 ]
