@@ -73,7 +73,7 @@ def te_elements(
         edge, mass = _complex(np.broadcast_to(one / h, induced.shape)), induced * h / 2
         changes = (np.zeros_like(edge), -mass)
     else:
-        x = np.sqrt(induced) * h
+        x = _complex(np.sqrt(induced) * h)
         edge, mass, coth, inverse_sinh = _fitted(1 / h, x)
         changes = (-edge / 2 * (1 - coth), -mass / 2 * (1 + inverse_sinh))
     return Elements(
@@ -103,7 +103,7 @@ def tm_elements(
         mass = np.broadcast_to(induction[:, None, None] * h / 2, shape)
         changes = (edge, np.zeros_like(edge))
     else:
-        x = np.sqrt(induction[:, None, None] / rho) * h
+        x = _complex(np.sqrt(induction[:, None, None] / rho) * h)
         edge, mass, coth, inverse_sinh = _fitted(rho / h, x)
         changes = (edge / 2 * (1 + coth), mass / 2 * (1 - inverse_sinh))
     return Elements(

@@ -133,7 +133,7 @@ def solve_mode(
         EarthError: a resistivity of the wrong shape, or not positive and finite.
     """
     resistivity = _filled(problem.mesh, resistivity_ohm_m)
-    induction = 2j * np.pi * np.asarray(frequency_hz) * MU_0
+    induction = np.asarray(2j * np.pi * MU_0 * np.asarray(frequency_hz), dtype=np.complex128)
     solve = _solve_te if mode is Mode.TE else _solve_tm
     return solve(problem, resistivity, induction)
 

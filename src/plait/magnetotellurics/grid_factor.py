@@ -56,12 +56,18 @@ class GridFactor:
         values = torch.from_numpy(matrix.values.reshape(len(matrix.values), -1)).to(device)
         self._parts: dict[Kind, _Eliminated] = {}
         schur: dict[Kind, torch.Tensor] = {}
+        last_parent = {
+            child.kind: kind for kind, batch in plan.batches.items() for child in batch.children
+        }
         for kind, batch in plan.batches.items():
             front = _front(values, batch, schur)
             inverse_FGSS = torch.linalg.inv(front.own_FGSS)
             coupling_FGSB = inverse_FGSS @ front.outer_FGSB
             self._parts[kind] = _Eliminated(inverse_FGSS=inverse_FGSS, coupling_FGSB=coupling_FGSB)
             schur[kind] = _subtract_product(front.rest_FGBB, front.outer_FGSB.mT, coupling_FGSB)
+            for half in {child.kind for child in batch.children}:
+                if last_parent[half] == kind:
+                    del schur[half]
 
     def solve(self, right_hand_sides: ComplexArray) -> ComplexArray:
         """Solve for (n_freq, n, n_rows, n_columns), the same shape."""
