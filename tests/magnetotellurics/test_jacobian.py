@@ -122,6 +122,18 @@ def test_torch_gradients_are_the_adjoint(case):
     )
 
 
+def test_a_second_derivative_is_an_error():
+    mesh = small_mesh(terrain=False)
+    problem = make_problem(mesh, position_m=POSITIONS_M, frequency_hz=FREQUENCIES_HZ)
+    tensor = torch.full(mesh.ground_shape, 2.0, dtype=torch.float64, requires_grad=True)
+    predicted = forward_model(
+        tensor, problem=problem, observations=every_component(), num_workers=2
+    )
+    (gradient,) = torch.autograd.grad((predicted**2).sum(), tensor, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_a_float32_model_is_refused(case):
     problem, log10_rho, observations = case
     with pytest.raises(EarthError, match="float64"):

@@ -16,7 +16,7 @@ def samples(mt_data):
 def test_every_sample_of_a_known_format_is_read(samples):
     paths = [path for path in samples.iterdir() if path.suffix in READERS]
     survey = [read_station(path) for path in paths]
-    assert len(survey) >= 22
+    assert len(survey) >= 25
 
 
 def test_emtf_xml_holds_the_numbers_of_the_file(samples):
@@ -59,6 +59,34 @@ def test_a_cut_file_gives_an_error_with_its_line(samples, tmp_path, name):
         path.write_bytes(data[: int(len(data) * part)])
         with pytest.raises(SurveyError, match=r"cut\.\w+:\d+: "):
             read_station(path)
+
+
+def test_an_avg_file_holds_the_numbers_of_the_file(samples):
+    station = read_station(samples / "tf_avg.avg")
+    assert (station.latitude_deg, station.longitude_deg) == (32.83331167, -107.08305667)
+    at = int(np.argmin(np.abs(station.frequency_hz - 0.5)))
+    # ARes.mag, Z.phz and ARes.%err of Zxy and Zyx at 0.5 Hz.
+    rho, phase = station.apparent_resistivity_ohm_m()[at], station.phase_deg()[at]
+    assert rho[0, 1] == pytest.approx(105.65, rel=1e-3)
+    assert rho[1, 0] == pytest.approx(13.142, rel=1e-3)
+    assert (phase[0, 1], phase[1, 0]) == pytest.approx(np.degrees([0.4821, -2.3297]))
+    relative = station.impedance_error_ohm[at, 0, 1] / abs(station.impedance_ohm[at, 0, 1])
+    assert relative == pytest.approx(0.0305, rel=1e-6)
+    assert station.notes == ("2 values marked as skipped dropped",)
+
+
+def test_a_tipper_of_an_avg_file_is_dropped_and_said(samples):
+    station = read_station(samples / "tf_avg_tipper.avg")
+    assert station.rotation_deg[0] == 11.0
+    assert "TZX dropped: its unit is not stated" in station.notes
+
+
+def test_a_magnitude_that_contradicts_its_resistivity_is_an_error(samples, tmp_path):
+    text = (samples / "tf_avg.avg").read_text()
+    assert "1.6252E+01, 482.1" in text
+    (tmp_path / "a.avg").write_text(text.replace("1.6252E+01, 482.1", "1.6252E+04, 482.1"))
+    with pytest.raises(SurveyError, match=r"a\.avg:\d+: ARes.mag 105.65 does not fit"):
+        read_station(tmp_path / "a.avg")
 
 
 def test_an_unknown_ending_names_the_known_ones(tmp_path):

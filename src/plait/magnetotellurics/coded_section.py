@@ -15,7 +15,7 @@ import numpy as np
 from plait.errors import InversionError
 from plait.magnetotellurics.arrays import BoolArray, IndexArray, RealArray
 from plait.magnetotellurics.earth import Mesh
-from plait.magnetotellurics.linear_solver import factorize_real, sparse
+from plait.magnetotellurics.linear_solver import BandFactor, sparse
 from plait.magnetotellurics.penalty import Quadratic
 from plait.magnetotellurics.prior_network import CodeGrid, PriorNetwork
 
@@ -204,6 +204,4 @@ class CodePenalty:
         matrix = sparse.csc_array(slope.T @ self.roughness @ slope + self._of_codes)
         gradient = slope.T @ (self.roughness @ self._change(parameters))
         gradient = gradient + self._of_codes @ parameters
-        return Quadratic(
-            matrix=matrix, reference=parameters - factorize_real(matrix).solve(gradient)
-        )
+        return Quadratic(matrix=matrix, reference=parameters - BandFactor(matrix).solve(gradient))

@@ -82,3 +82,28 @@ def flat_mesh(*, y_m: RealArray, ground_z_m: RealArray, air_height_m: float) -> 
         num_air=len(rows),
         terrain_row=np.full(len(y_m) - 1, len(rows)),
     )
+
+
+def terrain_mesh(
+    *, y_m: RealArray, z_m: RealArray, surface_z_m: RealArray, air_height_m: float
+) -> Mesh:
+    """Put a surface that rises and falls into rows, by cells, with air as in flat_mesh over it.
+
+    Args:
+        y_m: (n_y + 1,) nodes.
+        z_m: (n_rows + 1,) node depths; the first one lies at or above the highest ground.
+        surface_z_m: (n_y,) depth of the surface in each column (negative above z = 0); the ground
+            begins at the nearest node.
+        air_height_m: at least this much air over the first row.
+
+    Raises:
+        EarthError: a surface above the first row, or as deep as the last two rows.
+    """
+    surface = np.asarray(surface_z_m, dtype=float)
+    if surface.min() < z_m[0] - (z_m[1] - z_m[0]) / 2:
+        raise EarthError(f"the surface rises to z = {surface.min():g} m, the rows to {z_m[0]:g} m")
+    flat = flat_mesh(y_m=y_m, ground_z_m=z_m, air_height_m=air_height_m)
+    nearest = np.abs(surface[:, None] - np.asarray(z_m)[None, :]).argmin(axis=1)
+    return Mesh(
+        y_m=flat.y_m, z_m=flat.z_m, num_air=flat.num_air, terrain_row=flat.num_air + nearest
+    )

@@ -23,15 +23,16 @@ class Stencil(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Elements:
-    """Per unit width of a cell, (n_z, n_y) each.
+    """Per unit width of a cell, (n_freq, n_z, n_y) each, or (n_z, n_y) as at() gives them.
 
     Attributes:
         edge: flux from the lower to the upper node per difference of u (a / h for k h -> 0).
         mass: what each of the two nodes keeps per u (i w mu_0 b h / 2 for k h -> 0).
         edge_change, mass_change: their derivatives by ln rho of the cell.
-        lateral: a, the coefficient along the profile.
+        lateral: (n_z, n_y) a, the coefficient along the profile.
         lateral_change: its derivative by ln rho (a for TM, 0 for TE).
-        leak, leak_change: (n_y,) sqrt(i w mu_0 a b) of the half-space under the last row.
+        leak, leak_change: (n_freq, n_y) or (n_y,) sqrt(i w mu_0 a b) of the half-space
+            under the last row.
     """
 
     edge: ComplexArray
@@ -43,19 +44,36 @@ class Elements:
     leak: ComplexArray
     leak_change: ComplexArray
 
+    def at(self, frequency: int) -> "Elements":
+        """Give the coefficients at one frequency, by its index."""
+        return Elements(
+            edge=self.edge[frequency],
+            mass=self.mass[frequency],
+            edge_change=self.edge_change[frequency],
+            mass_change=self.mass_change[frequency],
+            lateral=self.lateral,
+            lateral_change=self.lateral_change,
+            leak=self.leak[frequency],
+            leak_change=self.leak_change[frequency],
+        )
+
 
 def te_elements(
-    sigma: RealArray, *, thickness_m: RealArray, induction: complex, stencil: Stencil
+    sigma: RealArray, *, thickness_m: RealArray, induction: ComplexArray, stencil: Stencil
 ) -> Elements:
-    """Make the coefficients for a = 1 and b = sigma, (n_z, n_y); thickness_m is (n_z,)."""
+    """Make the coefficients for a = 1 and b = sigma, (n_z, n_y).
+
+    thickness_m is (n_z,), induction i w mu_0 is (n_freq,).
+    """
     h = thickness_m[:, None]
     one = np.ones_like(sigma)
-    leak = _complex(np.sqrt(induction * sigma[-1]))
+    leak = np.sqrt(induction[:, None] * sigma[-1])
+    induced = induction[:, None, None] * sigma
     if stencil is Stencil.PLAIN:
-        edge, mass = _complex(one / h), _complex(induction * sigma * h / 2)
+        edge, mass = _complex(np.broadcast_to(one / h, induced.shape)), induced * h / 2
         changes = (np.zeros_like(edge), -mass)
     else:
-        x = _complex(np.sqrt(induction * sigma) * h)
+        x = _complex(np.sqrt(induced) * h)
         edge, mass, coth, inverse_sinh = _fitted(1 / h, x)
         changes = (-edge / 2 * (1 - coth), -mass / 2 * (1 + inverse_sinh))
     return Elements(
@@ -71,17 +89,21 @@ def te_elements(
 
 
 def tm_elements(
-    rho: RealArray, *, thickness_m: RealArray, induction: complex, stencil: Stencil
+    rho: RealArray, *, thickness_m: RealArray, induction: ComplexArray, stencil: Stencil
 ) -> Elements:
-    """Make the coefficients for a = rho and b = 1, (n_z, n_y); thickness_m is (n_z,)."""
+    """Make the coefficients for a = rho and b = 1, (n_z, n_y).
+
+    thickness_m is (n_z,), induction i w mu_0 is (n_freq,).
+    """
     h = thickness_m[:, None]
-    leak = _complex(np.sqrt(induction * rho[-1]))
+    leak = np.sqrt(induction[:, None] * rho[-1])
+    shape = (len(induction), *rho.shape)
     if stencil is Stencil.PLAIN:
-        edge = _complex(rho / h)
-        mass = _complex(np.broadcast_to(induction * h / 2, rho.shape))
+        edge = _complex(np.broadcast_to(rho / h, shape))
+        mass = np.broadcast_to(induction[:, None, None] * h / 2, shape)
         changes = (edge, np.zeros_like(edge))
     else:
-        x = _complex(np.sqrt(induction / rho) * h)
+        x = _complex(np.sqrt(induction[:, None, None] / rho) * h)
         edge, mass, coth, inverse_sinh = _fitted(rho / h, x)
         changes = (edge / 2 * (1 + coth), mass / 2 * (1 - inverse_sinh))
     return Elements(

@@ -7,18 +7,18 @@ TM:  -div(rho grad Hx) + i w mu_0 Hx = 0 from the highest ground down, with Hx =
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
+import torch
 
 from plait.errors import EarthError
 from plait.magnetotellurics.arrays import ComplexArray, RealArray
 from plait.magnetotellurics.earth import AIR_OHM_M, Mesh
 from plait.magnetotellurics.elements import Elements, Stencil, te_elements, tm_elements
+from plait.magnetotellurics.grid_factor import GridFactor, GridMatrix
 from plait.magnetotellurics.grid_operator import Grid, assemble, make_grid
-from plait.magnetotellurics.linear_solver import Factor, dissection_order, factorize
 from plait.magnetotellurics.receivers import (
     OnNode,
     Receivers,
@@ -28,6 +28,10 @@ from plait.magnetotellurics.receivers import (
     tm_row,
 )
 from plait.magnetotellurics.survey import MU_0
+from plait.magnetotellurics.workers import map_in_threads
+
+# One batch of the factorization. Fitted: more are hardly faster and their factors need memory.
+FREQUENCIES_AT_ONCE = 5
 
 
 class Mode(Enum):
@@ -39,13 +43,17 @@ class Mode(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A mesh with receivers and frequencies; the model comes later."""
+    """A mesh with receivers and frequencies; the model comes later.
+
+    device is where PyTorch factorizes and solves: "cpu", or a GPU by PyTorch's name for it.
+    """
 
     mesh: Mesh
     receivers: Receivers
     frequency_hz: RealArray
     grids: dict[Mode, Grid]
     stencil: Stencil
+    device: str = "cpu"
 
 
 def make_problem(
@@ -55,67 +63,77 @@ def make_problem(
     frequency_hz: RealArray,
     stencil: Stencil = Stencil.FITTED,
     on_node: OnNode = OnNode.MEAN,
+    device: str = "cpu",
 ) -> Problem:
     """Place the receivers and lay out both modes' matrices.
 
     Raises:
-        EarthError: a receiver outside the mesh, frequencies that are not positive.
+        EarthError: a receiver outside the mesh, frequencies that are not positive, a device that
+            PyTorch does not have here or that lacks complex128.
     """
     if (np.asarray(frequency_hz) <= 0).any():
         raise EarthError("frequencies must be positive")
+    try:
+        torch.zeros(1, dtype=torch.complex128, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EarthError(f"device {device!r} cannot be used: {reason}") from error
     return Problem(
         mesh=mesh,
         receivers=place_receivers(mesh, position_m, on_node=on_node),
         frequency_hz=np.asarray(frequency_hz, dtype=float),
         grids={
-            Mode.TE: make_grid(width_m=mesh.width_m, thickness_m=np.diff(mesh.z_m)),
-            Mode.TM: make_grid(width_m=mesh.width_m, thickness_m=mesh.ground_thickness_m),
+            Mode.TE: make_grid(
+                width_m=mesh.width_m, thickness_m=np.diff(mesh.z_m), top_is_given=False
+            ),
+            Mode.TM: make_grid(
+                width_m=mesh.width_m, thickness_m=mesh.ground_thickness_m, top_is_given=True
+            ),
         },
         stencil=stencil,
+        device=device,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModeSolution:
-    """The field of one mode at one frequency, and what derivatives need of it.
+    """The fields of one mode at several frequencies, and what derivatives need of them.
 
     Attributes:
         mode: TE or TM.
-        induction: i w mu_0.
         elements: coefficients of the mode's grid.
-        field: (node_shape) Ex or Hx.
-        factor: of the free nodes' matrix.
-        impedance_ohm: (n_rx,) Zxy or Zyx.
-        tipper: (n_rx,) Hz/Hy, NaN for TM.
-        rows: Ex, Hy and Hz, or Ey alone.
+        field: (n_freq, *node_shape) Ex or Hx.
+        factor: of the free nodes' matrices.
+        impedance_ohm: (n_freq, n_rx) Zxy or Zyx.
+        tipper: (n_freq, n_rx) Hz/Hy, NaN for TM.
+        rows: of each frequency: Ex, Hy and Hz, or Ey alone.
     """
 
     mode: Mode
-    induction: complex
     elements: Elements
     field: ComplexArray
-    factor: Factor
+    factor: GridFactor
     impedance_ohm: ComplexArray
     tipper: ComplexArray
-    rows: tuple[Row, ...]
+    rows: list[tuple[Row, ...]]
 
 
 def solve_mode(
-    problem: Problem, resistivity_ohm_m: RealArray, *, frequency_hz: float, mode: Mode
+    problem: Problem, resistivity_ohm_m: RealArray, *, frequency_hz: RealArray, mode: Mode
 ) -> ModeSolution:
-    """Solve one mode at one frequency.
+    """Solve one mode at several frequencies together.
 
     Args:
         problem: mesh, receivers and grids.
         resistivity_ohm_m: mesh.ground_shape; values in terrain air are ignored.
-        frequency_hz: any positive frequency.
+        frequency_hz: (n_freq,) any positive frequencies.
         mode: TE or TM.
 
     Raises:
         EarthError: a resistivity of the wrong shape, or not positive and finite.
     """
     resistivity = _filled(problem.mesh, resistivity_ohm_m)
-    induction = 2j * np.pi * frequency_hz * MU_0
+    induction = np.asarray(2j * np.pi * MU_0 * np.asarray(frequency_hz), dtype=np.complex128)
     solve = _solve_te if mode is Mode.TE else _solve_tm
     return solve(problem, resistivity, induction)
 
@@ -131,62 +149,70 @@ def _filled(mesh: Mesh, resistivity_ohm_m: RealArray) -> RealArray:
     return filled
 
 
-def _solve_te(problem: Problem, resistivity: RealArray, induction: complex) -> ModeSolution:
+def _solve_te(problem: Problem, resistivity: RealArray, induction: ComplexArray) -> ModeSolution:
     grid, mesh = problem.grids[Mode.TE], problem.mesh
     air = np.full((mesh.num_air, resistivity.shape[1]), 1 / AIR_OHM_M)
     sigma = np.concatenate([air, 1 / resistivity])
     elements = te_elements(
         sigma, thickness_m=grid.thickness_m, induction=induction, stencil=problem.stencil
     )
-    factor = factorize(assemble(grid, elements), grid.order)
-    source = np.zeros(grid.node_shape, dtype=np.complex128)
+    factor = GridFactor(assemble(grid, elements), grid.plan, device=problem.device)
+    source = np.zeros((len(induction), 1, *grid.node_shape), dtype=np.complex128)
     # The flux out of the top is -dEx/dz = i w mu_0 Hy.
-    source[0] = induction * grid.node_width_m
-    field = factor.solve(source.ravel()).reshape(grid.node_shape)
-    electric, magnetic, vertical = te_rows(
-        problem.receivers, grid=grid, elements=elements, field=field, induction=induction
+    source[:, 0, 0] = induction[:, None] * grid.node_width_m
+    field = factor.solve(source)[:, 0]
+    rows = [
+        te_rows(
+            problem.receivers, grid=grid, elements=elements.at(f), field=field[f], induction=i_w_mu
+        )
+        for f, i_w_mu in enumerate(induction)
+    ]
+    ex, hy, hz = (
+        np.array([row[i].value(u) for row, u in zip(rows, field, strict=True)]) for i in range(3)
     )
-    hy = magnetic.value(field)
     return ModeSolution(
         mode=Mode.TE,
-        induction=induction,
         elements=elements,
         field=field,
         factor=factor,
-        impedance_ohm=electric.value(field) / hy,
-        tipper=vertical.value(field) / hy,
-        rows=(electric, magnetic, vertical),
+        impedance_ohm=ex / hy,
+        tipper=hz / hy,
+        rows=list(rows),
     )
 
 
-def _solve_tm(problem: Problem, resistivity: RealArray, induction: complex) -> ModeSolution:
+def _solve_tm(problem: Problem, resistivity: RealArray, induction: ComplexArray) -> ModeSolution:
     grid, mesh = problem.grids[Mode.TM], problem.mesh
     elements = tm_elements(
         resistivity, thickness_m=grid.thickness_m, induction=induction, stencil=problem.stencil
     )
     matrix = assemble(grid, elements)
-    top = grid.node_shape[1]
-    order = dissection_order(grid.node_shape[0] - 1, top)
-    factor = factorize(matrix[top:, top:], order)
-    inner = factor.solve(-matrix[top:, :top] @ np.ones(top))
-    field: ComplexArray = np.ones(grid.node_shape, dtype=np.complex128)
-    field[1:] = inner.reshape(-1, top)
-    row = tm_row(
-        problem.receivers,
-        grid=grid,
-        elements=elements,
-        field=field,
-        first_row=mesh.num_air,
+    factor = GridFactor(
+        GridMatrix(values=matrix.values[:, :, 1:]), grid.plan, device=problem.device
     )
+    field = np.ones((len(induction), *grid.node_shape), dtype=np.complex128)
+    source = np.zeros_like(field[:, None, 1:])
+    source[:, 0, 0] = -matrix.values[:, 2, 0]  # what couples to the given row of ones
+    field[:, 1:] = factor.solve(source)[:, 0]
+    rows = [
+        tm_row(
+            problem.receivers,
+            grid=grid,
+            elements=elements.at(f),
+            field=field[f],
+            first_row=mesh.num_air,
+        )
+        for f in range(len(induction))
+    ]
+    impedance = np.array([row.value(u) for row, u in zip(rows, field, strict=True)])
     return ModeSolution(
         mode=Mode.TM,
-        induction=induction,
         elements=elements,
         field=field,
         factor=factor,
-        impedance_ohm=row.value(field),
-        tipper=np.full(problem.receivers.num_receivers, np.nan + 0j),
-        rows=(row,),
+        impedance_ohm=impedance,
+        tipper=np.full(impedance.shape, np.nan + 0j),
+        rows=[(row,) for row in rows],
     )
 
 
@@ -216,18 +242,18 @@ def respond(
     """
     shape = (len(problem.frequency_hz), problem.receivers.num_receivers)
     te, tm, tipper = (np.full(shape, np.nan + 0j) for _ in range(3))
-    tasks = [(f, mode) for f in range(shape[0]) for mode in modes]
+    starts = range(0, shape[0], FREQUENCIES_AT_ONCE)
+    tasks = [(slice(f, f + FREQUENCIES_AT_ONCE), mode) for mode in modes for f in starts]
 
-    def one(task: tuple[int, Mode]) -> None:
-        f, mode = task
+    def one(task: tuple[slice, Mode]) -> None:
+        chosen, mode = task
         solution = solve_mode(
-            problem, resistivity_ohm_m, frequency_hz=problem.frequency_hz[f], mode=mode
+            problem, resistivity_ohm_m, frequency_hz=problem.frequency_hz[chosen], mode=mode
         )
         if mode is Mode.TE:
-            te[f], tipper[f] = solution.impedance_ohm, solution.tipper
+            te[chosen], tipper[chosen] = solution.impedance_ohm, solution.tipper
         else:
-            tm[f] = solution.impedance_ohm
+            tm[chosen] = solution.impedance_ohm
 
-    with ThreadPoolExecutor(max_workers=num_workers) as pool:
-        list(pool.map(one, tasks))
+    map_in_threads(one, tasks, num_workers=num_workers)
     return Responses(te_impedance_ohm=te, tm_impedance_ohm=tm, tipper=tipper)

@@ -28,6 +28,7 @@ class ForwardJob:
         num_frequencies: equally spaced in the logarithm.
         max_frequency_hz, min_frequency_hz: their ends.
         num_workers: threads.
+        device: where PyTorch factorizes: "cpu" or a GPU, "cuda".
     """
 
     model: str
@@ -37,6 +38,7 @@ class ForwardJob:
     max_frequency_hz: float = 100.0
     min_frequency_hz: float = 1e-3
     num_workers: int = 2
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not (1 <= self.num_stations <= _MOST and 1 <= self.num_frequencies <= _MOST):
@@ -67,7 +69,12 @@ def run_forward(job: ForwardJob) -> ForwardRun:
         wanted = _everywhere(job, mesh.y_m, mesh.width_m)
     else:
         wanted = read_observations(job.survey, settings=ProfileSettings())
-    problem = make_problem(mesh, position_m=wanted.position_m, frequency_hz=wanted.frequency_hz)
+    problem = make_problem(
+        mesh,
+        position_m=wanted.position_m,
+        frequency_hz=wanted.frequency_hz,
+        device=job.device,
+    )
     rho = model.resistivity_ohm_m()
     values = predict(problem, rho, wanted, num_workers=job.num_workers)
     return ForwardRun(

@@ -7,31 +7,30 @@ symmetric and no boundary value depends on the model.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from plait.magnetotellurics.arrays import AnyArray, ComplexArray, IndexArray, RealArray
+from plait.magnetotellurics.arrays import AnyArray, ComplexArray, RealArray
+from plait.magnetotellurics.dissection import Dissection, dissect
 from plait.magnetotellurics.elements import Elements
-from plait.magnetotellurics.linear_solver import dissection_order, sparse
+from plait.magnetotellurics.grid_factor import GridMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Cell sizes of the rows and columns on which one mode lives, and the fixed sparsity.
+    """Cell sizes of the rows and columns on which one mode lives.
 
     Attributes:
         width_m: (n_y,).
         thickness_m: (n_z,).
-        rows, columns: where the matrix entries of _entries stand.
-        order: fill-reducing order of the nodes.
+        first_free_row: 1 where the field of the top row of nodes is given, else 0.
+        plan: how the rows of nodes from there on are eliminated.
     """
 
     width_m: RealArray
     thickness_m: RealArray
-    rows: IndexArray
-    columns: IndexArray
-    order: IndexArray
+    first_free_row: int
+    plan: Dissection
 
     @property
     def node_shape(self) -> tuple[int, int]:
@@ -47,84 +46,77 @@ class Grid:
         return owned
 
 
-def make_grid(*, width_m: RealArray, thickness_m: RealArray) -> Grid:
-    """Number the nodes row by row and lay out the sparsity once."""
-    shape = (len(thickness_m) + 1, len(width_m) + 1)
-    node = np.arange(shape[0] * shape[1]).reshape(shape)
-    left, right = node[:, :-1].ravel(), node[:, 1:].ravel()
-    upper, lower = node[:-1].ravel(), node[1:].ravel()
-    diagonal = node.ravel()
+def make_grid(*, width_m: RealArray, thickness_m: RealArray, top_is_given: bool) -> Grid:
+    """Plan the elimination of the nodes once."""
+    first = 1 if top_is_given else 0
     return Grid(
         width_m=np.asarray(width_m),
         thickness_m=np.asarray(thickness_m),
-        rows=np.concatenate([left, right, upper, lower, diagonal]),
-        columns=np.concatenate([right, left, lower, upper, diagonal]),
-        order=dissection_order(*shape),
+        first_free_row=first,
+        plan=dissect(len(thickness_m) + 1 - first, len(width_m) + 1),
     )
 
 
-def assemble(grid: Grid, elements: Elements) -> Any:
-    """Assemble the symmetric matrix, (n_nodes, n_nodes) complex, without flux at sides and top."""
+def assemble(grid: Grid, elements: Elements) -> GridMatrix:
+    """Assemble the symmetric matrices of all nodes, without flux at the sides and the top."""
     width, thickness = grid.width_m, grid.thickness_m
-    across = np.zeros((len(thickness) + 1, len(width)))
+    values = np.zeros((len(elements.edge), 3, *grid.node_shape), dtype=np.complex128)
+    diagonal, across, down = values[:, 0], values[:, 1, :, :-1], values[:, 2, :-1]
     share = elements.lateral * (thickness[:, None] / 2) / width
-    across[:-1] += share
-    across[1:] += share
-    down = np.zeros((len(thickness), len(width) + 1), dtype=np.complex128)
+    across[:, :-1] -= share
+    across[:, 1:] -= share
     share = elements.edge * (width / 2)
-    down[:, :-1] += share
-    down[:, 1:] += share
-    diagonal = _to_nodes(elements.mass * (width / 2), elements.leak * (width / 2))
-    diagonal[:, :-1] += across
-    diagonal[:, 1:] += across
-    diagonal[:-1] += down
-    diagonal[1:] += down
-    across, down = -across.ravel(), -down.ravel()
-    values = np.concatenate([across, across, down, down, diagonal.ravel()])
-    size = diagonal.size
-    return sparse.csr_array((values, (grid.rows, grid.columns)), shape=(size, size))
+    down[:, :, :-1] -= share
+    down[:, :, 1:] -= share
+    diagonal += _to_nodes(elements.mass * (width / 2), elements.leak * (width / 2))
+    diagonal[:, :, :-1] -= across
+    diagonal[:, :, 1:] -= across
+    diagonal[:, :-1] -= down
+    diagonal[:, 1:] -= down
+    return GridMatrix(values=values)
 
 
 def _to_nodes(quarter: AnyArray, leak: AnyArray) -> ComplexArray:
     """Add each cell's quarter to its four nodes, and the leak of the last row to its two."""
-    nodes = np.zeros((quarter.shape[0] + 1, quarter.shape[1] + 1), dtype=np.complex128)
-    nodes[:-1, :-1] += quarter
-    nodes[:-1, 1:] += quarter
-    nodes[1:, :-1] += quarter
-    nodes[1:, 1:] += quarter
-    nodes[-1, :-1] += leak
-    nodes[-1, 1:] += leak
+    num_rows, num_columns = quarter.shape[-2:]
+    nodes = np.zeros((*quarter.shape[:-2], num_rows + 1, num_columns + 1), dtype=np.complex128)
+    nodes[..., :-1, :-1] += quarter
+    nodes[..., :-1, 1:] += quarter
+    nodes[..., 1:, :-1] += quarter
+    nodes[..., 1:, 1:] += quarter
+    nodes[..., -1, :-1] += leak
+    nodes[..., -1, 1:] += leak
     return nodes
 
 
 def derivative_by_cells(
     grid: Grid, elements: Elements, *, field: ComplexArray, adjoint: ComplexArray
 ) -> ComplexArray:
-    """Give l^T (dA / d ln rho of each cell) u.
+    """Give l^T (dA / d ln rho of each cell) u at one frequency.
 
     Args:
         grid: the nodes.
-        elements: the coefficients at the present model.
+        elements: the coefficients at the present model, of this frequency.
         field: u, node_shape.
-        adjoint: l, (n, *node_shape).
+        adjoint: l, node_shape; one at a time, so that everything stays in a core's cache.
 
     Returns:
-        (n, n_z, n_y).
+        (n_z, n_y).
     """
     half_width = grid.width_m / 2
     product = adjoint * field
-    corners = product[:, :-1, :-1] + product[:, :-1, 1:]
-    corners += product[:, 1:, :-1]
-    corners += product[:, 1:, 1:]
-    found = corners * (elements.mass_change * half_width)
-    down = np.diff(adjoint, axis=1) * np.diff(field, axis=0)
-    found += (down[:, :, :-1] + down[:, :, 1:]) * (elements.edge_change * half_width)
+    pairs = product[:, :-1] + product[:, 1:]
+    found = pairs[:-1] + pairs[1:]
+    found *= elements.mass_change * half_width
+    down = (adjoint[1:] - adjoint[:-1]) * (field[1:] - field[:-1])
+    pairs_down = down[:, :-1] + down[:, 1:]
+    pairs_down *= elements.edge_change * half_width
+    found += pairs_down
     if elements.lateral_change.any():
-        across = np.diff(adjoint, axis=2) * np.diff(field, axis=1)
+        across = (adjoint[:, 1:] - adjoint[:, :-1]) * (field[:, 1:] - field[:, :-1])
         lateral = elements.lateral_change * grid.thickness_m[:, None] / (2 * grid.width_m)
-        found += (across[:, :-1] + across[:, 1:]) * lateral
-    leak = elements.leak_change * half_width
-    found[:, -1] += leak * (product[:, -1, :-1] + product[:, -1, 1:])
+        found += (across[:-1] + across[1:]) * lateral
+    found[-1] += elements.leak_change * half_width * pairs[-1]
     return found
 
 

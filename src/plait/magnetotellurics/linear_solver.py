@@ -1,86 +1,76 @@
-"""Sparse complex symmetric solves: the only file that uses SciPy by name.
+"""Dense and sparse algebra of inversions: the only file that uses SciPy by name.
 
-SuperLU needs an ordering that keeps its factors small. On our rectangles of nodes nested dissection
-is simple to state and fills less than minimum degree, so the order is made here once for a mesh.
+Roughness matrices are sparse, and what is divided by them has thousands of columns. In the order of
+reverse Cuthill and McKee [George and Liu 1981, section 4.4] such a matrix is a narrow band, which
+is a chain of dense blocks, so that all columns are divided by matrix products.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from plait.magnetotellurics.arrays import AnyArray, IndexArray
+from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.optional_module import OptionalModule
 
-_FOR = "2-D magnetotelluric modelling"
+_FOR = "magnetotelluric inversion"
 dense: Any = OptionalModule("scipy.linalg", needed_for=_FOR)
 sparse: Any = OptionalModule("scipy.sparse", needed_for=_FOR)
-_sparse_linalg: Any = OptionalModule("scipy.sparse.linalg", needed_for=_FOR)
+_graphs: Any = OptionalModule("scipy.sparse.csgraph", needed_for=_FOR)
 
-__all__ = ["Factor", "dense", "dissection_order", "factorize", "factorize_real", "sparse"]
+__all__ = ["BandFactor", "dense", "sparse"]
+
+_SMALLEST_BLOCK = 32  # smaller blocks cost more calls than they save arithmetic
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factor:
-    """An LU factorization of a permuted symmetric matrix."""
+class BandFactor:
+    """The Cholesky factor, R = L L^T after reordering, of a sparse positive definite matrix."""
 
-    lu: Any
-    order: IndexArray
+    def __init__(self, matrix: Any) -> None:
+        """Factorize; matrix is real symmetric positive definite, (n, n) in any sparse form.
 
-    def solve(self, right_hand_sides: AnyArray) -> AnyArray:
-        """Solve A x = b for b of shape (n,) or (n, k); A is symmetric, so this serves A^T too."""
-        solution = np.empty(right_hand_sides.shape, dtype=np.complex128)
-        solution[self.order] = self.lu.solve(
-            np.ascontiguousarray(right_hand_sides[self.order], dtype=np.complex128)
-        )
+        Raises:
+            numpy.linalg.LinAlgError: a matrix that is not positive definite.
+        """
+        matrix = sparse.csr_array(matrix)
+        order = _graphs.reverse_cuthill_mckee(matrix, symmetric_mode=True)
+        self._order = np.asarray(order, dtype=np.int64)
+        permuted = sparse.coo_array(matrix[self._order][:, self._order])
+        reach = int(np.abs(permuted.row - permuted.col).max(initial=0))
+        size = max(reach, _SMALLEST_BLOCK)
+        starts = range(0, matrix.shape[0], size)
+        self._blocks = [slice(start, min(start + size, matrix.shape[0])) for start in starts]
+        permuted = sparse.csr_array(permuted)
+        # Of each block: the inverse of its own triangle, and what ties it to the block before it.
+        self._inverse: list[RealArray] = []
+        self._tie: list[RealArray] = []
+        for i, block in enumerate(self._blocks):
+            own = permuted[block, block].toarray()
+            tie = np.zeros((len(own), 0))
+            if i:
+                between = permuted[block, self._blocks[i - 1]].toarray()
+                tie = between @ self._inverse[-1].T
+                own -= tie @ tie.T
+            triangle = dense.cholesky(own, lower=True)
+            self._inverse.append(dense.solve_triangular(triangle, np.eye(len(own)), lower=True))
+            self._tie.append(tie)
+
+    def whiten(self, right_hand_sides: RealArray) -> RealArray:
+        """Give Y = L^-1 P B for B (n, k), P the reordering, so that Y^T Y = B^T R^-1 B."""
+        found = np.array(right_hand_sides[self._order], dtype=float)
+        for i, block in enumerate(self._blocks):
+            if i:
+                found[block] -= self._tie[i] @ found[self._blocks[i - 1]]
+            found[block] = self._inverse[i] @ found[block]
+        return found
+
+    def solve(self, right_hand_sides: RealArray) -> RealArray:
+        """Solve R x = b for b of shape (n,) or (n, k)."""
+        found = self.whiten(right_hand_sides)
+        for i in reversed(range(len(self._blocks))):
+            block = self._blocks[i]
+            if i + 1 < len(self._blocks):
+                found[block] -= self._tie[i + 1].T @ found[self._blocks[i + 1]]
+            found[block] = self._inverse[i].T @ found[block]
+        solution = np.empty_like(found)
+        solution[self._order] = found
         return solution
-
-
-def factorize(matrix: Any, order: IndexArray) -> Factor:
-    """Factorize a complex symmetric sparse matrix, rows and columns taken in this order."""
-    permuted = sparse.csc_array(matrix.tocsr()[order][:, order])
-    # The matrices are diagonally strong (stiffness plus i times mass), so that pivoting off the
-    # diagonal is not needed and would destroy the order.
-    lu = _sparse_linalg.splu(
-        permuted,
-        permc_spec="NATURAL",
-        diag_pivot_thresh=0.0,
-        options={"SymmetricMode": True, "Equil": False},
-    )
-    return Factor(lu=lu, order=order)
-
-
-def factorize_real(matrix: Any) -> Any:
-    """Factorize a real sparse symmetric positive definite matrix; the result has solve(b)."""
-    return _sparse_linalg.splu(
-        sparse.csc_array(matrix),
-        permc_spec="MMD_AT_PLUS_A",
-        diag_pivot_thresh=0.0,
-        options={"SymmetricMode": True},
-    )
-
-
-def dissection_order(num_rows: int, num_columns: int, *, leaf: int = 12) -> IndexArray:
-    """Give a nested dissection of a rectangle of nodes, numbered row by row [George 1973]."""
-    index = np.arange(num_rows * num_columns).reshape(num_rows, num_columns)
-    parts: list[AnyArray] = []
-    _dissect(index, leaf, parts)
-    return np.concatenate(parts)
-
-
-def _dissect(block: AnyArray, leaf: int, parts: list[AnyArray]) -> None:
-    rows, columns = block.shape
-    if rows * columns <= leaf * leaf or min(rows, columns) < 3:
-        # Along the longer side, so that the leaf is a thin band.
-        parts.append(block.ravel() if rows > columns else block.T.ravel())
-        return
-    if columns >= rows:
-        middle = columns // 2
-        _dissect(block[:, :middle], leaf, parts)
-        _dissect(block[:, middle + 1 :], leaf, parts)
-        parts.append(block[:, middle])
-    else:
-        middle = rows // 2
-        _dissect(block[:middle], leaf, parts)
-        _dissect(block[middle + 1 :], leaf, parts)
-        parts.append(block[middle])

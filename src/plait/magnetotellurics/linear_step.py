@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from plait.magnetotellurics.arrays import RealArray
-from plait.magnetotellurics.linear_solver import dense, factorize_real
+from plait.magnetotellurics.linear_solver import BandFactor, dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,14 @@ class LinearStep:
     reference: RealArray
 
     @cached_property
-    def _smoothed(self) -> RealArray:
-        """R^-1 J^T, (n_parameters, n_data)."""
-        return factorize_real(self.roughness).solve(np.ascontiguousarray(self.jacobian.T))
+    def _factor(self) -> BandFactor:
+        return BandFactor(self.roughness)
 
     @cached_property
     def _gram(self) -> RealArray:
         """J R^-1 J^T, (n_data, n_data)."""
-        gram = self.jacobian @ self._smoothed
-        return (gram + gram.T) / 2
+        whitened = self._factor.whiten(self.jacobian.T)
+        return whitened.T @ whitened  # one triangle is computed and mirrored
 
     @property
     def largest_trade_off(self) -> float:
@@ -70,6 +69,8 @@ class LinearStep:
         return self._solve(self.root_weight * residual + ahead, trade_off)
 
     def _solve(self, wanted: RealArray, trade_off: float) -> RealArray:
-        matrix = self._gram + trade_off * np.eye(len(wanted))
+        matrix = self._gram.copy()
+        matrix[np.diag_indices_from(matrix)] += trade_off
         factor = dense.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-        return self.reference + self._smoothed @ dense.cho_solve(factor, wanted)
+        weights = dense.cho_solve(factor, wanted)
+        return self.reference + self._factor.solve(self.jacobian.T @ weights)

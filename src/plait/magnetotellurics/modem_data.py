@@ -1,7 +1,6 @@
 """Read and write ModEM data files for 2-D: TE and TM impedances and the TE tipper.
 
-Source: Kelbert et al. 2014, Computers & Geosciences 66, 40-53, and ModEM's user guide, "data
-files": blocks of six lines that begin with ">", then one row per period, site and component.
+The form of the blocks is in modem_block.py; 3-D files are read by modem_3d_data.py.
 """
 
 from pathlib import Path
@@ -10,21 +9,15 @@ import numpy as np
 
 from plait.errors import SurveyError
 from plait.magnetotellurics.impedance_table import ImpedanceTable
+from plait.magnetotellurics.modem_block import block_starts, read_header, read_rows
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.survey import MU_0
-from plait.magnetotellurics.text_lines import TextLines, read_text_lines
+from plait.magnetotellurics.text_lines import read_text_lines
 
 _REAL_PART = {
     "TE_IMPEDANCE": Component.TE_REAL,
     "TM_IMPEDANCE": Component.TM_REAL,
     "TX_TIPPER": Component.TIPPER_REAL,
-}
-_SI_PER_UNIT = {
-    "[V/M]/[T]": MU_0,
-    "[MV/KM]/[NT]": MU_0 * 1e3,
-    "[V/M]/[A/M]": 1.0,
-    "OHM": 1.0,
-    "[]": 1.0,
 }
 
 
@@ -41,89 +34,27 @@ def read_modem_data(path: str | Path) -> Observations:
     lines = read_text_lines(path)
     table = ImpedanceTable()
     notes: list[str] = []
-    number = 1
-    while number <= lines.num_lines:
-        if not lines.line(number).strip() or lines.line(number).lstrip().startswith("#"):
-            number += 1
-            continue
-        number = _read_block(lines, number, table, notes)
+    end = 1
+    for number in block_starts(lines):
+        header = read_header(lines, number, kinds=_REAL_PART)
+        rows, end = read_rows(lines, header, is_complex=True)
+        for row in rows:
+            table.add(
+                frequency_hz=1 / row.period_s,
+                name=row.site,
+                position_m=row.place_m[1],
+                real=_REAL_PART[header.kind],
+                value=row.value,
+                error=row.error,
+            )
+        full = header.num_periods * header.num_sites
+        if len(rows) > full:
+            lines.fail(end - 1, f"{header.kind}: {len(rows)} rows, expected at most {full}")
+        if len(rows) < full:
+            notes.append(f"{header.kind}: {full - len(rows)} of {full} rows are absent")
     if not table.rows:
         lines.fail(lines.num_lines, "no data rows")
     return table.observations(tuple(notes))
-
-
-def _read_block(lines: TextLines, number: int, table: ImpedanceTable, notes: list[str]) -> int:
-    header = []
-    for offset in range(6):
-        text = lines.line(number + offset).strip()
-        if not text.startswith(">"):
-            lines.fail(number + offset, "expected one of the six header lines that begin with '>'")
-        header.append(text[1:].strip())
-    kind = header[0].upper()
-    if kind not in _REAL_PART:
-        lines.fail(number, f"unknown data type {header[0]!r}, expected {', '.join(_REAL_PART)}")
-    sign = header[1].replace(" ", "").replace("\\omega", "w").lower()
-    if sign not in {"exp(-iwt)", "exp(+iwt)", "exp(iwt)"}:
-        lines.fail(number + 1, f"unknown sign convention {header[1]!r}")
-    unit = header[2].replace(" ", "").upper()
-    if unit not in _SI_PER_UNIT:
-        lines.fail(number + 2, f"unknown unit {header[2]!r}, expected {', '.join(_SI_PER_UNIT)}")
-    counts = header[5].split()
-    if len(counts) != 2:
-        lines.fail(number + 5, "expected the numbers of periods and sites")
-    expected = tuple(lines.whole(number + 5, word, what="count") for word in counts)
-    factor, conjugate = _SI_PER_UNIT[unit], "-" in sign
-    first = number + 6
-    number = first
-    seen: set[tuple[str, str]] = set()
-    while number <= lines.num_lines and not lines.line(number).lstrip().startswith(("#", ">")):
-        words = lines.line(number).split()
-        if words:
-            key = _add_row(lines, number, words, _REAL_PART[kind], factor, conjugate, table)
-            if key in seen:
-                lines.fail(number, f"period {key[0]} s and site {key[1]} stand twice")
-            seen.add(key)
-        number += 1
-    found = (len({key[0] for key in seen}), len({key[1] for key in seen}))
-    if found != expected:
-        lines.fail(
-            number - 1,
-            f"{kind} announces {expected[0]} periods and {expected[1]} sites and holds "
-            f"{found[0]} and {found[1]}",
-        )
-    absent = expected[0] * expected[1] - len(seen)
-    if absent:
-        notes.append(f"{kind}: {absent} of {expected[0] * expected[1]} rows are absent")
-    return number
-
-
-def _add_row(
-    lines: TextLines,
-    number: int,
-    words: list[str],
-    real: Component,
-    factor: float,
-    conjugate: bool,
-    table: ImpedanceTable,
-) -> tuple[str, str]:
-    if len(words) != 11:
-        lines.fail(number, f"a row holds {len(words)} words, expected 11")
-    period = lines.number(number, words[0], what="period")
-    if period <= 0:
-        lines.fail(number, f"the period {period} s is not positive")
-    numbers = [lines.number(number, words[i], what="datum") for i in (8, 9)]
-    error = lines.number(number, words[10], what="error")
-    if error <= 0:
-        lines.fail(number, f"the error {error} is not positive")
-    table.add(
-        frequency_hz=1 / period,
-        name=words[1],
-        position_m=lines.number(number, words[5], what="Y"),
-        real=real,
-        value=complex(numbers[0], -numbers[1] if conjugate else numbers[1]) * factor,
-        error=error * factor,
-    )
-    return words[0], words[1]
 
 
 def write_modem_data(path: str | Path, observations: Observations, *, title: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from plait.magnetotellurics.arrays import RealArray
-from plait.magnetotellurics.linear_solver import dense, factorize_real
+from plait.magnetotellurics.linear_solver import BandFactor, dense
 from plait.magnetotellurics.linear_step import LinearStep
 
 _BLOCK = 500  # columns of R^-1 at once
@@ -33,7 +33,7 @@ class Posterior:
 
 def posterior_of(step: LinearStep, *, trade_off: float) -> Posterior:
     """Compute the diagonal of the posterior covariance and the index, near the step's model."""
-    factor = factorize_real(step.roughness)
+    factor = BandFactor(step.roughness)
     smoothed = factor.solve(np.ascontiguousarray(step.jacobian.T))
     gram = step.jacobian @ smoothed
     gram = (gram + gram.T) / 2 + trade_off * np.eye(len(gram))

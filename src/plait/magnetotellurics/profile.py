@@ -139,8 +139,8 @@ def observations_of(survey: Survey, *, settings: ProfileSettings) -> Observation
     """Rotate, project and merge a survey into log10 rho, phase and tipper data.
 
     Every station keeps its own frequencies; equal ones (within the tolerance) share an index. The
-    notes of the result say what is absent, which errors were raised, and how far stations lie off
-    the line.
+    notes of the result say what the readers dropped, what is absent, which errors were raised, and
+    how far stations lie off the line.
 
     Raises:
         SurveyError: no coordinates, or no data left.
@@ -149,7 +149,8 @@ def observations_of(survey: Survey, *, settings: ProfileSettings) -> Observation
     order = np.argsort(profile.distance_m)
     stations = [rotated(survey.stations[int(i)], x_azimuth_deg=settings.strike_deg) for i in order]
     frequency = _merged_frequencies(stations, settings.frequency_tolerance)
-    notes = [f"stations lie up to {np.abs(profile.offset_m).max():.0f} m off the line"]
+    farthest = np.abs(profile.offset_m).max()
+    notes = [*survey.report, f"stations lie up to {farthest:.0f} m off the line"]
     rows: list[tuple[int, int, int, float, float]] = []
     for receiver, station in enumerate(stations):
         index = [int(np.argmin(np.abs(np.log(frequency / f)))) for f in station.frequency_hz]

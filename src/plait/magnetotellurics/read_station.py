@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from plait.errors import SurveyError, nearest_name
+from plait.magnetotellurics.avg_file import read_avg_file
 from plait.magnetotellurics.edi import read_edi
 from plait.magnetotellurics.emtf_xml import read_emtf_xml
 from plait.magnetotellurics.j_file import read_j_file
@@ -17,6 +18,7 @@ READERS = {
     ".zrr": read_z_file,
     ".zss": read_z_file,
     ".j": read_j_file,
+    ".avg": read_avg_file,
 }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from plait.errors import SurveyError
+from plait.magnetotellurics.modem_3d_data import MODEM_3D_KINDS, read_modem_3d_data
 from plait.magnetotellurics.modem_data import read_modem_data
 from plait.magnetotellurics.mt2d_data import read_mt2d_data
 from plait.magnetotellurics.observations import Component, Observations, as_log_data
@@ -17,9 +18,10 @@ def read_observations(path: str | Path, *, settings: ProfileSettings) -> Observa
     """Read log10 rho, phase and tipper data of a profile.
 
     Args:
-        path: an MT2DData, Occam2D or ModEM 2-D data file, told apart by their first lines; or a
+        path: an MT2DData, Occam2D or ModEM data file, told apart by their first lines; or a
             folder, all of whose station files (EDI, EMTF XML, Z, J) are taken.
-        settings: strike, modes and floors of a folder of stations; a data file has its own.
+        settings: strike, modes and floors of a folder of stations or a ModEM 3-D file, whose
+            stations are projected onto their line; a 2-D file has its own.
 
     Raises:
         SurveyError: nothing that can be read, or whatever the format's reader finds.
@@ -38,11 +40,13 @@ def read_observations(path: str | Path, *, settings: ProfileSettings) -> Observa
         observations = read_mt2d_data(path)
     elif "OCCAM2MTDATA" in head:
         observations = read_occam2d_data(path)
-    elif "IMPEDANCE" in head and ">" in head:
+    elif any(kind in head for kind in MODEM_3D_KINDS):
+        return observations_of(read_modem_3d_data(path).survey, settings=settings)
+    elif ("IMPEDANCE" in head or "TX_TIPPER" in head) and ">" in head:
         observations = read_modem_data(path)
     else:
         raise SurveyError(
-            f"{path}: not an MT2DData, Occam2D or ModEM 2-D data file; give a folder of stations "
+            f"{path}: not an MT2DData, Occam2D or ModEM data file; give a folder of stations "
             "for EDI, EMTF XML, Z or J files"
         )
     is_parts = (observations.component < Component.TIPPER_REAL) & (observations.component % 4 >= 2)
