@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from torch import fx
 from torch._dynamo import exc
@@ -80,8 +81,8 @@ def plait_backend(
     for name in options:
         if name not in _OPTIONS:
             raise ConfigError(f"there is no option {name!r}. {nearest_name(name, _OPTIONS)}")
-    level, replicas = str(options.get("level", "O0")), options.get("replicas", 1)
-    return _backend_of(level, replicas)(module, inputs)
+    replicas: Any = options.get("replicas", 1)
+    return _backend_of(str(options.get("level", "O0")), replicas)(module, inputs)
 
 
 class Backend:

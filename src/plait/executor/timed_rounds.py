@@ -54,22 +54,24 @@ def example_inputs(schedule: Schedule, *, vocab_size: int, seed: int = 0) -> lis
             continue
         if value.dtype is None or not value.dtype.is_floating_point:
             x = torch.randint(0, vocab_size, value.shape, generator=generator)
-            made.append(x.to(value.dtype))
         elif len(value.shape) < 2:
-            made.append(torch.ones(value.shape, dtype=value.dtype))
+            x = torch.ones(value.shape)
         else:
             x = torch.randn(value.shape, generator=generator) * value.shape[-1] ** -0.5
-            made.append(x.to(value.dtype))
+        made.append(x.to(value.device, value.dtype))
         made[-1].requires_grad_(value.role is Role.PARAMETER)
     return made
 
 
 def timed_step(runnable: Runnable, inputs: Sequence[Tensor]) -> Seconds:
-    """Run forward and backward of a step, and say what each took."""
+    """Run forward and backward of a step, and say what each took, on its device too."""
     assert runnable.backward is not None
+    finish = torch.cuda.synchronize if any(x.is_cuda for x in inputs) else lambda: None
     with torch.no_grad():
+        finish()
         began_s = time.perf_counter()
         yielded = runnable.forward(list(inputs))
+        finish()
         forward_s = time.perf_counter() - began_s
         results = yielded[: runnable.num_results]
         box = runnable.saved(inputs, yielded[runnable.num_results :])
@@ -77,6 +79,7 @@ def timed_step(runnable: Runnable, inputs: Sequence[Tensor]) -> Seconds:
         del yielded, results
         began_s = time.perf_counter()
         runnable.backward(box)
+        finish()
         return {"forward": forward_s, "backward": time.perf_counter() - began_s}
 
 
