@@ -285,6 +285,17 @@ def test_every_kind_of_bad_row_is_named_or_counted(job, tmp_path, line, reason):
     assert any("1 rows of" in text and "bad.jsonl:11" in text for text in told)
 
 
+def test_fields_that_are_not_read_are_said_and_counted(job, tmp_path):
+    rows = [{**row, "source": "here", "name": None} for row in chat_rows()]
+    rows[0]["prompt"] = "beside messages this is not read either"
+    told = []
+    job = replace(job, data=write_rows(tmp_path / "more.jsonl", rows), num_steps=1)
+    run, _ = _run(job, tmp_path / "run", on_stage=told.append)
+    facts = json.loads(run.data.read_text())["train"]
+    assert facts["unread_fields"] == {"source": 10, "name": 10, "prompt": 1}
+    assert any("fields that are not read: source, name, prompt" in text for text in told)
+
+
 def test_a_template_that_does_not_fit_names_the_row(job, tmp_path):
     (tmp_path / "strict.jinja").write_text(
         "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
