@@ -349,3 +349,21 @@ def test_the_command_refuses_what_it_does_not_know(folder, tmp_path, setting, me
     result = _command(folder, data, "--set", setting, "--out", str(tmp_path / "run"))
     assert message in str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data=none.jsonl", "none.jsonl does not exist"),
+        ("sequence_length=999", "more than the 128 positions"),
+        ("template=none.jinja", "neither 'plain' nor a file"),
+        ("model=.", "has no config.json"),
+    ],
+)
+def test_a_run_that_could_not_begin_leaves_nothing_behind(folder, tmp_path, setting, message):
+    data = write_rows(tmp_path / "chat.jsonl", chat_rows())
+    result = _command(folder, data, "--set", setting, "--out", str(tmp_path / "run"))
+    assert message in str(result.exception)
+    assert not (tmp_path / "run").exists()
+    again = _command(folder, data, "--out", str(tmp_path / "run"))
+    assert again.exit_code == 0, again.output

@@ -53,6 +53,7 @@ def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Wa
             sequence_length=job.sequence_length,
             pack=job.pack and job.objective == "sft",
             pad=pad,
+            source=data,
         )
         if problems.count:
             watch.on_stage(
@@ -139,11 +140,11 @@ def _template(folder: Path, name: str) -> ChatTemplate | None:
 
 def _copy_tokenizer(job: TuningJob, model_folder: Path, run: RunFolder) -> None:
     """Take the tokenizer along; a template that was named becomes the model's own."""
+    load_tokenizer(model_folder)
     run.tokenizer.mkdir(exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, run.tokenizer / name)
-    load_tokenizer(run.tokenizer)
     if job.template:
         source = choose_chat_template(model_folder, job.template).source
         write_text(run.tokenizer / "chat_template.jinja", source)
