@@ -24,10 +24,11 @@ FULL = ["method=full", "sequence_length=512", "batch_size=4", "micro_batch_size=
 def instructions() -> list[dict]:
     """Ask for each public function of the library what its documentation string begins with."""
     rows = []
-    for document in find_corpus("stdlib", CorpusSettings(), split=False).heldout:
+    documents = find_corpus("stdlib", CorpusSettings(), split=False).heldout
+    for document in (each for each in documents if "test" not in each.name):
         for node in ast.walk(ast.parse(document.read_bytes())):
             text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
-            if text and "test" not in document.name and not node.name.startswith("_"):
+            if text and not node.name.startswith("_"):
                 question = f"What does {node.name} in {document.name} do?\n"
                 rows.append({"prompt": question, "completion": text.split("\n")[0]})
     return random.Random(0).sample(rows, len(rows))

@@ -221,3 +221,8 @@ def cache_folder() -> Path | None:
         return Path(given) if given else None
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "plait" / "schedules"
+
+
+def encode_on_one_thread() -> None:
+    """Keep `tokenizers` from starting a thread for each core, in a process of which many run."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

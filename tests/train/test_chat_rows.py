@@ -108,6 +108,10 @@ BAD = {
     "no list": ({"messages": "hi"}, "'messages' is 'hi', not a list of messages"),
     "no object": ({"messages": ["hi"]}, "message 0 of 'messages' is 'hi', not an object"),
     "no role": ({"messages": [{"content": "hi"}]}, "has no text 'role'"),
+    "more than is read": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]}]},
+        "message 0 of 'messages' has 'tool_calls' beside role and content, which is not read",
+    ),
     "no answer": (
         {"messages": [{"role": "user", "content": "hi"}]},
         "no message is the assistant's",

@@ -241,6 +241,21 @@ def test_a_device_is_known_by_its_name():
     assert peak_of("GeForce 256") is None
 
 
+def test_a_damaged_run_hides_no_other(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (2, 10):
+        _run(replace(job, num_steps=1), tmp_path / "runs" / f"stdlib_demo-{number}")
+    broken = tmp_path / "runs" / "stdlib_demo-3"
+    RunFolder(broken).write_job(job)
+    (broken / "metrics.jsonl").write_text('{"step": 1, "loss": 2\n{"step": 2}\n')
+    result = CliRunner().invoke(app, ["runs"])
+    names = [line.split()[0] for line in result.stdout.splitlines()[1:]]
+    assert names == ["runs/stdlib_demo-2", "runs/stdlib_demo-10"]
+    assert "metrics.jsonl:1 is no record of a step" in result.stderr
+    named = CliRunner().invoke(app, ["runs", str(broken)])
+    assert "metrics.jsonl:1 is no record" in str(named.exception)
+
+
 def test_runs_are_listed_and_compared(job, tmp_path):
     first = _run(job, tmp_path / "first")
     other = replace(job, seed=1, optimizer=replace(job.optimizer, schedule="wsd"))

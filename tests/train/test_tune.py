@@ -285,6 +285,17 @@ def test_every_kind_of_bad_row_is_named_or_counted(job, tmp_path, line, reason):
     assert any("1 rows of" in text and "bad.jsonl:11" in text for text in told)
 
 
+def test_fields_that_are_not_read_are_said_and_counted(job, tmp_path):
+    rows = [{**row, "source": "here", "name": None} for row in chat_rows()]
+    rows[0]["prompt"] = "beside messages this is not read either"
+    told = []
+    job = replace(job, data=write_rows(tmp_path / "more.jsonl", rows), num_steps=1)
+    run, _ = _run(job, tmp_path / "run", on_stage=told.append)
+    facts = json.loads(run.data.read_text())["train"]
+    assert facts["unread_fields"] == {"source": 10, "name": 10, "prompt": 1}
+    assert any("fields that are not read: source, name, prompt" in text for text in told)
+
+
 def test_a_template_that_does_not_fit_names_the_row(job, tmp_path):
     (tmp_path / "strict.jinja").write_text(
         "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
@@ -338,3 +349,21 @@ def test_the_command_refuses_what_it_does_not_know(folder, tmp_path, setting, me
     result = _command(folder, data, "--set", setting, "--out", str(tmp_path / "run"))
     assert message in str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data=none.jsonl", "none.jsonl does not exist"),
+        ("sequence_length=999", "more than the 128 positions"),
+        ("template=none.jinja", "neither 'plain' nor a file"),
+        ("model=.", "has no config.json"),
+    ],
+)
+def test_a_run_that_could_not_begin_leaves_nothing_behind(folder, tmp_path, setting, message):
+    data = write_rows(tmp_path / "chat.jsonl", chat_rows())
+    result = _command(folder, data, "--set", setting, "--out", str(tmp_path / "run"))
+    assert message in str(result.exception)
+    assert not (tmp_path / "run").exists()
+    again = _command(folder, data, "--out", str(tmp_path / "run"))
+    assert again.exit_code == 0, again.output

@@ -58,10 +58,16 @@ _HEADER = ["run", "recipe", "steps", "loss", "held-out", "bits/byte", "tokens/s"
 
 
 def _below(folder: Path) -> list[Path]:
-    found = sorted(path.parent for path in folder.glob("*/resolved.json"))
+    found = sorted((path.parent for path in folder.glob("*/resolved.json")), key=_by_number)
     if not found:
         raise ConfigError(f"there are no runs below {folder}. Name their folders.")
     return found
+
+
+def _by_number(path: Path) -> tuple[str, int]:
+    """Number 10 of a recipe stands behind number 2."""
+    recipe, _, number = path.name.rpartition("-")
+    return (recipe, int(number)) if number.isdigit() else (path.name, 0)
 
 
 def _cells(name: str, summary: RunSummary) -> list[str]:

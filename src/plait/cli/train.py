@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from plait.cli.evaluate import score_rows, scoring_progress
 from plait.cli.output import duration, progress_console, say, show, show_json, show_table
 from plait.cli.sample import complete
 from plait.config import override
-from plait.errors import ConfigError
+from plait.errors import ConfigError, PlaitError
 from plait.recipes.catalog import RECIPES, find_recipe
 from plait.serve.sampling import Sampling
 from plait.train.job import Job
@@ -67,6 +68,12 @@ def train_command(
             else:
                 _finish(job, run, result, as_json=as_json)
             return
+    except PlaitError:
+        if resume is None and not (run.data.exists() or run.corpus.exists()):
+            shutil.rmtree(
+                run.path, ignore_errors=True
+            )  # nothing was begun: the same --out may be tried again
+        raise
     except KeyboardInterrupt:
         say("interrupted. Continue with:")
     else:

@@ -1,7 +1,8 @@
 """Conversations, encoded for fine-tuning: what the assistant says is learnt, the rest is read.
 
 A row has `messages` (role and content), or `prompt` and `completion`, each a text or messages. Rows
-of preferences have `prompt`, `chosen` and `rejected`, and make two samples.
+of preferences have `prompt`, `chosen` and `rejected`, and make two samples. Further fields of a row
+are counted by name, a message with more than role and content is a problem.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,10 @@ from plait.checkpoint.chat_template import ChatTemplate, Message
 from plait.errors import ModelError
 from plait.train.encode_rows import Sample
 from plait.train.rows import Problem, Row, is_unicode
+
+_MESSAGE = ("role", "content")
+_CHAT_FIELDS = ("messages", "prompt", "completion")
+_PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
 
 
 class _Unusable(Exception):
@@ -136,6 +141,14 @@ class PreferenceEncoder:
         ]
 
 
+def unread_fields(row: Row, *, preferences: bool) -> list[str]:
+    """Fields of a row that no encoder looks at."""
+    read = _PREFERENCE_FIELDS if preferences else _CHAT_FIELDS
+    if not preferences and "messages" in row.value:
+        read = _CHAT_FIELDS[:1]
+    return [name for name in row.value if name not in read]
+
+
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Texts of the tokens that a tokenizer treats as special."""
     return tuple(
@@ -154,5 +167,11 @@ def _messages(value: Mapping[str, Any], name: str) -> list[Message]:
         for key in ("role", "content"):
             if not isinstance(entry.get(key), str):
                 raise _Unusable(f"message {number} of {name!r} has no text {key!r}")
+        # Left out, these would silently change what the model learns to say.
+        if more := [key for key, given in entry.items() if key not in _MESSAGE and given]:
+            raise _Unusable(
+                f"message {number} of {name!r} has {', '.join(map(repr, more))} beside role and "
+                "content, which is not read"
+            )
         messages.append(Message(entry["role"], entry["content"]))
     return messages

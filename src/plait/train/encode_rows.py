@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.config import encode_on_one_thread
 from plait.errors import DataError
 from plait.train.rows import Problem, Problems, Row
 
@@ -84,6 +85,7 @@ _WORK: ContextVar[Work[Any]] = ContextVar("work")
 
 
 def _start_worker(work: Work[Any]) -> None:
+    encode_on_one_thread()
     _WORK.set(work)
 
 

@@ -69,12 +69,18 @@ def row_dtype(sequence_length: int) -> np.dtype[np.void]:
 
 
 def write_packed(
-    samples: Iterable[Sample], path: Path, *, sequence_length: int, pack: bool, pad: int = 0
+    samples: Iterable[Sample],
+    path: Path,
+    *,
+    sequence_length: int,
+    pack: bool,
+    pad: int = 0,
+    source: str = "the rows",
 ) -> PackedFacts:
     """Put samples into rows of `sequence_length` + 1 tokens, each into the fullest that has room.
 
     Without `pack` every sample has a row of its own. The file appears when it is complete. Raises
-    DataError for a sample longer than a row, or for none at all.
+    DataError for a sample longer than a row, or, naming `source`, for none at all.
     """
     temporary = path.with_name(f"{path.name}.incomplete")
     num_samples = num_tokens = num_counted = 0
@@ -96,7 +102,7 @@ def write_packed(
         file.flush()
         os.fsync(file.fileno())
     if num_samples == 0:
-        raise DataError(f"{path.stem}: no sample is left. Give rows that can be used.")
+        raise DataError(f"no sample is left of {source}. Give rows that can be used.")
     temporary.rename(path)
     return PackedFacts(rows.num_rows, num_samples, num_tokens, num_counted)
 

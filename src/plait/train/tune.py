@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.checkpoint.huggingface import load_model
+from plait.checkpoint.huggingface import load_config, load_model
 from plait.checkpoint.peft import load_adapter, write_adapter
 from plait.checkpoint.training_state import (
     TrainingState,
@@ -22,6 +22,7 @@ from plait.checkpoint.training_state import (
     save_leaves,
 )
 from plait.errors import ConfigError, TrainingError
+from plait.models.decoder_config import DecoderConfig
 from plait.nn.lora import LoraSettings, add_lora, merge_lora
 from plait.train.data import shuffled
 from plait.train.environment import describe_environment
@@ -52,6 +53,8 @@ def tune(job: TuningJob, run: RunFolder, watch: Watch) -> TrainResult:
     job.check_ready()
     with run.lock():
         folder = trained_model(Path(job.model))
+        job.torch_device()
+        _check_length(job, load_config(folder))
         record_base(job, folder, run)
         prepare_tuning(job, folder, run, watch)
         return _Tuning(job, folder, run, watch).run_to_end()
@@ -64,7 +67,6 @@ class _Tuning:
         self.device = job.torch_device()
         dtype = job.torch_dtype if job.method == "lora" else torch.float32
         self.model = load_model(folder, dtype=dtype).to(self.device)
-        self._check_length()
         if job.method == "lora":
             self.lora = self._add_adapters()
         self.rows = PackedRows(run.rows("train"), sequence_length=job.sequence_length)
@@ -273,9 +275,10 @@ class _Tuning:
             merge_lora(self.model)
         export_model(self.run.model, self.model, self.run.tokenizer)
 
-    def _check_length(self) -> None:
-        if self.job.sequence_length > (limit := self.model.config.max_positions):
-            raise ConfigError(
-                f"sequence_length={self.job.sequence_length} is more than the {limit} positions of "
-                f"{self.job.model}. Set a smaller one."
-            )
+
+def _check_length(job: TuningJob, config: DecoderConfig) -> None:
+    if job.sequence_length > (limit := config.max_positions):
+        raise ConfigError(
+            f"sequence_length={job.sequence_length} is more than the {limit} positions of "
+            f"{job.model}. Set a smaller one."
+        )

@@ -1,6 +1,8 @@
 """From rows to packed samples on disk: what a fine-tuning run does once, before its first step."""
 
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,11 +10,11 @@ from plait.checkpoint.chat_template import ChatTemplate, choose_chat_template
 from plait.checkpoint.huggingface import end_tokens, load_config, load_tokenizer
 from plait.checkpoint.json_file import read_json_object, write_json, write_text
 from plait.errors import CheckpointError, DataError, ModelError
-from plait.train.chat_rows import ChatEncoder, PreferenceEncoder, special_tokens
+from plait.train.chat_rows import ChatEncoder, PreferenceEncoder, special_tokens, unread_fields
 from plait.train.encode_rows import Encoder, encode_rows
 from plait.train.packing import write_packed
 from plait.train.row_files import file_hashes, model_hashes
-from plait.train.rows import Problems, read_rows
+from plait.train.rows import Problem, Problems, Row, read_rows
 from plait.train.run_folder import RunFolder, adapter_folder
 from plait.train.tuning_job import TuningJob
 from plait.train.watch import Watch
@@ -43,26 +45,42 @@ def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Wa
     for name, data in sets.items():
         watch.on_stage(f"reading {data}")
         problems = Problems(job.on_bad_row)
+        unread: Counter[str] = Counter()
+        rows = _counted(read_rows(data), unread, preferences=job.objective == "dpo")
         packed = write_packed(
-            encode_rows(read_rows(data), encoder, problems, num_workers=job.num_workers),
+            encode_rows(rows, encoder, problems, num_workers=job.num_workers),
             run.rows(name),
             sequence_length=job.sequence_length,
             pack=job.pack and job.objective == "sft",
             pad=pad,
+            source=data,
         )
         if problems.count:
             watch.on_stage(
                 f"{problems.count} rows of {data} were left out; {run.data.name} names them, "
                 f"first {problems.named[0]}"
             )
+        if unread:
+            watch.on_stage(f"{data} has fields that are not read: {', '.join(unread)}")
         facts[name] = {
             "path": data,
+            "unread_fields": unread,
             "files": file_hashes(data),
             **asdict(packed),
             "left_out": problems.count,
             "left_out_rows": problems.named,
         }
     write_json(run.data, facts)
+
+
+def _counted(
+    rows: Iterable[Row | Problem], unread: Counter[str], *, preferences: bool
+) -> Iterator[Row | Problem]:
+    """Pass rows on, and count what of them is not read, by field."""
+    for row in rows:
+        if isinstance(row, Row):
+            unread.update(unread_fields(row, preferences=preferences))
+        yield row
 
 
 def record_base(job: TuningJob, model_folder: Path, run: RunFolder) -> None:
@@ -122,11 +140,11 @@ def _template(folder: Path, name: str) -> ChatTemplate | None:
 
 def _copy_tokenizer(job: TuningJob, model_folder: Path, run: RunFolder) -> None:
     """Take the tokenizer along; a template that was named becomes the model's own."""
+    load_tokenizer(model_folder)
     run.tokenizer.mkdir(exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, run.tokenizer / name)
-    load_tokenizer(run.tokenizer)
     if job.template:
         source = choose_chat_template(model_folder, job.template).source
         write_text(run.tokenizer / "chat_template.jinja", source)

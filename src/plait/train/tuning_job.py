@@ -72,8 +72,11 @@ class TuningJob:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.num_steps < 0 or self.num_workers < 0 or self.beta <= 0:
-            raise ConfigError("num_steps and num_workers must not be negative, beta is positive.")
+        for name in ("num_steps", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.beta <= 0:
+            raise ConfigError(f"beta={self.beta} must be positive.")
         if self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size} does not divide "
