@@ -22,6 +22,7 @@ from plait.errors import GraphError
 from plait.graph.graph import Value
 from plait.graph.schedule import CALL, CONSTANT, GETITEM, ISLAND, OBJECT, PYTHON, resolve
 from plait.ops.attention import causal_pairs
+from plait.ops.muon import orthogonalize_flops
 
 
 class Kind(Enum):
@@ -222,6 +223,13 @@ def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:
     )
 
 
+def _orthogonalize(packet: str, named: Mapping[str, object]) -> _Work:
+    """Muon's products, without sizes: they have several."""
+    (x,) = _named(named, "x")
+    dtype = cast("torch.dtype", named["dtype"])
+    return _Work(kind=Kind.MATRIX, flops=orthogonalize_flops(*x.shape), dtype=dtype)
+
+
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
     """The logits, and with gradients the two products of their backward."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
@@ -278,6 +286,7 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.grouped_linear": _grouped_linear,
     "plait.grouped_linear_backward": _grouped_linear,
     "plait.linear_cross_entropy": _linear_cross_entropy,
+    "plait.orthogonalize": _orthogonalize,
 }
 _GATHERS = frozenset(
     f"aten.{name}" for name in ("embedding", "gather", "index", "index_select", "_unsafe_index")

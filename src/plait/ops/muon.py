@@ -85,12 +85,15 @@ def reference_orthogonalize(x: Tensor) -> Tensor:
 
 def muon_work(parameters: Sequence[Tensor]) -> Work:
     """The products of the cheaper form, and four tensors read, two written."""
-    flops = 0
-    for parameter in parameters:
-        r, c = sorted(parameter.shape)
-        squares, longs = (34, 4) if c >= _GRAM_RATIO * r else (10, 20)
-        flops += squares * r**3 + longs * r**2 * c
+    flops = sum(orthogonalize_flops(*parameter.shape) for parameter in parameters)
     return Work(flops=flops, bytes=6 * num_bytes(*parameters))
+
+
+def orthogonalize_flops(rows: int, columns: int) -> int:
+    """Of the form that has fewer products."""
+    r, c = sorted((rows, columns))
+    squares, longs = (34, 4) if c >= _GRAM_RATIO * r else (10, 20)
+    return squares * r**3 + longs * r**2 * c
 
 
 def _check(parameters: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
