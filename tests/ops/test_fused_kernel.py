@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.ops.fused_kernel import SMALLEST, FusedKernel
 
@@ -34,6 +35,14 @@ def test_small_operands_are_not_compiled_for():
     kernel = FusedKernel(_scaled)
     (found,) = kernel(torch.ones(4, 8), torch.full((8,), 2.0))
     assert torch.equal(found, torch.full((4, 8), 3.0))
+    assert not kernel._kernels
+
+
+def test_operands_without_values_go_through_the_function():
+    kernel = FusedKernel(_scaled)
+    with FakeTensorMode():
+        (found,) = kernel(torch.ones(SMALLEST, 4), torch.ones(4))
+    assert found.shape == (SMALLEST, 4)
     assert not kernel._kernels
 
 

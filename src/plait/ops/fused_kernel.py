@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -85,7 +85,7 @@ class FusedKernel:
         """Run on tensors without gradients; results are contiguous."""
         operands = tuple(x if _lies_in_rows(x) else x.contiguous() for x in operands)
         num_rows = operands[0].shape[0]
-        if max(x.numel() for x in operands) < SMALLEST or num_rows < _FIRST_MANY:
+        if num_rows < _FIRST_MANY or not pays(*operands):
             return self.function(*operands, **constants)
         is_rows = [x.dim() > 0 and x.shape[0] == num_rows for x in operands]
         key = (
@@ -168,6 +168,12 @@ def _warn(function: Callable, error: Exception) -> None:
         CompilerWarning,
         stacklevel=3,
     )
+
+
+def pays(*operands: Tensor) -> bool:
+    """Whether a kernel is worth its compilation: operands have values, and enough of them."""
+    has_values = not any(isinstance(x, FakeTensor) for x in operands)
+    return has_values and max(x.numel() for x in operands) >= SMALLEST
 
 
 def _lies_in_rows(x: Tensor) -> bool:

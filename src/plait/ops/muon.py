@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
+from plait.ops.numerics import product_dtype
 from plait.ops.work import Work, num_bytes
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -120,8 +121,7 @@ def _size(shape: Sequence[int], match_adamw: bool) -> float:
 def _dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
     if asked is not None or x.dtype == torch.float64:
         return asked or x.dtype
-    has_units = x.is_cuda or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_units else torch.float32
+    return product_dtype(torch.bfloat16, x.device)
 
 
 @torch.library.custom_op("plait::orthogonalize", mutates_args=())
