@@ -2,9 +2,9 @@
 
 A rival is written as models write it; the public kernel is PyTorch's own function for the same, or
 what transformers uses. The sides take turns; the target is on forward and backward together, which
-are shown apart too. "Over the bound" is the time taken over the time that the operator's work needs at least on this machine: its bytes
-at the speed of a large copy, or its products at that of a large product, whichever takes longer.
---part says which operators; each part is held for a few minutes and has a result of its own.
+are shown apart too. "Over the bound" is the time taken over the time that the operator's work needs
+at least on this machine: its bytes at the speed of a large copy, or its products at that of a large
+product, whichever takes longer. --part says which operators; each has a result of its own.
 """
 
 import statistics
