@@ -48,7 +48,7 @@ def compile_kernel(
     *,
     is_inference: bool = True,
     settings: Mapping[str, Any] | None = None,
-) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
     """Compile a function that returns a tuple: the kernel takes its operands in a list.
 
     operands: makes fake tensors of the forms that will come. settings: of Inductor, beside ours.

@@ -18,6 +18,8 @@ from plait.errors import ModelError
 from plait.ops.numerics import product_dtype
 from plait.ops.work import Work, num_bytes
 
+_aten = torch.ops.aten
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic [Jordan et al. 2024, kellerjordan.github.io/posts/muon]: steepest at zero."""
 _NUM_ITERATIONS = 5
@@ -57,11 +59,13 @@ def muon_step_(
     if not parameters:
         return
     with torch.no_grad():
-        torch._foreach_lerp_(list(momenta), list(gradients), 1 - settings.momentum)
+        _aten._foreach_lerp_.Scalar(list(momenta), list(gradients), 1 - settings.momentum)
         updates = list(momenta)
         if settings.is_nesterov:
-            updates = torch._foreach_lerp(list(gradients), list(momenta), settings.momentum)
-        torch._foreach_mul_(list(parameters), 1 - settings.learning_rate * settings.weight_decay)
+            updates = _aten._foreach_lerp.Scalar(list(gradients), list(momenta), settings.momentum)
+        _aten._foreach_mul_.Scalar(
+            list(parameters), 1 - settings.learning_rate * settings.weight_decay
+        )
         for parameter, update in zip(parameters, updates, strict=True):
             rate = settings.learning_rate * _size(parameter.shape, settings.match_adamw)
             direction = torch.ops.plait.orthogonalize(update, _dtype(update, settings.dtype))
