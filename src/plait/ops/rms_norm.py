@@ -101,7 +101,7 @@ def _gradients(
 
 _normed_kernel = FusedKernel(_normed)
 _added_kernel = FusedKernel(_added)
-# Inductor sums the gradient of the weight column by column, at twice the time.
+# Inductor sums the gradient of the weight column by column, in a second pass over memory.
 _gradients_kernel = CppKernel(
     _gradients,
     r"""
