@@ -10,6 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.ops.fused_kernel import SMALLEST, FusedKernel
 
+# Inductor itself imports what PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 _WITHOUT_COMPILER = """
 import warnings, torch
 from plait.errors import CompilerWarning

@@ -162,7 +162,7 @@ def triton_kernels() -> Any:
 def _warn(function: Callable, error: Exception) -> None:
     lines = str(error).strip().splitlines() or [""]
     warnings.warn(
-        f"{function.__name__.strip('_')} runs operator by operator, as its kernel cannot be "
+        f"{function.__module__} runs operator by operator, as its kernel cannot be "
         f"compiled ({type(error).__name__}: {lines[0]}). Install g++, or name a compiler in the "
         "environment variable CXX.",
         CompilerWarning,
@@ -185,7 +185,9 @@ def _fake(x: Tensor, mode: FakeTensorMode, is_rows: bool) -> Tensor:
     sizes = [DimDynamic.STATIC] * x.dim()
     if is_rows:
         sizes[0] = DimDynamic.DYNAMIC
-    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    # Detached: of a tensor with a history its gradient would be asked for, with a warning.
+    symbols = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(x.detach(), symbolic_context=symbols)
 
 
 def _keep_strides(module: torch.fx.GraphModule) -> None:
