@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import plait
 import plait.ops.attention
+import plait.ops.gated  # registers the operator
 import plait.ops.linear_cross_entropy
 from plait.cost.clusters import h200
 from plait.cost.operations import FREE, Kind, cost_of, operation_s
