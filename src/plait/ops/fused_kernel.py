@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -152,11 +153,8 @@ class CppKernel:
 @cache
 def triton_kernels() -> Any:
     """The module of kernels in Triton, None where Triton is not installed."""
-    if find_spec("triton") is None:
-        return None
-    from plait.ops import triton_kernels
-
-    return triton_kernels
+    # By name, as an optional dependency is imported: only where it is installed and needed.
+    return import_module("plait.ops.triton_kernels") if find_spec("triton") else None
 
 
 def _warn(function: Callable, error: Exception) -> None:
