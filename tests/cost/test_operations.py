@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import plait
 import plait.ops.attention
+import plait.ops.gated  # registers the operator
 import plait.ops.linear_cross_entropy
 from plait.cost.clusters import h200
 from plait.cost.operations import FREE, Kind, cost_of, operation_s
@@ -95,6 +96,13 @@ def test_plaits_own_operators_are_priced():
     q = torch.zeros(1, 2, 8, 4)
     attention = priced("plait.blocked_causal_attention.default", q, q, q, 1.0, result=q)
     assert attention.flops == 2 * (8 * 9 // 2) * 4 * 4
+    windowed = priced("plait.blocked_causal_attention.default", q, q, q, 1.0, 3, result=q)
+    assert windowed.flops == 2 * (1 + 2 + 6 * 3) * 4 * 4
+    x = new(4, 16, dtype=torch.float32)
+    orthogonal = priced("plait.orthogonalize.default", x, torch.float32, result=x)
+    assert (orthogonal.kind, orthogonal.flops) == (Kind.MATRIX, 34 * 4**3 + 4 * 4**2 * 16)
+    gate = priced("plait.gated.default", x, x, "silu", result=x)
+    assert (gate.kind, gate.bytes) == (Kind.MEMORY, 3 * 4 * 4 * 16)
     hidden, weight = new(6, 8, dtype=torch.float32), new(10, 8, dtype=torch.float32)
     targets = torch.zeros(6, dtype=torch.long, device="meta")
     costs = [

@@ -8,6 +8,9 @@ from plait.errors import ModelError
 from plait.ops.dropout import dropout, reference_dropout
 from tests.ops.exactness import draw
 
+# Inductor itself imports what PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_mask_is_that_of_the_papers_integers(dtype):

@@ -10,6 +10,9 @@ from plait.errors import ModelError
 from plait.ops.gated import geglu, reference_gated, swiglu
 from tests.ops.exactness import TOLERANCES, check_exact, draw
 
+# Inductor itself imports what PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 GATES = {
     "silu": swiglu,
     "gelu": geglu,

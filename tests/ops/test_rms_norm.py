@@ -10,6 +10,9 @@ from plait.errors import ModelError
 from plait.ops.rms_norm import add_rms_norm, reference_rms_norm, rms_norm, rms_norm_work
 from tests.ops.exactness import TOLERANCES, check_exact, draw
 
+# Inductor itself imports what PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 
 def _reference_with_sum(x, residual, weight, **settings):
     return reference_rms_norm(x, weight, residual=residual, **settings), x + residual

@@ -9,6 +9,9 @@ from plait.nn.rotary import Rope, rotate, rotation_tables
 from plait.ops.rotary import reference_rotary, rotary
 from tests.ops.exactness import TOLERANCES, check_exact, draw
 
+# Inductor itself imports what PyTorch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 
 def _tables(batch, tokens, size, dtype):
     # Halves that differ: no model has them, the transposed rotation must be right all the same.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Float32: sums of some dozen terms in another order. Bfloat16: the interpreter cuts results off
-# where a GPU rounds them, which costs up to one unit in the last place.
+# Float32: sums of some dozen terms in another order. Bfloat16: the interpreter cuts results off,
+# where a GPU rounds them: up to one unit in the last place.
 TOLERANCES = {"torch.float32": 2e-6, "torch.bfloat16": 2**-7}
 
 

@@ -22,6 +22,7 @@ from plait.errors import GraphError
 from plait.graph.graph import Value
 from plait.graph.schedule import CALL, CONSTANT, GETITEM, ISLAND, OBJECT, PYTHON, resolve
 from plait.ops.attention import causal_pairs
+from plait.ops.muon import orthogonalize_flops
 
 
 class Kind(Enum):
@@ -254,6 +255,13 @@ def _grouped_mm(packet: str, named: Mapping[str, object]) -> _Work:
     )
 
 
+def _orthogonalize(packet: str, named: Mapping[str, object]) -> _Work:
+    """Muon's products, without sizes: they have several."""
+    (x,) = _named(named, "x")
+    dtype = cast("torch.dtype", named["dtype"])
+    return _Work(kind=Kind.MATRIX, flops=orthogonalize_flops(*x.shape), dtype=dtype)
+
+
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
     """The logits, and with gradients the two products of their backward."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
@@ -315,6 +323,7 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "aten._grouped_mm": _grouped_mm,
     "transformers.grouped_mm_fallback": _grouped_mm,
     "transformers.grouped_mm_fallback_backward": _grouped_mm,
+    "plait.orthogonalize": _orthogonalize,
 }
 _GATHERS = frozenset(
     f"aten.{name}" for name in ("embedding", "gather", "index", "index_select", "_unsafe_index")

@@ -40,7 +40,7 @@ def adamw_step_(
     """
     _check(parameters, gradients, means, squares, steps)
     with torch.no_grad():
-        torch._foreach_add_(list(steps), 1.0)
+        torch.ops.aten._foreach_add_.Scalar(list(steps), 1.0)
         torch.ops.aten._fused_adamw_(
             list(parameters),
             list(gradients),

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_double, c_int64, c_void_p
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -48,7 +49,7 @@ def compile_kernel(
     *,
     is_inference: bool = True,
     settings: Mapping[str, Any] | None = None,
-) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
     """Compile a function that returns a tuple: the kernel takes its operands in a list.
 
     operands: makes fake tensors of the forms that will come. settings: of Inductor, beside ours.
@@ -85,7 +86,7 @@ class FusedKernel:
         """Run on tensors without gradients; results are contiguous."""
         operands = tuple(x if _lies_in_rows(x) else x.contiguous() for x in operands)
         num_rows = operands[0].shape[0]
-        if max(x.numel() for x in operands) < SMALLEST or num_rows < _FIRST_MANY:
+        if num_rows < _FIRST_MANY or not pays(*operands):
             return self.function(*operands, **constants)
         is_rows = [x.dim() > 0 and x.shape[0] == num_rows for x in operands]
         key = (
@@ -152,22 +153,25 @@ class CppKernel:
 @cache
 def triton_kernels() -> Any:
     """The module of kernels in Triton, None where Triton is not installed."""
-    if find_spec("triton") is None:
-        return None
-    from plait.ops import triton_kernels
-
-    return triton_kernels
+    # By name, as an optional dependency is imported: only where it is installed and needed.
+    return import_module("plait.ops.triton_kernels") if find_spec("triton") else None
 
 
 def _warn(function: Callable, error: Exception) -> None:
     lines = str(error).strip().splitlines() or [""]
     warnings.warn(
-        f"{function.__name__.strip('_')} runs operator by operator, as its kernel cannot be "
+        f"{function.__module__} runs operator by operator, as its kernel cannot be "
         f"compiled ({type(error).__name__}: {lines[0]}). Install g++, or name a compiler in the "
         "environment variable CXX.",
         CompilerWarning,
         stacklevel=3,
     )
+
+
+def pays(*operands: Tensor) -> bool:
+    """Whether a kernel is worth its compilation: operands have values, and enough of them."""
+    has_values = not any(isinstance(x, FakeTensor) for x in operands)
+    return has_values and max(x.numel() for x in operands) >= SMALLEST
 
 
 def _lies_in_rows(x: Tensor) -> bool:
@@ -179,7 +183,9 @@ def _fake(x: Tensor, mode: FakeTensorMode, is_rows: bool) -> Tensor:
     sizes = [DimDynamic.STATIC] * x.dim()
     if is_rows:
         sizes[0] = DimDynamic.DYNAMIC
-    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    # Detached: of a tensor with a history its gradient would be asked for, with a warning.
+    symbols = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(x.detach(), symbolic_context=symbols)
 
 
 def _keep_strides(module: torch.fx.GraphModule) -> None:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
+from plait.ops.numerics import product_dtype
 from plait.ops.work import Work, num_bytes
+
+_aten = torch.ops.aten
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic [Jordan et al. 2024, kellerjordan.github.io/posts/muon]: steepest at zero."""
@@ -56,11 +59,13 @@ def muon_step_(
     if not parameters:
         return
     with torch.no_grad():
-        torch._foreach_lerp_(list(momenta), list(gradients), 1 - settings.momentum)
+        _aten._foreach_lerp_.Scalar(list(momenta), list(gradients), 1 - settings.momentum)
         updates = list(momenta)
         if settings.is_nesterov:
-            updates = torch._foreach_lerp(list(gradients), list(momenta), settings.momentum)
-        torch._foreach_mul_(list(parameters), 1 - settings.learning_rate * settings.weight_decay)
+            updates = _aten._foreach_lerp.Scalar(list(gradients), list(momenta), settings.momentum)
+        _aten._foreach_mul_.Scalar(
+            list(parameters), 1 - settings.learning_rate * settings.weight_decay
+        )
         for parameter, update in zip(parameters, updates, strict=True):
             rate = settings.learning_rate * _size(parameter.shape, settings.match_adamw)
             direction = torch.ops.plait.orthogonalize(update, _dtype(update, settings.dtype))
@@ -85,12 +90,15 @@ def reference_orthogonalize(x: Tensor) -> Tensor:
 
 def muon_work(parameters: Sequence[Tensor]) -> Work:
     """The products of the cheaper form, and four tensors read, two written."""
-    flops = 0
-    for parameter in parameters:
-        r, c = sorted(parameter.shape)
-        squares, longs = (34, 4) if c >= _GRAM_RATIO * r else (10, 20)
-        flops += squares * r**3 + longs * r**2 * c
+    flops = sum(orthogonalize_flops(*parameter.shape) for parameter in parameters)
     return Work(flops=flops, bytes=6 * num_bytes(*parameters))
+
+
+def orthogonalize_flops(rows: int, columns: int) -> int:
+    """Of the form that has fewer products."""
+    r, c = sorted((rows, columns))
+    squares, longs = (34, 4) if c >= _GRAM_RATIO * r else (10, 20)
+    return squares * r**3 + longs * r**2 * c
 
 
 def _check(parameters: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
@@ -117,8 +125,7 @@ def _size(shape: Sequence[int], match_adamw: bool) -> float:
 def _dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
     if asked is not None or x.dtype == torch.float64:
         return asked or x.dtype
-    has_units = x.is_cuda or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_units else torch.float32
+    return product_dtype(torch.bfloat16, x.device)
 
 
 @torch.library.custom_op("plait::orthogonalize", mutates_args=())

@@ -37,6 +37,18 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which dtype operands of a dtype are multiplied fastest, and no less exactly.
+
+    An x86 CPU without units for bfloat16 multiplies it at a tenth to a twentieth of the speed of
+    float32 (measured on Zen 3 with torch 2.13).
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16 or torch.cpu._is_avx512_bf16_supported():
+        return dtype
+    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return torch.float32 if is_x86 else dtype
+
+
 def check_alike(name: str, *tensors: Tensor) -> None:
     """Raise ModelError unless all tensors have one floating-point dtype and one device."""
     dtypes, devices = ({getattr(t, key) for t in tensors} for key in ("dtype", "device"))

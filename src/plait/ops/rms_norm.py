@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
-from plait.ops.fused_kernel import SMALLEST, CppKernel, FusedKernel, triton_kernels
+from plait.ops.fused_kernel import CppKernel, FusedKernel, pays, triton_kernels
 from plait.ops.numerics import check_alike
 from plait.ops.work import Work, pointwise_work, wide
 
@@ -101,7 +101,7 @@ def _gradients(
 
 _normed_kernel = FusedKernel(_normed)
 _added_kernel = FusedKernel(_added)
-# Inductor sums the gradient of the weight column by column, at twice the time.
+# Inductor sums the gradient of the weight column by column, in a second pass over memory.
 _gradients_kernel = CppKernel(
     _gradients,
     r"""
@@ -218,7 +218,7 @@ def _rms_norm_backward(
             num_programs=4 * torch.cuda.get_device_properties().multi_processor_count,
         )
     is_covered = total_MD.device.type == "cpu" and total_MD.dtype in (torch.float32, torch.bfloat16)
-    if is_covered and total_MD.numel() >= SMALLEST:
+    if is_covered and pays(total_MD):
         dtotal_MD, dweight_D = (torch.empty(t.shape, dtype=t.dtype) for t in (total_MD, weight_D))
         read = [None if t is None else t.contiguous() for t in (dnormed_MD, dsum_MD, total_MD)]
         tensors = (*read, scale_M, weight_D.contiguous(), dtotal_MD, dweight_D)

@@ -39,7 +39,7 @@ def norm_gradients(
     num_rows, width = total_MD.shape
     dtotal_MD = torch.empty_like(total_MD)
     sums_PD = scale_M.new_empty(num_programs, width)
-    _norm_gradients[(num_programs,)](
+    _norm_gradients[(num_programs,)](  # pyright: ignore[reportIndexIssue]
         dnormed_MD,
         total_MD if dsum_MD is None else dsum_MD,
         total_MD,
@@ -64,7 +64,7 @@ def losses_to_gradients(
     Returns the summed loss; with gradients, the logits are overwritten by its gradient.
     """
     losses_M = torch.empty(logits_MV.shape[0], dtype=torch.float32, device=logits_MV.device)
-    _losses[(logits_MV.shape[0],)](
+    _losses[(logits_MV.shape[0],)](  # pyright: ignore[reportIndexIssue]
         logits_MV,
         targets_M,
         losses_M,
