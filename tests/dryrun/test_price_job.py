@@ -327,7 +327,7 @@ def test_alternate_recompute_computes_every_second_product_again(cluster):
 
 
 def test_a_price_names_what_holds_the_memory_and_the_line_that_made_it(cluster):
-    price = price_job(JOB, cluster)
+    price = price_job(replace(JOB, model=replace(CONFIG, vocab_size=32_768)), cluster)
     kinds = price.fullest.ledger.bytes_by_kind
     assert sum(each.num_bytes for each in price.largest) <= price.peak_bytes
     sizes = [each.num_bytes for each in price.largest]
@@ -337,7 +337,7 @@ def test_a_price_names_what_holds_the_memory_and_the_line_that_made_it(cluster):
     assert any(".py:" in each.source for each in saved)
     table = [each for each in price.largest if each.name == "embed_tokens.weight"]
     state = 2 + 4 + 12 / 8
-    assert table[0].num_bytes == pytest.approx(state * 4096 * 512, rel=0.01)
+    assert table[0].num_bytes == pytest.approx(state * 32_768 * 512, rel=0.01)
 
 
 def test_an_operator_without_a_cost_is_priced_by_its_bytes_and_named(cluster):

@@ -29,9 +29,7 @@ _ACTIONS = {
     Action.BACKWARD_INPUT: ("backward, inputs", "#4f9d69"),
     Action.BACKWARD_WEIGHT: ("backward, weights", "#c9a227"),
 }
-_PARTS = (
-    *("#3b6ea8", "#7a5fa0", "#93b5d9", "#d1495b", "#e39aa4", "#c97b4a", "#8a8a8a", "#d8d8dc"),
-)
+_PARTS = ["#3b6ea8", "#7a5fa0", "#93b5d9", "#d1495b", "#e39aa4", "#c97b4a", "#8a8a8a", "#d8d8dc"]
 _KEY_STYLE = """
 .key span { display: inline-block; width: .9em; height: .9em; margin: 0 .35em 0 1em;
             vertical-align: -.1em; }

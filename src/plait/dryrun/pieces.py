@@ -159,7 +159,6 @@ _SPLIT_LAYERS = 3
 """Captured beside the first with replicas: the first piece spans two layers, two are alike."""
 
 
-_ONE: Points = (1.0, 1.0)
 _LINES: tuple[Points, ...] = ((1.0, 2.0), (2.0, 3.0))
 
 
@@ -178,21 +177,26 @@ class PieceStore:
     source: ModelSource
     cluster: Cluster
     graphs: dict[tuple[object, ...], Graph] = field(default_factory=dict)
-    pieces: dict[tuple[Shape, bool], Pieces] = field(default_factory=dict)
+    pieces: dict[tuple[Shape, float | None], Pieces] = field(default_factory=dict)
 
     def find(self, shape: Shape, sequences: float = 1.0) -> Pieces:
         """The pieces of a shape, to be scaled to so many sequences.
 
         Raises PlanError if the model cannot be parted so.
         """
-        key = shape, sequences == 1
+        # Replicas are costly to make, and few plans are priced with them: one capture, as it is.
+        is_alone = sequences == 1 or (shape.replicas != 1 and float(sequences).is_integer())
+        key = shape, sequences if is_alone else None
         if key not in self.pieces:
             self._check(shape)
-            self.pieces[key] = _pieces(self, shape, _ONE) if sequences == 1 else self._line(shape)
+            alone = (sequences, sequences)
+            self.pieces[key] = _pieces(self, shape, alone) if is_alone else self._line(shape)
         return self.pieces[key]
 
     def _line(self, shape: Shape) -> Pieces:
         first, second = _LINES
+        if shape.replicas != 1:  # one sequence is split along its tokens, several between them
+            return _pieces(self, shape, second)
         try:
             return _pieces(self, shape, first)
         except _DifferentProgramsError:

@@ -30,6 +30,7 @@ from plait.plan.parallel_plan import Recompute
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
 _REPLICAS = (2,)
+_MOST_SPLIT = 3  # kinds of pieces made with replicas, which take seconds each
 _TELL_EVERY, _TELL_EVERY_S = 25, 1.0
 OnProgress = Callable[[str], None]
 
@@ -246,10 +247,17 @@ class _Search:
         rest = self.result.best[len(again) :]
         exact = [Priced(each.candidate, self._exact(each.candidate)) for each in again]
         self.result.best = exact + rest
+        made: set[tuple[object, ...]] = set()
         for each in list(exact[:top]):
-            plan = each.candidate.plan
-            for replicas in _REPLICAS if plan.tp > 1 else ():
-                split = Candidate(replace(plan, replicas=replicas), each.candidate.micro_batch_size)
+            plan, size = each.candidate.plan, each.candidate.micro_batch_size
+            kind = plan.tp, plan.cp, plan.recompute, size
+            if plan.tp == 1 or (kind not in made and len(made) == _MOST_SPLIT):
+                continue
+            if kind not in made:
+                self.on_progress(f"replicas of tp={plan.tp}, micro-batch {size}")
+            made.add(kind)
+            for replicas in _REPLICAS:
+                split = Candidate(replace(plan, replicas=replicas), size)
                 try:
                     price = self._exact(split)
                 except (PlanError, GraphError) as error:
