@@ -10,6 +10,7 @@ model, its optimizer and everything that a step allocates; allocator fragments a
 """
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -18,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.dryrun_recipes import RECIPES, Recipe
+from benchmarks.dryrun_worker import measure_rank
 from benchmarks.result import ROOT, Row, run_benchmark
 
 QUICK = ("llama float32", "eager llama", "FSDP2 llama")
 MEDIAN_TARGET, WORST_TARGET = 1.0, 3.0
 TIME_LIMIT_S = 1800  # other work may stop a worker for minutes
-_WORKER = [sys.executable, "-m", "benchmarks.dryrun_worker"]
 
 
 def measure(quick: bool) -> list[Row]:
     """Compare every recipe, and print each."""
-    names = QUICK if quick else tuple(RECIPES)
+    # Those of several ranks first: there a prediction is most likely to be wrong.
+    names = QUICK if quick else sorted(RECIPES, key=lambda name: -RECIPES[name].ranks)
     rows: list[Row] = []
     errors: list[float] = []
     predictions = predicted_alone(names)
@@ -53,39 +55,41 @@ def measure(quick: bool) -> list[Row]:
 
 
 def measured(recipe: Recipe) -> dict[str, Any]:
-    """Figures of rank 0."""
+    """Figures of rank 0. Each rank is a new process, of a server that has imported and run nothing.
+
+    Raises RuntimeError if it ends without figures.
+    """
+    ranks = multiprocessing.get_context("forkserver")
+    ranks.set_forkserver_preload(["benchmarks.dryrun_worker"])
+    receive, send = ranks.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        ranks = [
-            subprocess.Popen(
-                [*_WORKER, "measure", recipe.name, str(rank), store],
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+        processes = [
+            ranks.Process(target=measure_rank, args=(recipe.name, rank, store, send))
             for rank in range(recipe.ranks)
         ]
         try:
-            printed = [rank.communicate(timeout=TIME_LIMIT_S) for rank in ranks]
+            for each in processes:
+                each.start()
+            send.close()
+            if not receive.poll(TIME_LIMIT_S):
+                raise RuntimeError(f"{recipe.name} took more than {TIME_LIMIT_S} s.")
+            return receive.recv()
+        except EOFError as error:
+            raise RuntimeError(f"{recipe.name} ended without figures.") from error
         finally:
-            for rank in ranks:
-                rank.kill()
-    return _json_of(printed[0][0], printed[0][1])
+            for each in processes:
+                each.join(10)
+                each.kill()
 
 
 def predicted_alone(names: Sequence[str]) -> dict[str, Any]:
     """Figures of each recipe from itself alone, by a process that measures nothing."""
-    command = [*_WORKER, "predict", *names]
+    command = [sys.executable, "-m", "benchmarks.dryrun_worker", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return _json_of(done.stdout, done.stderr)
-
-
-def _json_of(text: str, errors: str) -> dict[str, Any]:
-    lines = [line for line in text.splitlines() if line.startswith("{")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        message = f"a worker printed no result:\n{errors[-2000:]}"
-        raise RuntimeError(message)
+        raise RuntimeError(f"the prediction gave no result:\n{done.stderr[-2000:]}")
     return json.loads(lines[-1])
 
 

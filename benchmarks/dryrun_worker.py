@@ -1,9 +1,9 @@
-"""A process of `dryrun_accuracy`: measures one rank of a recipe, or predicts recipes.
+"""Processes of `dryrun_accuracy`: one rank of a recipe, measured; or recipes, predicted.
 
-    python -m benchmarks.dryrun_worker measure NAME RANK STORE_FILE
-    python -m benchmarks.dryrun_worker predict NAME...
+    python -m benchmarks.dryrun_worker NAME...
 
-Both print JSON: bytes before the first step, and the peak of the first and of the later ones.
+prints a prediction as JSON: bytes before the first step, and the peaks of the first and of later
+ones.
 """
 
 import json
@@ -13,13 +13,14 @@ import sys
 import time
 import warnings
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import plait
-from benchmarks.allocator_events import Allocations, record
+from benchmarks.allocator_events import record
 from benchmarks.dryrun_recipes import (
     RECIPES,
     Recipe,
@@ -36,7 +37,7 @@ NUM_STEPS = 6
 Figures = dict[str, Any]
 
 
-def measure(recipe: Recipe) -> tuple[Figures, Allocations]:
+def measure(recipe: Recipe) -> Figures:
     """Run real steps under the profiler."""
     schedule = make_schedule(recipe) if recipe.way == "schedule" else None
 
@@ -56,14 +57,13 @@ def measure(recipe: Recipe) -> tuple[Figures, Allocations]:
     found = record(run)
     marks = [*(f"step {i}" for i in range(NUM_STEPS)), "end"]
     peaks = [found.peak(a, b) for a, b in pairwise(marks)]
-    figures = {
+    return {
         "start": found.at("step 0"),
         "first": peaks[0],
         "later": statistics.median(peaks[1:]),
         "spread": max(peaks[1:]) / min(peaks[1:]) - 1,
         "unseen_frees": len(found.unseen),
     }
-    return figures, found
 
 
 def predict(recipe: Recipe) -> Figures:
@@ -101,26 +101,27 @@ def trace_start(trace: MemoryTrace, recipe: Recipe) -> int:
     return sum(each.num_bytes for each in trace.storages if each.moment < 0)
 
 
-def main(arguments: list[str]) -> None:
-    """Do what the first argument says."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    verb, *rest = arguments
-    if verb == "predict":
-        print(json.dumps({name: predict(RECIPES[name]) for name in rest}))
-        return
-    name, rank, store_file = rest
+def measure_rank(name: str, rank: int, store_file: str, send: Connection) -> None:
+    """Measure in this process; rank 0 sends the figures."""
+    _prepare()
     recipe = RECIPES[name]
     if recipe.parallel:
         store = dist.FileStore(store_file, recipe.ranks)
-        dist.init_process_group("gloo", store=store, rank=int(rank), world_size=recipe.ranks)
-    figures, _ = measure(recipe)
-    print(json.dumps(figures), flush=True)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.ranks)
+    figures = measure(recipe)
+    if rank == 0:
+        send.send(figures)
     if recipe.parallel:
         dist.barrier()
         os._exit(0)  # gloo's threads may outlive the group
 
 
+def _prepare() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _prepare()
+    print(json.dumps({name: predict(RECIPES[name]) for name in sys.argv[1:]}))

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from plait.cli.calibrate import ladder
+from plait.cli.calibrate import ladder, model_config
 from plait.cli.main import main
 
 
@@ -38,6 +38,13 @@ def test_every_dtype_is_measured_on_every_architecture():
         "Gemma2ForCausalLM",
         "MixtralForCausalLM",
     }
+
+
+def test_every_model_of_the_ladder_is_made_without_a_warning():
+    for size in ladder([torch.float32]):
+        config = model_config(size)
+        assert config.hidden_size == size.width
+        assert config.num_layers == 2
 
 
 @pytest.mark.parametrize(

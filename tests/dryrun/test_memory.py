@@ -36,7 +36,7 @@ def test_the_peak_is_what_the_allocator_reports(name):
 @pytest.mark.multiprocess
 @pytest.mark.exhaustive
 def test_a_rank_of_fsdp2_is_predicted_without_other_ranks():
-    command = [sys.executable, "-m", "benchmarks.dryrun_worker", "predict", "FSDP2 llama"]
+    command = [sys.executable, "-m", "benchmarks.dryrun_worker", "FSDP2 llama"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     predicted = json.loads(done.stdout.splitlines()[-1])["FSDP2 llama"]
     truth = measured(RECIPES["FSDP2 llama"])

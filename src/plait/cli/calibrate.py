@@ -99,7 +99,7 @@ def _measured(sizes: tuple[Size, ...], num_steps: int) -> Iterator[MeasuredSteps
         dtype = str(size.dtype).removeprefix("torch.")
         name = size.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         say(f"{name}, width {size.width}, {size.rows} rows of {size.tokens} tokens, {dtype}")
-        model = Decoder(_config(size)).to(size.dtype)
+        model = Decoder(model_config(size)).to(size.dtype)
         tokens_BT = torch.randint(0, _VOCABULARY, (size.rows, size.tokens))
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-5, fused=True)
         graph = capture(model, tokens_BT, loss=lambda model, x: model.loss(model(x), x) / x.numel())
@@ -117,7 +117,8 @@ def _measured(sizes: tuple[Size, ...], num_steps: int) -> Iterator[MeasuredSteps
         yield MeasuredSteps(schedule=schedule, timelines=timelines, steps_s=steps_s)
 
 
-def _config(size: Size) -> DecoderConfig:
+def model_config(size: Size) -> DecoderConfig:
+    """Of a model of two layers."""
     heads = size.width // _HEAD_SIZE
     if size.architecture == "GPT2LMHeadModel":
         settings = {
@@ -135,9 +136,9 @@ def _config(size: Size) -> DecoderConfig:
             "num_key_value_heads": heads // 2,
             "head_dim": _HEAD_SIZE,
             "max_position_embeddings": size.tokens,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
         }
+    if size.architecture == "MixtralForCausalLM":
+        settings |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     return FAMILIES[size.architecture].read_config(
         {"architectures": [size.architecture], "vocab_size": _VOCABULARY, **settings}
     )
