@@ -32,7 +32,7 @@ from plait.magnetotellurics.prior_network import Training
 STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_relative_drop=0.0)
 LOW_NOISE = 0.005
 NUM_SEEDS = 5
-ONE_COLUMN = Training(num_latent=8, num_steps=6000)
+ONE_COLUMN = Training(num_latent=8, num_hidden=128, num_steps=5000)
 WHOLE_DOMAIN = Training(num_latent=24, num_sections=6000, num_steps=3000, batch_size=128)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,8 @@ from plait.magnetotellurics.run_files import load_state
 
 PROVINCE_STOPPING = StoppingRule(target_rms=1.05, max_steps=8)
 PROVINCE_NOISE = 0.025  # of |Z|
-PROVINCE_SEEDS = 3
-TRAINING = Training(num_steps=8000)
+PROVINCE_SEEDS = 1
+TRAINING = Training(num_hidden=128, num_steps=5000)
 SOUTH_WEST = ("103", "106", "109", "112", "115", "118", "121", "123", "125", "127")
 
 
@@ -55,7 +56,7 @@ def province_rows(quick: bool) -> list[Row]:
         ):
             if seed and title != "learnt":
                 continue
-            training = Training(num_latent=10, seed=seed)
+            training = replace(TRAINING, num_latent=10, seed=seed)
             network = network_of(prior, layout, training=training)
             coded = partial(learnt, *problem, network, stopping=PROVINCE_STOPPING)
             runs[title].append(remembered(f"{prior} seed {seed} learnt", coded))
@@ -114,11 +115,12 @@ def kap03(data: Path) -> InvertJob:
             strike_deg=-45.0, stations=tuple(f"kap{number}" for number in SOUTH_WEST)
         ),
         mesh=MeshDesign(
-            cells_per_skin_depth=6, growth=1.15, num_pad_skin_depths=3, station_width_m=1.25e4
+            cells_per_skin_depth=6, growth=1.16, num_pad_skin_depths=3, station_width_m=1.5e4
         ),
         training=TRAINING,
         max_resistivity_ohm_m=1000.0,
         target_rms=1.5,
+        max_steps=8,
         static_shift_weight=1.0,
         max_depth_m=1e5,
         num_workers=WORKERS,
@@ -135,6 +137,7 @@ def coprod2(data: Path) -> InvertJob:
         ),
         training=TRAINING,
         target_rms=1.3,
+        max_steps=6,
         max_depth_m=6e4,
         num_workers=WORKERS,
     )

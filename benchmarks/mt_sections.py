@@ -115,7 +115,7 @@ class Layout:
 
 
 def prospect(refine: int = 1) -> Layout:
-    """10 km x 1 km: 50 columns of 200 m, 36 rows from 4 m, 24 stations, 12 frequencies.
+    """10 km x 1 km: 50 columns of 200 m, 36 rows from 4 m, 20 stations, 10 frequencies.
 
     With refine = n every cell of the body of the mesh is cut in n x n.
     """
@@ -123,13 +123,13 @@ def prospect(refine: int = 1) -> Layout:
     return Layout(
         mesh=mesh,
         region=Region(rows=(0, 36 * refine), columns=(9 * refine, 59 * refine)),
-        position_m=np.linspace(350.0, 9650.0, 24),
-        frequency_hz=np.logspace(4, 0, 12),
+        position_m=np.linspace(350.0, 9650.0, 20),
+        frequency_hz=np.logspace(4, 0, 10),
     )
 
 
 def province(refine: int = 1) -> Layout:
-    """750 km x 80 km: 100 columns of 7.5 km, 44 rows from 166 m, 36 stations, 14 frequencies.
+    """750 km x 80 km: 100 columns of 7.5 km, 44 rows from 166 m, 26 stations, 10 frequencies.
 
     The prior's region ends at 50 km.
     """
@@ -139,8 +139,8 @@ def province(refine: int = 1) -> Layout:
     return Layout(
         mesh=mesh,
         region=Region(rows=(0, last * refine), columns=(11 * refine, 111 * refine)),
-        position_m=np.linspace(18750.0, 731250.0, 36),
-        frequency_hz=np.logspace(1, -3, 14),
+        position_m=np.linspace(15000.0, 735000.0, 26),
+        frequency_hz=np.logspace(1, -3, 10),
     )
 
 
