@@ -16,6 +16,9 @@ from functools import partial
 from benchmarks import mt_sections as made
 from benchmarks.mt_prior_lines import line_rows, province_rows
 from benchmarks.mt_prior_runs import (
+    ONE_COLUMN,
+    STOPPING,
+    WHOLE_DOMAIN,
     Judged,
     conventional,
     learnt,
@@ -24,16 +27,11 @@ from benchmarks.mt_prior_runs import (
     remembered,
 )
 from benchmarks.result import Row, run_levels
-from plait.magnetotellurics.inversion import StoppingRule
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.prior_inversion import StepOrder
-from plait.magnetotellurics.prior_network import Training
 
-STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_relative_drop=0.0)
 LOW_NOISE = 0.005
 NUM_SEEDS = 5
-ONE_COLUMN = Training(num_latent=8, num_hidden=128, num_steps=5000)
-WHOLE_DOMAIN = Training(num_latent=24, num_sections=6000, num_steps=3000, batch_size=128)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,9 @@ from pathlib import Path
 from benchmarks import mt_sections as made
 from benchmarks.mt_prior_runs import (
     PRIORS,
+    PROVINCE_NOISE,
+    PROVINCE_STOPPING,
+    TRAINING,
     WORKERS,
     Judged,
     conventional,
@@ -20,19 +23,14 @@ from benchmarks.mt_prior_runs import (
     say,
 )
 from benchmarks.result import ROOT, Row
-from plait.magnetotellurics.inversion import StoppingRule
 from plait.magnetotellurics.invert_job import InvertJob
 from plait.magnetotellurics.invert_run import InvertRun, run_inversion
 from plait.magnetotellurics.mesh_design import MeshDesign
-from plait.magnetotellurics.prior_network import Training
 from plait.magnetotellurics.profile import ProfileSettings
 from plait.magnetotellurics.report_page import write_report
 from plait.magnetotellurics.run_files import load_state
 
-PROVINCE_STOPPING = StoppingRule(target_rms=1.05, max_steps=8)
-PROVINCE_NOISE = 0.025  # of |Z|
 PROVINCE_SEEDS = 1
-TRAINING = Training(num_hidden=128, num_steps=5000)
 SOUTH_WEST = ("103", "106", "109", "112", "115", "118", "121", "123", "125", "127")
 
 

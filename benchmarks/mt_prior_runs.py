@@ -1,7 +1,8 @@
 """What the benchmarks of the learnt prior share: both inversions, what they reached, their rows.
 
-Every run is kept under runs/mt_prior with a mark of the code that made it, so that a benchmark that
-was cut goes on, and no figure is taken from other code.
+Every run is kept under runs/mt_prior with a mark of the code that made it (the package, this file,
+mt_sections.py, the priors), so that a benchmark that was cut goes on, and no figure is taken from
+other code.
 """
 
 import hashlib
@@ -32,6 +33,12 @@ from plait.magnetotellurics.step_rules import OccamRule
 PRIORS = Path(__file__).parent / "priors"
 WORKERS = os.cpu_count() or 1
 RULE = OccamRule(max_drop=10, max_corrections=4)
+STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_relative_drop=0.0)
+ONE_COLUMN = Training(num_latent=8, num_hidden=128, num_steps=5000)
+WHOLE_DOMAIN = Training(num_latent=24, num_sections=6000, num_steps=3000, batch_size=128)
+PROVINCE_STOPPING = StoppingRule(target_rms=1.05, max_steps=8)
+PROVINCE_NOISE = 0.025  # of |Z|
+TRAINING = Training(num_hidden=128, num_steps=5000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +61,10 @@ def say(text: str) -> None:
 def run_folder() -> Path:
     """Give the folder of runs of exactly this code, and make it."""
     package = Path(plait.magnetotellurics.__file__).parent
-    sources = [*package.glob("*.py"), *Path(__file__).parent.glob("mt_*.py")]
+    here = Path(__file__)
+    sources = [*package.glob("*.py"), here, here.with_name("mt_sections.py")]
     mark = hashlib.sha256()
-    for path in sorted([*sources, *PRIORS.glob("*.toml"), *(ROOT / "examples").glob("*.toml")]):
+    for path in sorted([*sources, *PRIORS.glob("*.toml")]):
         mark.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "runs" / "mt_prior" / mark.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

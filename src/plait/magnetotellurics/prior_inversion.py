@@ -43,7 +43,9 @@ class PriorInversion:
     Attributes:
         start_log10_rho: uniform; the codes start at the encoder's for it.
         smoothness: outside the region, and across its border.
-        region_smoothness: of the decoded cells; vertical order is the prior's matter.
+        region_smoothness: of the decoded cells. None by default: order downwards is the prior's
+            matter, and along the line cells would count an interface that dips by its contrast and
+            flatten it; codes are compared instead.
         code_weight: of |v|^2, beside roughness and times the same trade-off.
         lateral_weight: of the difference between the codes of neighbours.
         code_bound: codes stay within this; beyond, the decoder has not been taught.
@@ -55,7 +57,7 @@ class PriorInversion:
     start_log10_rho: float = 2.0
     smoothness: Smoothness = field(default_factory=Smoothness)
     region_smoothness: Smoothness = field(
-        default_factory=lambda: Smoothness(horizontal=0.3, vertical=0.0)
+        default_factory=lambda: Smoothness(horizontal=0.0, vertical=0.0)
     )
     code_weight: float = 0.005
     lateral_weight: float = 0.3
