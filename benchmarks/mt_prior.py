@@ -29,9 +29,10 @@ from benchmarks.mt_prior_runs import (
 from benchmarks.result import Row, run_levels
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.prior_inversion import StepOrder
+from plait.magnetotellurics.prior_network import PriorNetwork
 
 LOW_NOISE = 0.005
-NUM_SEEDS = 5
+NUM_SEEDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +113,29 @@ def prospect_rows(quick: bool) -> list[Row]:
         learning.append(network.learnt.duration_s)
         for case in cases:
             name = f"{case.name} seed {seed}"
-            problem = (layout, case.truth, noisy.data(case, seed))
-            smooth = partial(conventional, *problem, stopping=STOPPING)
+            smooth = partial(run, layout, case, noisy, seed)
             theirs[case].append(remembered(f"{name} smooth", smooth))
-            coded = partial(learnt, *problem, network, stopping=STOPPING)
+            coded = partial(run, layout, case, noisy, seed, network)
             ours[case].append(remembered(f"{name} learnt", coded))
     rows = [lower("training of one prior, single columns", "s", 300, learning)]
     for case in cases:
         rows += compared(case.name, ours[case], theirs[case], low_noise=case.noise == LOW_NOISE)
     return rows if quick else rows + other_ways(layout, noisy)
+
+
+def run(
+    layout: made.Layout,
+    case: Case,
+    noisy: Noisy,
+    seed: int,
+    network: PriorNetwork | None = None,
+    order: StepOrder = StepOrder.JOINT,
+) -> Judged:
+    """Run one inversion of a case, without or with a learnt prior."""
+    problem = (layout, case.truth, noisy.data(case, seed))
+    if network is None:
+        return conventional(*problem, stopping=STOPPING)
+    return learnt(*problem, network, stopping=STOPPING, order=order)
 
 
 def other_ways(layout: made.Layout, noisy: Noisy) -> list[Row]:
@@ -130,22 +145,18 @@ def other_ways(layout: made.Layout, noisy: Noisy) -> list[Row]:
     """
     columns = layout.region.columns[1] - layout.region.columns[0]
     rows = []
-    for case in CASES[:2]:
-        observations = noisy.data(case, 0)
-        for title, prior, training, per_code, order in (
-            ("wrong prior", "prospect_wrong", ONE_COLUMN, 1, StepOrder.JOINT),
-            ("alternating steps", "prospect", ONE_COLUMN, 1, StepOrder.ALTERNATING),
-            ("one code for all columns", "prospect", WHOLE_DOMAIN, columns, StepOrder.JOINT),
-        ):
-            network = network_of(prior, layout, training=training, columns_per_code=per_code)
+    for title, prior, training, per_code, order in (
+        ("wrong prior", "prospect_wrong", ONE_COLUMN, 1, StepOrder.JOINT),
+        ("alternating steps", "prospect", ONE_COLUMN, 1, StepOrder.ALTERNATING),
+        ("one code for all columns", "prospect", WHOLE_DOMAIN, columns, StepOrder.JOINT),
+    ):
+        network = network_of(prior, layout, training=training, columns_per_code=per_code)
+        for case in CASES[:2]:
             label = f"{case.name}, {title}"
-            coded = partial(
-                learnt, layout, case.truth, observations, network, stopping=STOPPING, order=order
-            )
-            run = remembered(label, coded)
-            rows.append(lower(f"{label}: RMS", "", None, [run.rms]))
-            rows.append(lower(f"{label}: steps", "", None, [float(run.steps)]))
-            rows += errors(label, [run])
+            found = remembered(label, partial(run, layout, case, noisy, 0, network, order))
+            rows.append(lower(f"{label}: RMS", "", None, [found.rms]))
+            rows.append(lower(f"{label}: steps", "", None, [float(found.steps)]))
+            rows += errors(label, [found])
     return rows
 
 
