@@ -1,40 +1,39 @@
 """Inversions with a learnt prior beside conventional ones, on made-up truths and on real lines.
 
-    python -m benchmarks.mt_prior --json          all rows, about half an hour on two cores
-    python -m benchmarks.mt_prior --json --quick  one seed of one truth
+    python -m benchmarks.mt_prior --json                   10 km x 1 km, half an hour on two cores
+    python -m benchmarks.mt_prior --json --quick           one seed of one truth
+    python -m benchmarks.mt_prior --level ways --json      a wrong prior, other steps, one code
+    python -m benchmarks.mt_prior --level province --json  750 km x 80 km
+    python -m benchmarks.mt_prior --level lines --json     SAMTEX KAP03 and COPROD2
 
 Both inversions of a row get the same data (from a mesh with halved cells), grid, weights (W = 1),
 start in layers, step rule and stopping rule; a seed is that of the noise and of the network. Errors
-are those of mt_sections.py, ratios are learnt over conventional.
+are those of mt_sections.py, ratios are learnt over conventional. A run that was cut goes on.
 """
 
-import os
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
+from dataclasses import dataclass, replace
+from functools import partial
 
 from benchmarks import mt_sections as made
-from benchmarks.result import Row, run_benchmark
-from plait.magnetotellurics.coded_section import CodedSection
-from plait.magnetotellurics.inversion import InversionResult, StoppingRule
-from plait.magnetotellurics.layered_start import Start
+from benchmarks.mt_prior_lines import line_rows, province_rows
+from benchmarks.mt_prior_runs import (
+    ONE_COLUMN,
+    STOPPING,
+    WHOLE_DOMAIN,
+    Judged,
+    conventional,
+    learnt,
+    lower,
+    network_of,
+    remembered,
+)
+from benchmarks.result import Row, run_levels
 from plait.magnetotellurics.observations import Component, Observations
-from plait.magnetotellurics.prior_file import read_prior
-from plait.magnetotellurics.prior_inversion import PriorInversion, invert_with_prior
-from plait.magnetotellurics.prior_network import PriorNetwork, Training, learn_prior
-from plait.magnetotellurics.smooth_inversion import SmoothInversion, invert_smoothly
-from plait.magnetotellurics.step_rules import OccamRule
-
-PRIORS = Path(__file__).parent / "priors"
-WORKERS = os.cpu_count() or 1
-RULE = OccamRule(max_drop=10, max_corrections=4)
-STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_relative_drop=0.0)
-
+from plait.magnetotellurics.prior_inversion import StepOrder
+from plait.magnetotellurics.prior_network import PriorNetwork
 
 LOW_NOISE = 0.005
-NUM_SEEDS = 5
+NUM_SEEDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,6 @@ class Case:
     modes: str
     components: tuple[Component, ...]
     noise: float
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What the data without noise depend on."""
-        return self.truth.name, self.modes
 
     @property
     def name(self) -> str:
@@ -65,65 +59,19 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What one run reached."""
+class Noisy:
+    """The data of the cases; those without noise are computed once for each truth and modes."""
 
-    rms: float
-    residual: float
-    steps: int
-    base_error: float
-    value_error: float
+    def __init__(self) -> None:
+        self._clean: dict[tuple[str, str], Observations] = {}
 
-
-def judge(
-    result: InversionResult,
-    log10_rho: np.ndarray,
-    layout: made.Layout,
-    *,
-    truth: made.Truth,
-    observations: Observations,
-) -> Judged:
-    """Measure a section against its truth."""
-    return Judged(
-        rms=result.rms,
-        residual=float(
-            np.linalg.norm(observations.value - result.values) / np.linalg.norm(observations.value)
-        ),
-        steps=result.num_steps,
-        base_error=made.base_error_m(layout.mesh, log10_rho, truth),
-        value_error=made.value_error(layout.mesh, log10_rho, truth),
-    )
-
-
-def conventional(layout: made.Layout, truth: made.Truth, observations: Observations) -> Judged:
-    """Run the smooth inversion."""
-    found = invert_smoothly(
-        layout.problem(),
-        observations,
-        settings=SmoothInversion(
-            start=Start.LAYERED, rule=RULE, stopping=STOPPING, num_workers=WORKERS
-        ),
-    )
-    return judge(found.result, found.log10_rho, layout, truth=truth, observations=observations)
-
-
-def learnt(
-    layout: made.Layout, truth: made.Truth, observations: Observations, network: PriorNetwork
-) -> Judged:
-    """Run the inversion with a learnt prior."""
-    found = invert_with_prior(
-        layout.problem(),
-        observations,
-        section=CodedSection(mesh=layout.mesh, region=layout.region, network=network),
-        settings=PriorInversion(rule=RULE, stopping=STOPPING, num_workers=WORKERS),
-    )
-    return judge(found.result, found.log10_rho, layout, truth=truth, observations=observations)
-
-
-def lower(claim: str, unit: str, target: float | None, samples: list[float]) -> Row:
-    """Make a row whose target is an upper limit."""
-    return Row(claim=claim, unit=unit, target=target, better="lower", samples=samples)
+    def data(self, case: Case, seed: int) -> Observations:
+        """Give one case's data with the noise of one seed."""
+        key = (case.truth.name, case.modes)
+        if key not in self._clean:
+            fine = made.prospect(refine=2)
+            self._clean[key] = made.clean_data(fine, case.truth, case.components)
+        return made.noisy(self._clean[key], share=case.noise, floor=0.005, seed=seed)
 
 
 def compared(name: str, ours: list[Judged], theirs: list[Judged], *, low_noise: bool) -> list[Row]:
@@ -138,14 +86,7 @@ def compared(name: str, ours: list[Judged], theirs: list[Judged], *, low_noise: 
         rows.append(lower(f"{label}: RMS", "", target, [r.rms for r in runs]))
         steps = [float(r.steps) for r in runs]
         rows.append(lower(f"{label}: steps", "", 4 if gate else None, steps))
-        rows.append(
-            lower(f"{label}: lower boundary, error", "m", None, [r.base_error for r in runs])
-        )
-        rows.append(
-            lower(
-                f"{label}: log10 rho in the target, error", "", None, [r.value_error for r in runs]
-            )
-        )
+        rows += errors(label, runs)
     for what in ("base_error", "value_error"):
         title = "lower boundary" if what == "base_error" else "log10 rho in the target"
         ratios = [getattr(a, what) / getattr(b, what) for a, b in zip(ours, theirs, strict=True)]
@@ -153,65 +94,84 @@ def compared(name: str, ours: list[Judged], theirs: list[Judged], *, low_noise: 
     return rows
 
 
+def errors(label: str, runs: list[Judged]) -> list[Row]:
+    """Make the two rows of a section's errors."""
+    return [
+        lower(f"{label}: lower boundary, error", "m", None, [r.base_error for r in runs]),
+        lower(f"{label}: log10 rho in the target, error", "", None, [r.value_error for r in runs]),
+    ]
+
+
 def prospect_rows(quick: bool) -> list[Row]:
     """The pair of 10 km x 1 km."""
-    layout, fine = made.prospect(), made.prospect(refine=2)
+    layout, noisy = made.prospect(), Noisy()
     cases = CASES[:1] if quick else CASES
-    clean = {case.key: made.clean_data(fine, case.truth, case.components) for case in cases}
     ours: dict[Case, list[Judged]] = {case: [] for case in cases}
     theirs: dict[Case, list[Judged]] = {case: [] for case in cases}
     learning = []
     for seed in range(1 if quick else NUM_SEEDS):
-        network = learn_prior(
-            read_prior(PRIORS / "prospect.toml"),
-            layout.region.grid(layout.mesh, columns_per_code=1),
-            training=Training(num_latent=8, seed=seed),
-        )
+        network = network_of("prospect", layout, training=replace(ONE_COLUMN, seed=seed))
         learning.append(network.learnt.duration_s)
-        say(f"seed {seed}: learnt to {network.learnt.rmse:.4f} decades in {learning[-1]:.0f} s")
         for case in cases:
-            observations = made.noisy(clean[case.key], share=case.noise, floor=0.005, seed=seed)
-            theirs[case].append(conventional(layout, case.truth, observations))
-            ours[case].append(learnt(layout, case.truth, observations, network))
-            say(f"{case.name} seed {seed}: learnt {ours[case][-1]}, smooth {theirs[case][-1]}")
+            name = f"{case.name} seed {seed}"
+            smooth = partial(run, layout, case, noisy, seed)
+            theirs[case].append(remembered(f"{name} smooth", smooth))
+            coded = partial(run, layout, case, noisy, seed, network)
+            ours[case].append(remembered(f"{name} learnt", coded))
     rows = [lower("training of one prior, single columns", "s", 300, learning)]
     for case in cases:
-        low_noise = case.noise == LOW_NOISE
-        rows += compared(case.name, ours[case], theirs[case], low_noise=low_noise)
-    return rows if quick else rows + wrong_rows(layout, fine)
-
-
-def wrong_rows(layout: made.Layout, fine: made.Layout) -> list[Row]:
-    """The same data under a prior that is deliberately wrong; no targets."""
-    network = learn_prior(
-        read_prior(PRIORS / "prospect_wrong.toml"),
-        layout.region.grid(layout.mesh, columns_per_code=1),
-        training=Training(num_latent=8),
-    )
-    rows = []
-    for truth in (made.DIPPING, made.BLOCK):
-        clean = made.clean_data(fine, truth, made.TE)
-        observations = made.noisy(clean, share=0.005, floor=0.005, seed=0)
-        run = learnt(layout, truth, observations, network)
-        say(f"{truth.name} wrong prior: {run}")
-        name = f"10 km, {truth.name}, TE, noise 0.5 %, wrong prior"
-        rows += [
-            lower(f"{name}: RMS", "", None, [run.rms]),
-            lower(f"{name}: lower boundary, error", "m", None, [run.base_error]),
-            lower(f"{name}: log10 rho in the target, error", "", None, [run.value_error]),
-        ]
+        rows += compared(case.name, ours[case], theirs[case], low_noise=case.noise == LOW_NOISE)
     return rows
 
 
-def say(text: str) -> None:
-    """Show progress on stderr."""
-    print(text, file=sys.stderr, flush=True)
+def run(
+    layout: made.Layout,
+    case: Case,
+    noisy: Noisy,
+    seed: int,
+    network: PriorNetwork | None = None,
+    order: StepOrder = StepOrder.JOINT,
+) -> Judged:
+    """Run one inversion of a case, without or with a learnt prior."""
+    problem = (layout, case.truth, noisy.data(case, seed))
+    if network is None:
+        return conventional(*problem, stopping=STOPPING)
+    return learnt(*problem, network, stopping=STOPPING, order=order)
 
 
-def measure(quick: bool) -> list[Row]:
-    """Run all parts, or the quick one."""
-    return prospect_rows(quick)
+def other_ways(quick: bool) -> list[Row]:
+    """The first two cases under a wrong prior, in alternating steps, and with one code for all.
+
+    One seed, no targets.
+    """
+    if quick:
+        claim = f"{CASES[0].name}, wrong prior: RMS"
+        return [Row(claim=claim, unit="", target=None, better="lower", full_only=True)]
+    layout, noisy = made.prospect(), Noisy()
+    columns = layout.region.columns[1] - layout.region.columns[0]
+    rows = []
+    for title, prior, training, per_code, order in (
+        ("wrong prior", "prospect_wrong", ONE_COLUMN, 1, StepOrder.JOINT),
+        ("alternating steps", "prospect", ONE_COLUMN, 1, StepOrder.ALTERNATING),
+        ("one code for all columns", "prospect", WHOLE_DOMAIN, columns, StepOrder.JOINT),
+    ):
+        network = network_of(prior, layout, training=training, columns_per_code=per_code)
+        for case in CASES[:2]:
+            label = f"{case.name}, {title}"
+            found = remembered(label, partial(run, layout, case, noisy, 0, network, order))
+            rows.append(lower(f"{label}: RMS", "", None, [found.rms]))
+            rows.append(lower(f"{label}: steps", "", None, [float(found.steps)]))
+            rows += errors(label, [found])
+    return rows
 
 
 if __name__ == "__main__":
-    run_benchmark("mt_prior", measure)
+    run_levels(
+        "mt_prior",
+        {
+            "prospect": prospect_rows,
+            "ways": other_ways,
+            "province": province_rows,
+            "lines": line_rows,
+        },
+    )

@@ -71,6 +71,35 @@ BLOCK = Truth(
 )
 
 
+def _crust_base(y: RealArray) -> RealArray:
+    """Lower boundaries of two conductors: a dipping one, and a lens."""
+    dipping = 18e3 + 8e3 * (y - 90e3) / 110e3
+    lens = 24e3 + 6e3 * np.sin(np.pi * (y - 280e3) / 140e3)
+    one, two = (y > 90e3) & (y < 200e3), (y > 280e3) & (y < 420e3)
+    return np.select([one, two], [dipping, lens], np.nan)
+
+
+def _in_crust_body(y: RealArray, z: RealArray) -> BoolArray:
+    top = np.where(y < 240e3, 6e3, 8e3)
+    return (z > top) & (z < _crust_base(y))
+
+
+def _crust(y: RealArray, z: RealArray) -> RealArray:
+    host = np.where(z < 40e3, 3.4, 3.8)
+    host = np.where((y > 450e3) & (y < 560e3) & (z < 60e3), 4.0, host)
+    return np.where(_in_crust_body(y, z), 0.7, host)
+
+
+CRUST = Truth(
+    name="two crustal conductors",
+    log10_rho=_crust,
+    target=_in_crust_body,
+    base_m=_crust_base,
+    body_log10_rho=0.7,
+    below_log10_rho=3.4,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Mesh, stations, frequencies and the region of the prior of one benchmark."""
@@ -86,25 +115,54 @@ class Layout:
 
 
 def prospect(refine: int = 1) -> Layout:
-    """10 km x 1 km: 100 columns of 100 m, 36 rows from 4 m, 24 stations, 16 frequencies.
+    """10 km x 1 km: 50 columns of 200 m, 36 rows from 4 m, 20 stations, 10 frequencies.
 
     With refine = n every cell of the body of the mesh is cut in n x n.
     """
-    rows = 5 * 1.09 ** np.arange(36)
-    z = np.concatenate([[0.0], np.cumsum(rows)])
-    z *= 1000 / z[-1]
-    aside = np.cumsum(100 * 1.6 ** np.arange(1, 11))
-    under = 1000 + np.cumsum((z[-1] - z[-2]) * 1.5 ** np.arange(1, 10))
-    y = np.concatenate([-aside[::-1], np.linspace(0, 10000, 101), 10000 + aside])
-    mesh = flat_mesh(
-        y_m=_cut(y, refine), ground_z_m=_cut(np.concatenate([z, under]), refine), air_height_m=5e4
-    )
+    mesh = _box(1e4, 1e3, cells=(36, 50), num_pads=(9, 9), air_m=5e4, refine=refine)
     return Layout(
         mesh=mesh,
-        region=Region(rows=(0, 36 * refine), columns=(10 * refine, 110 * refine)),
-        position_m=np.linspace(350.0, 9650.0, 24),
-        frequency_hz=np.logspace(4, 0, 16),
+        region=Region(rows=(0, 36 * refine), columns=(9 * refine, 59 * refine)),
+        position_m=np.linspace(350.0, 9650.0, 20),
+        frequency_hz=np.logspace(4, 0, 10),
     )
+
+
+def province(refine: int = 1) -> Layout:
+    """750 km x 80 km: 100 columns of 7.5 km, 44 rows from 166 m, 26 stations, 10 frequencies.
+
+    The prior's region ends at 50 km.
+    """
+    mesh = _box(7.5e5, 8e4, cells=(44, 100), num_pads=(11, 9), air_m=2e6, refine=refine)
+    depth = mesh.z_m[mesh.num_air :]
+    last = int(np.searchsorted(depth, 5e4)) // refine
+    return Layout(
+        mesh=mesh,
+        region=Region(rows=(0, last * refine), columns=(11 * refine, 111 * refine)),
+        position_m=np.linspace(15000.0, 735000.0, 26),
+        frequency_hz=np.logspace(1, -3, 10),
+    )
+
+
+def _box(
+    length_m: float,
+    depth_m: float,
+    *,
+    cells: tuple[int, int],
+    num_pads: tuple[int, int],
+    air_m: float,
+    refine: int,
+) -> Mesh:
+    """Rows that grow by 9 %, equal columns, and pads to both sides and below."""
+    num_rows, num_columns = cells
+    z = np.concatenate([[0.0], np.cumsum(1.09 ** np.arange(num_rows))])
+    z *= depth_m / z[-1]
+    width = length_m / num_columns
+    aside = np.cumsum(width * 1.6 ** np.arange(1, num_pads[0] + 1))
+    under = depth_m + np.cumsum((z[-1] - z[-2]) * 1.5 ** np.arange(1, num_pads[1] + 1))
+    y = np.concatenate([-aside[::-1], np.linspace(0, length_m, num_columns + 1), length_m + aside])
+    ground = np.concatenate([z, under])
+    return flat_mesh(y_m=_cut(y, refine), ground_z_m=_cut(ground, refine), air_height_m=air_m)
 
 
 def _cut(nodes: RealArray, parts: int) -> RealArray:
@@ -172,6 +230,14 @@ def noisy(clean: Observations, *, share: float, floor: float, seed: int) -> Obse
     deviation = np.maximum(share * np.abs(clean.value), floor)
     noise = deviation * np.random.default_rng(seed).standard_normal(clean.num_data)
     error = np.full(clean.num_data, np.sqrt(np.mean(deviation**2)))
+    return replace(clean, value=clean.value + noise, error=error)
+
+
+def with_errors(clean: Observations, *, relative: float, seed: int) -> Observations:
+    """Add noise of a share of |Z| to log10 rho and phases, and give them the errors of it."""
+    is_phase = clean.component % 4 == 1
+    error = np.where(is_phase, relative, 2 * relative / np.log(10))
+    noise = error * np.random.default_rng(seed).standard_normal(clean.num_data)
     return replace(clean, value=clean.value + noise, error=error)
 
 

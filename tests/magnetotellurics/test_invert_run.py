@@ -97,6 +97,10 @@ def test_a_run_with_a_prior_brings_the_conventional_section_and_another_priors(r
         assert section.result.rms <= 1.0 * 1.03
     assert found.priors[1].layers[0].thickness_m.low == 900.0
     assert found.ensemble_deviation.shape == found.problem.mesh.ground_shape
+    # Codes leave the section less freedom than pixels, above all where no data reach.
+    inside = found.learnt[0].section.inside
+    assert np.median(found.learnt_deviation[inside]) > 0
+    assert np.median(found.learnt_deviation[inside]) < np.median(found.resolution.deviation[inside])
     assert any("step 1" in line and "rms" in line for line in said)
 
 
@@ -125,7 +129,15 @@ def test_the_report_holds_every_picture_that_it_shows_and_escapes_names(run, tmp
     odd = replace(found, job=replace(found.job, survey="a<b>.dat"))
     page = write_report(odd, tmp_path)
     text = page.read_text()
-    for name in ("section", "deviation", "influence", "ensemble", "fit", "convergence"):
+    for name in (
+        "section",
+        "deviation",
+        "learnt_deviation",
+        "influence",
+        "ensemble",
+        "fit",
+        "convergence",
+    ):
         assert f'src="{name}.png"' in text
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "a&lt;b&gt;.dat" in text
@@ -246,6 +258,14 @@ def test_the_posterior_is_the_inverse_of_the_normal_matrix():
     moved = replace(step, reference=np.ones(11), departure=-np.ones(11)).model(0.4)
     still = step.model(0.4)
     np.testing.assert_allclose(found.reference_share, moved - still, rtol=1e-9)
+    slope = generator.standard_normal((5, 11))
+    carried = posterior_of(step, trade_off=0.4, slope=sparse.csr_array(slope), num_changed=4)
+    np.testing.assert_allclose(
+        carried.deviation, np.sqrt(np.diag(slope @ covariance @ slope.T)), rtol=1e-9
+    )
+    some = (np.arange(11) < 4).astype(float)
+    moved = replace(step, reference=some, departure=-some).model(0.4)
+    np.testing.assert_allclose(carried.reference_share, moved - still, rtol=1e-9, atol=1e-12)
 
 
 def test_what_the_data_allow_is_two_deviations_within_limits():

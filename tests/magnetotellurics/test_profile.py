@@ -117,3 +117,12 @@ def test_stations_without_coordinates_are_named():
     survey = Survey(stations=(station("a", 0.0, 0.0), station("lost", NAN, 0.1)))
     with pytest.raises(SurveyError, match="lost"):
         profile_of(survey, strike_deg=0.0)
+
+
+def test_named_stations_alone_make_the_profile_and_an_unknown_one_is_refused():
+    survey = Survey(stations=tuple(station(name, 0.0, i) for i, name in enumerate("abcd")))
+    found = observations_of(survey, settings=ProfileSettings(stations=("d", "b")))
+    assert found.receiver_names == ("b", "d")
+    assert found.position_m[0] == 0.0
+    with pytest.raises(SurveyError, match="no station 'e'"):
+        observations_of(survey, settings=ProfileSettings(stations=("a", "e")))

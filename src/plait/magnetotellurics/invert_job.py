@@ -8,7 +8,7 @@ import numpy as np
 from plait.errors import InversionError
 from plait.magnetotellurics.forward_2d import Problem, make_problem
 from plait.magnetotellurics.mesh_design import MeshDesign, mesh_from_skin_depths
-from plait.magnetotellurics.observations import Observations, with_error_floor
+from plait.magnetotellurics.observations import Component, Observations, with_error_floor
 from plait.magnetotellurics.prior_network import Training
 from plait.magnetotellurics.profile import ProfileSettings
 from plait.magnetotellurics.survey_files import read_observations
@@ -34,6 +34,7 @@ class InvertJob:
         max_steps: of each inversion.
         static_shift_weight: None, or the penalty on (log10 gain)^2 of each station and mode.
         huber: None, or the residual in errors beyond which data count less.
+        order: pixels and codes in one "joint" step, or "alternating".
         columns_per_code: of a sub-region; 0 gives the whole region one code.
         region_depth_m: how deep the prior speaks; None: a third deeper than its deepest interface.
         training: of the network.
@@ -61,6 +62,7 @@ class InvertJob:
     max_steps: int = 12
     static_shift_weight: float | None = None
     huber: float | None = None
+    order: Literal["joint", "alternating"] = "joint"
     columns_per_code: int = 1
     region_depth_m: float | None = None
     training: Training = field(default_factory=Training)
@@ -75,6 +77,10 @@ class InvertJob:
             raise InversionError("columns_per_code must be positive, or 0 for one code")
         if self.other_prior and not self.prior:
             raise InversionError("other_prior needs a prior to differ from")
+        if self.order == "alternating" and self.static_shift_weight is not None:
+            raise InversionError(
+                "static shifts are solved for in joint steps only; set order=joint"
+            )
 
 
 def read_data(job: InvertJob) -> Observations:
@@ -105,7 +111,8 @@ def shown_depth_m(job: InvertJob, observations: Observations) -> float:
     """Depth of the pictures: two penetration depths [Schmucker 1970] of the longest period."""
     if job.max_depth_m is not None:
         return job.max_depth_m
-    longest = float(np.argmin(observations.frequency_hz))
-    log_rho = (observations.frequency_index == longest) & (observations.component % 4 == 0)
+    longest = int(np.argmin(observations.frequency_hz))
+    is_log_rho = np.isin(observations.component, (Component.TE_LOG10_RHO, Component.TM_LOG10_RHO))
+    log_rho = (observations.frequency_index == longest) & is_log_rho
     level = float(np.median(observations.value[log_rho])) if log_rho.any() else job.start_log10_rho
     return 2 * 356 * float(np.sqrt(10**level / observations.frequency_hz.min()))

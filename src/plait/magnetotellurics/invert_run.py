@@ -12,32 +12,24 @@ import numpy as np
 
 from plait.config import to_json
 from plait.errors import InversionError
-from plait.magnetotellurics.arrays import RealArray
+from plait.magnetotellurics.arrays import BoolArray, RealArray
 from plait.magnetotellurics.coded_section import CodedSection, Region
-from plait.magnetotellurics.data_model import SectionModel
 from plait.magnetotellurics.forward_2d import Problem
 from plait.magnetotellurics.influence import Influence, deliberately_different, influence_of
 from plait.magnetotellurics.inversion import Checkpoint, InversionResult, StoppingRule
-from plait.magnetotellurics.invert_job import InvertJob, lay_out, read_data
+from plait.magnetotellurics.invert_job import InvertJob, lay_out, read_data, shown_depth_m
 from plait.magnetotellurics.layered_start import Start
-from plait.magnetotellurics.linear_step import LinearStep
-from plait.magnetotellurics.misfit import Misfit
-from plait.magnetotellurics.model_map import pixel_map
 from plait.magnetotellurics.observations import Observations
-from plait.magnetotellurics.posterior import posterior_of
 from plait.magnetotellurics.prior import Prior
 from plait.magnetotellurics.prior_file import read_prior
-from plait.magnetotellurics.prior_inversion import PriorInversion, invert_with_prior
+from plait.magnetotellurics.prior_inversion import PriorInversion, StepOrder, invert_with_prior
 from plait.magnetotellurics.prior_network import PriorNetwork, learn_prior
 from plait.magnetotellurics.prior_store import load_network, save_network
-from plait.magnetotellurics.regularization import Smoothness, roughness_matrix
+from plait.magnetotellurics.resolution import Resolution, coded_deviation, smooth_resolution
 from plait.magnetotellurics.run_files import load_state, open_run, save_state
 from plait.magnetotellurics.smooth_inversion import SmoothInversion, invert_smoothly
 from plait.magnetotellurics.step_rules import OccamRule
 
-# Closer to the reference than the inversion itself: with the inversion's tiny weight the posterior
-# would extrapolate smoothness for ever downwards.
-_RESOLUTION = Smoothness(closeness=0.05)
 _SAME_RMS = 1.03  # sections whose RMS differ by less than this factor fit equally well
 
 
@@ -50,12 +42,14 @@ class Found:
         log10_rho: mesh.ground_shape.
         static_shift_log10: (2, n_rx).
         result: history, predicted values, reason to stop.
+        section: the map of its pixels and codes; None for a smooth section.
     """
 
     title: str
     log10_rho: RealArray
     static_shift_log10: RealArray
     result: InversionResult
+    section: CodedSection | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +64,8 @@ class InvertRun:
         learnt: with the prior, one for each seed; empty without a prior.
         other: under the deliberately different prior; None without a prior.
         priors: the prior and the other one.
-        deviation: mesh.ground_shape, of the smooth section's linearized posterior.
-        reference_share: mesh.ground_shape, the depth-of-investigation index.
+        resolution: of the smooth section.
+        learnt_deviation: mesh.ground_shape, of the first learnt section's linearized posterior.
         region: where the prior speaks.
         influence: what came from the prior, judged by the sections that fit as well as the learnt
             one; None if none does.
@@ -84,8 +78,8 @@ class InvertRun:
     learnt: tuple[Found, ...]
     other: Found | None
     priors: tuple[Prior, ...]
-    deviation: RealArray
-    reference_share: RealArray
+    resolution: Resolution
+    learnt_deviation: RealArray | None
     region: Region | None
     influence: Influence | None
 
@@ -108,6 +102,19 @@ class InvertRun:
         if len(self.learnt) < 2:
             return None
         return np.std([found.log10_rho for found in self.learnt], axis=0, ddof=1)
+
+    @property
+    def in_view(self) -> BoolArray:
+        """Cells of the pictures: between the first and last station, down to the shown depth."""
+        mesh, stations = self.problem.mesh, self.observations.position_m
+        rows = mesh.z_m[mesh.num_air : -1] < shown_depth_m(self.job, self.observations)
+        columns = (mesh.y_m[1:] > stations.min()) & (mesh.y_m[:-1] < stations.max())
+        return rows[:, None] & columns[None, :] & mesh.is_ground
+
+    def share_in_view(self, chosen: BoolArray) -> float:
+        """Give the share of the area in view that the cells of a mask take."""
+        area = self.problem.mesh.ground_thickness_m[:, None] * self.problem.mesh.width_m
+        return float((area * (chosen & self.in_view)).sum() / (area * self.in_view).sum())
 
 
 Progress = Callable[[str], None]
@@ -143,7 +150,8 @@ def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> Inv
         reached = learnt[0].result.rms
         if reached > _SAME_RMS * smooth.result.rms:
             smooth = tools.smooth("smooth_at_same_rms", target_rms=reached)
-    deviation, share = _resolution(problem, observations, smooth, job)
+    on_progress("computing what the data resolve")
+    resolution = tools.resolution(smooth)
     influence = None
     if learnt and other is not None:
         limit = _SAME_RMS * max(learnt[0].result.rms, job.target_rms)
@@ -152,7 +160,7 @@ def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> Inv
             influence = influence_of(
                 learnt[0].log10_rho,
                 others=[found.log10_rho for found in equals],
-                deviation=deviation,
+                deviation=resolution.deviation,
             )
     return InvertRun(
         job=job,
@@ -162,8 +170,8 @@ def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> Inv
         learnt=tuple(learnt),
         other=other,
         priors=priors,
-        deviation=deviation,
-        reference_share=share,
+        resolution=resolution,
+        learnt_deviation=tools.learnt_deviation(learnt[0]) if learnt else None,
         region=region,
         influence=influence,
     )
@@ -219,19 +227,10 @@ class _Tools:
 
     def smooth(self, name: str, *, target_rms: float) -> Found:
         """Run the conventional inversion."""
-        job = self._job
         found = invert_smoothly(
             self._problem,
             self._observations,
-            settings=SmoothInversion(
-                start_log10_rho=job.start_log10_rho,
-                start=Start(job.start),
-                rule=OccamRule(max_drop=10, max_corrections=4),
-                stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
-                static_shift_weight=job.static_shift_weight,
-                huber=job.huber,
-                num_workers=job.num_workers,
-            ),
+            settings=self._smooth_settings(target_rms),
             resume=load_state(self._state(name)),
             on_step=self._watch(name),
         )
@@ -246,31 +245,71 @@ class _Tools:
         self, name: str, prior: Prior, region: Region, target_rms: float, *, seed: int
     ) -> Found:
         """Learn a prior and run the inversion with it."""
-        job = self._job
+        section = CodedSection(
+            mesh=self._problem.mesh,
+            region=region,
+            network=self._network(name, prior, region, seed),
+        )
         found = invert_with_prior(
             self._problem,
             self._observations,
-            section=CodedSection(
-                mesh=self._problem.mesh,
-                region=region,
-                network=self._network(name, prior, region, seed),
-            ),
-            settings=PriorInversion(
-                start_log10_rho=job.start_log10_rho,
-                start=Start(job.start),
-                stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
-                static_shift_weight=job.static_shift_weight,
-                huber=job.huber,
-                num_workers=job.num_workers,
-            ),
+            section=section,
+            settings=self._prior_settings(target_rms),
             resume=load_state(self._state(name)),
             on_step=self._watch(name),
         )
         return Found(
-            title=f"learnt prior: {prior.name}" + (f", seed {seed}" if job.num_seeds > 1 else ""),
+            title=f"learnt prior: {prior.name}"
+            + (f", seed {seed}" if self._job.num_seeds > 1 else ""),
             log10_rho=found.log10_rho,
             static_shift_log10=found.static_shift_log10,
             result=found.result,
+            section=section,
+        )
+
+    def resolution(self, found: Found) -> Resolution:
+        """Say how well a smooth section is known."""
+        return smooth_resolution(
+            self._problem,
+            self._observations,
+            result=found.result,
+            settings=self._smooth_settings(self._job.target_rms),
+        )
+
+    def learnt_deviation(self, found: Found) -> RealArray:
+        """Give the deviation of a learnt section's cells."""
+        if found.section is None:
+            raise InversionError(f"{found.title} has no codes")
+        return coded_deviation(
+            self._problem,
+            self._observations,
+            section=found.section,
+            result=found.result,
+            settings=self._prior_settings(self._job.target_rms),
+        )
+
+    def _smooth_settings(self, target_rms: float) -> SmoothInversion:
+        job = self._job
+        return SmoothInversion(
+            start_log10_rho=job.start_log10_rho,
+            start=Start(job.start),
+            rule=OccamRule(max_drop=10, max_corrections=4),
+            stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
+            static_shift_weight=job.static_shift_weight,
+            huber=job.huber,
+            num_workers=job.num_workers,
+        )
+
+    def _prior_settings(self, target_rms: float) -> PriorInversion:
+        job = self._job
+        return PriorInversion(
+            start_log10_rho=job.start_log10_rho,
+            start=Start(job.start),
+            stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
+            static_shift_weight=job.static_shift_weight,
+            huber=job.huber,
+            num_workers=job.num_workers,
+            order=StepOrder(job.order),
         )
 
     def _network(self, name: str, prior: Prior, region: Region, seed: int) -> PriorNetwork:
@@ -302,36 +341,3 @@ class _Tools:
             )
 
         return on_step
-
-
-def _resolution(
-    problem: Problem, observations: Observations, found: Found, job: InvertJob
-) -> tuple[RealArray, RealArray]:
-    """Give the deviation and the reference's share of every cell, at the smooth section."""
-    pixels = pixel_map(problem.mesh)
-    model = SectionModel(
-        problem=problem, observations=observations, model_map=pixels, num_workers=job.num_workers
-    )
-    at = found.log10_rho[problem.mesh.is_ground]
-    sensitivity = model.linearize(at)
-    misfit = Misfit(observations=observations, huber=job.huber)
-    weight = misfit.root_weight(found.result.values)
-    step = LinearStep(
-        jacobian=misfit.whitened(sensitivity.jacobian) * weight[:, None],
-        residual=misfit.residual(found.result.values) * weight,
-        root_weight=weight,
-        roughness=roughness_matrix(
-            pixels,
-            thickness_m=problem.mesh.ground_thickness_m,
-            width_m=problem.mesh.width_m,
-            smoothness=_RESOLUTION,
-        ),
-        departure=np.zeros_like(at),
-        reference=at,
-    )
-    trade_off = found.result.trade_off if np.isfinite(found.result.trade_off) else 1.0
-    posterior = posterior_of(step, trade_off=trade_off)
-    return tuple(
-        pixels.log10_rho(values) * problem.mesh.is_ground
-        for values in (posterior.deviation, posterior.reference_share)
-    )  # pyright: ignore[reportReturnType]

@@ -43,7 +43,9 @@ class PriorInversion:
     Attributes:
         start_log10_rho: uniform; the codes start at the encoder's for it.
         smoothness: outside the region, and across its border.
-        region_smoothness: of the decoded cells; vertical order is the prior's matter.
+        region_smoothness: of the decoded cells. None by default: order downwards is the prior's
+            matter, and along the line cells would count an interface that dips by its contrast and
+            flatten it; codes are compared instead.
         code_weight: of |v|^2, beside roughness and times the same trade-off.
         lateral_weight: of the difference between the codes of neighbours.
         code_bound: codes stay within this; beyond, the decoder has not been taught.
@@ -55,7 +57,7 @@ class PriorInversion:
     start_log10_rho: float = 2.0
     smoothness: Smoothness = field(default_factory=Smoothness)
     region_smoothness: Smoothness = field(
-        default_factory=lambda: Smoothness(horizontal=0.3, vertical=0.0)
+        default_factory=lambda: Smoothness(horizontal=0.0, vertical=0.0)
     )
     code_weight: float = 0.005
     lateral_weight: float = 0.3
@@ -114,34 +116,10 @@ def invert_with_prior(
         resume: where an earlier run of the same problem stood.
         on_step: called after each step.
     """
+    parts = coded_parts(problem, observations, section=section, settings=settings)
+    model, penalty, num_shifts = parts.model, parts.penalty, parts.num_shifts
     uniform = np.full(problem.mesh.ground_shape, settings.start_log10_rho)
-    model: DataModel = SectionModel(
-        problem=problem,
-        observations=observations,
-        model_map=section,
-        num_workers=settings.num_workers,
-    )
-    layered: DataModel = LayeredModel(problem=problem, observations=observations, model_map=section)
-    penalty: Penalty = CodePenalty(
-        section=section,
-        roughness=cell_roughness(
-            problem.mesh,
-            smoothness=settings.smoothness,
-            inside=section.inside,
-            inside_smoothness=settings.region_smoothness,
-        ),
-        reference_log10_rho=uniform,
-        code=settings.code_weight,
-        lateral=settings.lateral_weight,
-    )
     num_section, num_rx = section.num_parameters, problem.receivers.num_receivers
-    num_shifts = 0 if settings.static_shift_weight is None else 2 * num_rx
-    if settings.static_shift_weight is not None:
-        model = StaticShiftModel(section=model, observations=observations)
-        layered = StaticShiftModel(section=layered, observations=observations)
-        penalty = PenaltyWithShifts(
-            inner=penalty, num_shifts=num_shifts, weight=settings.static_shift_weight
-        )
     bounds = (
         _limit(section, settings.bounds[0], -settings.code_bound, num_shifts),
         _limit(section, settings.bounds[1], settings.code_bound, num_shifts),
@@ -149,7 +127,9 @@ def invert_with_prior(
     start = np.clip(np.concatenate([section.encode(uniform), np.zeros(num_shifts)]), *bounds)
     misfit = Misfit(observations=observations, huber=settings.huber)
     if settings.start is Start.LAYERED:
-        start = layered_start(layered, misfit=misfit, penalty=penalty, start=start, bounds=bounds)
+        start = layered_start(
+            parts.layered, misfit=misfit, penalty=penalty, start=start, bounds=bounds
+        )
     rule = settings.rule
     if settings.order is StepOrder.ALTERNATING:
         rule = _alternating(section, settings, model, penalty, misfit, problem)
@@ -170,6 +150,62 @@ def invert_with_prior(
         codes=section.codes(result.parameters[:num_section]),
         static_shift_log10=shifts.reshape(2, num_rx),
         result=result,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedParts:
+    """What an inversion with a learnt prior is made of.
+
+    Attributes:
+        model: pixels, codes and static shifts to data.
+        layered: the same with each column alone.
+        penalty: of the same parameters.
+        num_shifts: static shifts at their end.
+    """
+
+    model: DataModel
+    layered: DataModel
+    penalty: Penalty
+    num_shifts: int
+
+
+def coded_parts(
+    problem: Problem,
+    observations: Observations,
+    *,
+    section: CodedSection,
+    settings: PriorInversion,
+) -> CodedParts:
+    """Compose the models and the penalty."""
+    model: DataModel = SectionModel(
+        problem=problem,
+        observations=observations,
+        model_map=section,
+        num_workers=settings.num_workers,
+    )
+    layered: DataModel = LayeredModel(problem=problem, observations=observations, model_map=section)
+    penalty: Penalty = CodePenalty(
+        section=section,
+        roughness=cell_roughness(
+            problem.mesh,
+            smoothness=settings.smoothness,
+            inside=section.inside,
+            inside_smoothness=settings.region_smoothness,
+        ),
+        reference_log10_rho=np.full(problem.mesh.ground_shape, settings.start_log10_rho),
+        code=settings.code_weight,
+        lateral=settings.lateral_weight,
+    )
+    weight = settings.static_shift_weight
+    if weight is None:
+        return CodedParts(model=model, layered=layered, penalty=penalty, num_shifts=0)
+    num_shifts = 2 * problem.receivers.num_receivers
+    return CodedParts(
+        model=StaticShiftModel(section=model, observations=observations),
+        layered=StaticShiftModel(section=layered, observations=observations),
+        penalty=PenaltyWithShifts(inner=penalty, num_shifts=num_shifts, weight=weight),
+        num_shifts=num_shifts,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from plait.errors import SurveyError
+from plait.errors import SurveyError, nearest_name
 from plait.magnetotellurics.arrays import RealArray
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.survey import MU_0, Station, Survey, rotated
@@ -119,6 +119,7 @@ class ProfileSettings:
         frequency_tolerance: frequencies of different stations closer than this share are one.
         quadrant_slack: phases further outside 0 to 90 degrees than this many errors are dropped;
             a 2-D section does not give them, distortion does. None keeps them.
+        stations: names of those to take; none named, all are taken.
     """
 
     strike_deg: float = 0.0
@@ -127,6 +128,7 @@ class ProfileSettings:
     tipper_error_floor: float = 0.02
     frequency_tolerance: float = 0.02
     quadrant_slack: float | None = 3.0
+    stations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.modes or set(self.modes) - {"te", "tm", "tipper"}:
@@ -143,8 +145,9 @@ def observations_of(survey: Survey, *, settings: ProfileSettings) -> Observation
     how far stations lie off the line.
 
     Raises:
-        SurveyError: no coordinates, or no data left.
+        SurveyError: no coordinates, a station that is not there, or no data left.
     """
+    survey = _chosen(survey, settings.stations)
     profile = profile_of(survey, strike_deg=settings.strike_deg)
     order = np.argsort(profile.distance_m)
     stations = [rotated(survey.stations[int(i)], x_azimuth_deg=settings.strike_deg) for i in order]
@@ -170,6 +173,14 @@ def observations_of(survey: Survey, *, settings: ProfileSettings) -> Observation
         error=np.array(columns[4]),
     )
     return replace(observations, notes=tuple(notes))
+
+
+def _chosen(survey: Survey, names: Sequence[str]) -> Survey:
+    there = {station.name: station for station in survey.stations}
+    for name in names:
+        if name not in there:
+            raise SurveyError(f"no station {name!r}. {nearest_name(name, there)}")
+    return replace(survey, stations=tuple(there[name] for name in names or there))
 
 
 def _merged_frequencies(stations: list[Station], tolerance: float) -> RealArray:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from plait.magnetotellurics.arrays import BoolArray
-from plait.magnetotellurics.earth import Mesh
 from plait.magnetotellurics.invert_job import shown_depth_m
 from plait.magnetotellurics.invert_run import Found, InvertRun
 from plait.magnetotellurics.misfit import Misfit
@@ -59,18 +57,9 @@ def write_report(run: InvertRun, folder: Path) -> Path:
 
 
 def _limits(run: InvertRun) -> tuple[float, float]:
-    shown = run.best.log10_rho[_seen(run)]
+    shown = run.best.log10_rho[run.in_view]
     low, high = np.percentile(shown, [1, 99])
     return float(np.floor(2 * low) / 2), float(np.ceil(2 * high) / 2)
-
-
-def _seen(run: InvertRun) -> BoolArray:
-    """Cells of the pictures: between the first and last station, down to the shown depth."""
-    mesh, stations = run.problem.mesh, run.observations.position_m
-    depth = shown_depth_m(run.job, run.observations)
-    rows = mesh.z_m[mesh.num_air : -1] < depth
-    columns = (mesh.y_m[1:] > stations.min()) & (mesh.y_m[:-1] < stations.max())
-    return rows[:, None] & columns[None, :] & mesh.is_ground
 
 
 def _all_found(run: InvertRun) -> list[Found]:
@@ -104,7 +93,7 @@ def _sections(run: InvertRun, folder: Path, limits: tuple[float, float]) -> list
             limits=limits,
             title=f"{found.title}, RMS {found.result.rms:.2f}",
             hatched=hatched if number == 0 else None,
-            reference_share=run.reference_share if found is run.smooth else None,
+            reference_share=run.resolution.reference_share if found is run.smooth else None,
             **_frame(run),
         )
         caption = (
@@ -113,7 +102,7 @@ def _sections(run: InvertRun, folder: Path, limits: tuple[float, float]) -> list
             else ""
         )
         if found is run.smooth:
-            reached = bool((run.reference_share[_seen(run)] > 0.5).any())
+            reached = bool((run.resolution.reference_share[run.in_view] > 0.5).any())
             caption = (
                 "White line: depth of investigation; under it more than half of a change of the "
                 "reference model would show up in the section."
@@ -136,7 +125,11 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
     mesh = run.problem.mesh
     parts = ["<h2>What the data resolve</h2>"]
     figure = amount_figure(
-        mesh, run.deviation, most=1.0, label="standard deviation (decades)", **_frame(run)
+        mesh,
+        run.resolution.deviation,
+        most=1.0,
+        label="standard deviation (decades)",
+        **_frame(run),
     )
     parts.append(
         _picture(
@@ -146,6 +139,22 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
             "one.",
         )
     )
+    if run.learnt_deviation is not None:
+        figure = amount_figure(
+            mesh,
+            run.learnt_deviation,
+            most=1.0,
+            label="standard deviation (decades)",
+            **_frame(run),
+        )
+        parts.append(
+            _picture(
+                figure,
+                folder / "learnt_deviation.png",
+                "Linearized posterior of the learnt section: the spread of sections that the prior "
+                "allows and the data fit.",
+            )
+        )
     spread = run.ensemble_deviation
     if spread is not None:
         figure = amount_figure(
@@ -164,8 +173,7 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
     figure = amount_figure(
         mesh, run.influence.moved, most=1.0, label="largest difference (decades)", **_frame(run)
     )
-    seen = _seen(run)
-    share = 100 * _area_share(mesh, run.influence.from_prior, seen)
+    share = 100 * run.share_in_view(run.influence.from_prior)
     parts += [
         "<h2>What came from the prior</h2>",
         f"<p>The same data were fitted without a prior (RMS {run.smooth.result.rms:.3f}) and under "
@@ -189,11 +197,6 @@ def _verdict_on_other(run: InvertRun) -> str:
         "The different prior does not fit: the data rule it out, and it is left out of the "
         "comparison. Try one that lies nearer."
     )
-
-
-def _area_share(mesh: Mesh, chosen: BoolArray, seen: BoolArray) -> float:
-    area = mesh.ground_thickness_m[:, None] * mesh.width_m[None, :]
-    return float((area * (chosen & seen)).sum() / (area * seen).sum())
 
 
 def _fit(run: InvertRun, folder: Path) -> list[str]:
@@ -264,7 +267,7 @@ def _write_numbers(run: InvertRun, folder: Path) -> None:
         ],
         "from_prior_share": None
         if run.influence is None
-        else _area_share(mesh, run.influence.from_prior, _seen(run)),
+        else run.share_in_view(run.influence.from_prior),
     }
     write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
     write_modem_model(
