@@ -33,7 +33,7 @@ from plait.magnetotellurics.prior_inversion import StepOrder
 from plait.magnetotellurics.prior_network import PriorNetwork
 
 LOW_NOISE = 0.005
-NUM_SEEDS = 2
+NUM_SEEDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
