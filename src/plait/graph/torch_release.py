@@ -35,8 +35,8 @@ def stacks_of_changes(side_effects: Any) -> Mapping[Any, Sequence[Any]]:
 
 def is_of_module(node: Any) -> bool:
     """Whether TorchDynamo found this input of its graph in a module: a parameter, or a buffer."""
-    source = getattr(node, "_dynamo_source", None)
+    source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         return False
-    kind = source.guard_source() if callable(source.guard_source) else source.guard_source
+    kind: Any = source.guard_source() if callable(source.guard_source) else source.guard_source
     return kind.is_unspecialized_nn_module() or kind.is_unspecialized_builtin_nn_module()

@@ -29,7 +29,9 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # a second derivative is an error, not a silent zero
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator's signature)
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
         gradient = ctx.linearization.transpose_times(np.asarray(grad_outputs[0]))
         return torch.from_numpy(gradient), None, None, None
 
