@@ -87,9 +87,9 @@ def measure(quick: bool) -> list[Row]:
 def _dtype_name() -> str:
     import torch
 
-    from plait.train.job import product_dtype
+    from plait.train.job import settled_dtype
 
-    return product_dtype("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    return settled_dtype("auto", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _loss_gap(ours: list[float], theirs: list[float]) -> tuple[float, float]:

@@ -43,10 +43,8 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     An x86 CPU without units for bfloat16 multiplies it at a tenth to a twentieth of the speed of
     float32 (measured on Zen 3 with torch 2.13).
     """
-    if device.type != "cpu" or dtype != torch.bfloat16 or torch.cpu._is_avx512_bf16_supported():
-        return dtype
-    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return torch.float32 if is_x86 else dtype
+    is_emulated = dtype == torch.bfloat16 and not bfloat16_pays(device.type)
+    return torch.float32 if is_emulated else dtype
 
 
 def check_alike(name: str, *tensors: Tensor) -> None:

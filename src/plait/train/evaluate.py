@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from plait.errors import ConfigError
 from plait.models.decoder import Decoder
 from plait.train.data import windows
-from plait.train.job import TORCH_DTYPES, Dtype, product_dtype
+from plait.train.job import TORCH_DTYPES, Dtype, settled_dtype
 from plait.train.packing import layout_of_stream
 from plait.train.step import autocast
 
@@ -77,7 +77,7 @@ def evaluate(
     `on_progress(done, total)` counts scored tokens.
     """
     device_type = model.embed_tokens.weight.device.type
-    dtype = TORCH_DTYPES[product_dtype(scoring.dtype, device_type)]
+    dtype = TORCH_DTYPES[settled_dtype(scoring.dtype, device_type)]
     was_training = model.training
     model.eval()
     nats, done = 0.0, 0

@@ -19,7 +19,7 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def product_dtype(dtype: Dtype, device_type: str) -> ProductDtype:
+def settled_dtype(dtype: Dtype, device_type: str) -> ProductDtype:
     """What "auto" means there: bfloat16, or float32 on a CPU that has no such products."""
     if dtype == "auto":
         return "bfloat16" if bfloat16_pays(device_type) else "float32"
@@ -135,7 +135,7 @@ class Job:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as PyTorch's object."""
-        return TORCH_DTYPES[product_dtype(self.dtype, self.torch_device().type)]
+        return TORCH_DTYPES[settled_dtype(self.dtype, self.torch_device().type)]
 
     def torch_device(self) -> torch.device:
         """Choose the device; raises ConfigError if it is asked for and missing."""

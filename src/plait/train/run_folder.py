@@ -12,7 +12,7 @@ from typing import Any
 from plait.checkpoint.json_file import read_json_object, write_json
 from plait.config import from_json, to_json
 from plait.errors import CheckpointError, ConfigError
-from plait.train.job import Job, product_dtype
+from plait.train.job import Job, settled_dtype
 from plait.train.tuning_job import TuningJob
 
 
@@ -129,7 +129,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty. Choose another --out.")
-        dtype = product_dtype(job.dtype, job.torch_device().type)
+        dtype = settled_dtype(job.dtype, job.torch_device().type)
         write_json(self.resolved, to_json(replace(job, dtype=dtype)))
 
     @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 from plait.errors import ConfigError
 from plait.nn.lora import LoraSettings
-from plait.train.job import TORCH_DTYPES, Dtype, product_dtype
+from plait.train.job import TORCH_DTYPES, Dtype, settled_dtype
 from plait.train.optimizer import OptimizerSettings
 from plait.train.rows import OnBadRow
 
@@ -109,7 +109,7 @@ class TuningJob:
     @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as PyTorch's object."""
-        return TORCH_DTYPES[product_dtype(self.dtype, self.torch_device().type)]
+        return TORCH_DTYPES[settled_dtype(self.dtype, self.torch_device().type)]
 
     def torch_device(self) -> torch.device:
         """Choose the device; raises ConfigError if it is asked for and missing."""
