@@ -2,7 +2,7 @@
 
 Most of the time of `tokenizers` goes into cutting a text into the pieces of its pattern and into
 noting where each came from. Here Python's `re` cuts, and a table knows the tokens of the pieces
-that were met before: the same tokens, several times faster on one core. Texts with characters of
+that were met before: the same tokens in less time. Texts with characters of
 other scripts than those of `_SIMPLE`, on which the two might differ, go to `tokenizers` whole.
 """
 
