@@ -7,15 +7,20 @@ The reporter's own running total is not used: it misses frees of threads that ar
 [c10/core/CPUAllocator.cpp, ProfiledCPUMemoryReporter::Delete], and such are gloo's, when a thread
 is the last to let go of a message (`ProcessGroupGloo::runLoop` keeps the work until it has the
 queue's lock again). The total then stays too large for good. So blocks are kept by address: where a
-new one overlaps an old one, the old one was freed, and nobody said so.
+new one overlaps an old one, the old one was freed, and nobody said so. `reuse_addresses` makes the
+C library give addresses out again soon.
 """
 
+import ctypes
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of mallopt [glibc, malloc/malloc.h]
+_MAPPED_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,17 @@ class Blocks:
         self.addresses.pop(bisect_left(self.addresses, address))
         self.total -= size
         return size
+
+
+def reuse_addresses() -> None:
+    """Let each large block be a mapping of its own: when it is freed, the next takes its place.
+
+    What is asked for stays the same; only where it lies changes. Raises OSError without glibc.
+    """
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    for setting, value in ((_MMAP_THRESHOLD, _MAPPED_BYTES), (_ARENA_MAX, 1)):
+        if not mallopt(setting, value):
+            raise OSError(f"mallopt({setting}, {value}) was refused.")
 
 
 def record(run: Callable[[Callable[[str], None]], None]) -> Allocations:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import plait
-from benchmarks.allocator_events import record
+from benchmarks.allocator_events import record, reuse_addresses
 from benchmarks.dryrun_recipes import (
     RECIPES,
     Recipe,
@@ -104,6 +104,7 @@ def trace_start(trace: MemoryTrace, recipe: Recipe) -> int:
 def measure_rank(name: str, rank: int, store_file: str, send: Connection) -> None:
     """Measure in this process; rank 0 sends the figures."""
     _prepare()
+    reuse_addresses()
     recipe = RECIPES[name]
     if recipe.parallel:
         store = dist.FileStore(store_file, recipe.ranks)
