@@ -1,9 +1,8 @@
 """Causal attention for training and prefill, over all earlier tokens or a window of them.
 
 On a CPU with bfloat16 dot products but no matrix tiles (AMX), PyTorch's flash kernel runs at a
-third of the speed of its own batched matrix product; on one with AVX2 only, its backward in
-bfloat16 takes seven times as long as in float32. There the blocked kernel below is used, and on
-every CPU for windows, as PyTorch's kernel multiplies what a mask then hides. Everywhere else the
+third of the speed of its own batched matrix product; there the blocked kernel below is used, and
+on every CPU for windows, as PyTorch's kernel multiplies what a mask then hides. Everywhere else the
 work goes to `scaled_dot_product_attention`.
 """
 
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from plait.errors import ModelError
-from plait.ops.numerics import product_dtype
 from plait.ops.work import WIDE, Work, num_bytes
 
 # Queries are handled in blocks, so that the scores of one block stay in cache. Measured on Zen 4:
@@ -83,14 +81,12 @@ def uses_blocked_kernel(q_BNTH: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def blocked_kernel_pays() -> bool:
-    """Say whether this CPU multiplies bfloat16 natively without matrix tiles, or has AVX2 only.
+    """Say whether this CPU multiplies bfloat16 natively but has no matrix tiles.
 
     Capture takes the answer as a constant. Either kernel runs on any CPU, so a captured graph
     stays right when it is moved; only its speed may not be the best.
     """
-    if torch.cpu._is_avx512_bf16_supported():
-        return not torch.cpu._is_amx_tile_supported()
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def reference_causal_attention(
@@ -154,7 +150,6 @@ def _blocked(
     q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float, window: int = 0
 ) -> Tensor:
     output_BNTH = torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
-    q_BNTH, k_BKTH, v_BKTH = _for_products(q_BNTH, k_BKTH, v_BKTH)
     for block in _blocks(q_BNTH):
         seen = _seen(q_BNTH, k_BKTH, block, window)
         p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block, window)
@@ -182,8 +177,6 @@ def _blocked_backward(
     dq_BNTH = torch.empty_like(q_BNTH, memory_format=torch.contiguous_format)
     dk_XTH = torch.zeros(_flat(k_BKTH).shape, dtype=WIDE.get(k_BKTH.dtype, torch.float32))
     dv_XTH = torch.zeros_like(dk_XTH)
-    dtype = k_BKTH.dtype
-    dout_BNTH, q_BNTH, k_BKTH, v_BKTH = _for_products(dout_BNTH, q_BNTH, k_BKTH, v_BKTH)
     for block in _blocks(q_BNTH):
         seen = _seen(q_BNTH, k_BKTH, block, window)
         p_Xbe = _probabilities(q_BNTH, k_BKTH, scale, block, window)
@@ -198,8 +191,8 @@ def _blocked_backward(
         )
     return (
         dq_BNTH,
-        dk_XTH.to(dtype).view(k_BKTH.shape),
-        dv_XTH.to(dtype).view(v_BKTH.shape),
+        dk_XTH.to(k_BKTH.dtype).view(k_BKTH.shape),
+        dv_XTH.to(v_BKTH.dtype).view(v_BKTH.shape),
     )
 
 
@@ -234,10 +227,6 @@ def _backward(ctx, dout_BNTH: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Non
 
 
 _blocked.register_autograd(_backward, setup_context=_save)
-
-
-def _for_products(*tensors: Tensor) -> list[Tensor]:
-    return [t.to(product_dtype(t.dtype, t.device)) for t in tensors]
 
 
 def _blocks(q_BNTH: Tensor) -> list[slice]:

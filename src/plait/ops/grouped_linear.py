@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
-from plait.ops.numerics import autocast_inputs, product_dtype
+from plait.ops.numerics import autocast_inputs
 from plait.ops.work import Work, num_bytes
 
 
@@ -61,7 +61,7 @@ def _check(x_RI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> None:
 def _grouped(x_RI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     output_RO = x_RI.new_empty(x_RI.shape[0], weight_GOI.shape[1])
     for group, rows in _groups(ends_G):
-        _multiply(x_RI[rows], weight_GOI[group].T, output_RO[rows])
+        torch.mm(x_RI[rows], weight_GOI[group].T, out=output_RO[rows])
     return output_RO
 
 
@@ -77,8 +77,8 @@ def _grouped_backward(
     dx_RI = x_RI.new_empty(x_RI.shape)
     dweight_GOI = weight_GOI.new_zeros(weight_GOI.shape)
     for group, rows in _groups(ends_G):
-        _multiply(dout_RO[rows], weight_GOI[group], dx_RI[rows])
-        _multiply(dout_RO[rows].T, x_RI[rows], dweight_GOI[group])
+        torch.mm(dout_RO[rows], weight_GOI[group], out=dx_RI[rows])
+        torch.mm(dout_RO[rows].T, x_RI[rows], out=dweight_GOI[group])
     return dx_RI, dweight_GOI
 
 
@@ -96,14 +96,6 @@ def _backward(ctx, dout_RO: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 _grouped.register_autograd(_backward, setup_context=_save)
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    dtype = product_dtype(out.dtype, out.device)
-    if dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left.to(dtype) @ right.to(dtype))
 
 
 def _groups(ends_G: Tensor) -> Iterator[tuple[int, slice]]:

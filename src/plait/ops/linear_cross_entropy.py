@@ -12,7 +12,6 @@ from torch import Tensor
 
 from plait.errors import ModelError
 from plait.ops.fused_kernel import triton_kernels
-from plait.ops.numerics import product_dtype
 from plait.ops.work import Work, num_bytes
 
 GROUP_ELEMENTS = 32 * 2**20
@@ -32,8 +31,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the rows, float32 scalar [nats].
 
-    The products run in `dtype` (default: that of `hidden_MD`), or in float32 on operands of that
-    dtype where that is faster (`product_dtype`); the softmax in float32. The weight
+    The products run in `dtype` (default: that of `hidden_MD`), the softmax in float32. The weight
     keeps its own dtype, and so does its gradient. Targets below 0 are left out. soft_cap: take
     cap * tanh(logits / cap) for the logits. Raises ModelError for shapes that do not fit.
     """
@@ -96,14 +94,13 @@ def _forward(
     soft_cap: float = 0.0,
     with_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    multiplied = product_dtype(dtype, hidden_MD.device)
-    weight = weight_VD.to(dtype).to(multiplied)
+    weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
     dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
     num_rows = max(1, GROUP_ELEMENTS // weight.shape[0])
     for start in range(0, hidden_MD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        hidden_mD = hidden_MD[rows].to(dtype).to(multiplied)
+        hidden_mD = hidden_MD[rows].to(dtype)
         logits_mV = torch.nn.functional.linear(hidden_mD, weight)
         loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
         if with_gradients:
