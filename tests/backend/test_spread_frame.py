@@ -6,6 +6,7 @@ processes are in tests/compiler/replica_worker.py.
 
 import pytest
 import torch
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 import plait
 from plait.errors import PlanError
@@ -21,6 +22,8 @@ TOLERANCE = 2e-5
 
 @pytest.fixture
 def mesh():
+    # DTensor remembers results with their mesh, and takes an equal mesh of a closed group for it.
+    _clear_sharding_prop_cache()
     with plan_mesh(plait.ParallelPlan(tp=2)) as mesh:
         yield mesh
         torch._dynamo.reset()
