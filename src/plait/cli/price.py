@@ -199,10 +199,10 @@ def _step(recipe: str, assignments: Sequence[str]) -> Step:
 
 def _step_of_job(job: Job) -> Step:
     """The step of `plait train`: products in the job's dtype, weights in float32."""
-    num_targets = job.batch_size * job.sequence_length
+    num_targets, dtype = job.batch_size * job.sequence_length, job.torch_dtype
 
     def loss(model: Any, tokens_BT: Tensor) -> Tensor:
-        return summed_loss(model, tokens_BT, tokens_BT, dtype=job.torch_dtype) / num_targets
+        return summed_loss(model, tokens_BT, tokens_BT, dtype=dtype) / num_targets
 
     return Step(
         name=job.name,
@@ -210,7 +210,7 @@ def _step_of_job(job: Job) -> Step:
         rows=job.batch_size,
         tokens=job.sequence_length,
         num_micro_batches=job.batch_size // job.micro_batch_size,
-        dtype=job.torch_dtype,
+        dtype=dtype,
         loss=loss,
         optimizers=lambda model: make_optimizers(model, job.optimizer),
     )
