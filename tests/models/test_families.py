@@ -115,8 +115,10 @@ def test_packed_pangu_documents_equal_separate_ones(pangu):
     model = load_model(folder)
     tokens = torch.randint(0, 101, (15,), generator=torch.Generator().manual_seed(2))
     positions = torch.cat((torch.arange(6), torch.arange(9)))[None]
-    segments = torch.cat((torch.zeros(6), torch.ones(9)))[None]
-    packed = model.logits(model(tokens[None], TokenLayout(positions, segments)))[0]
+    segments = torch.cat((torch.zeros(6), torch.ones(9))).long()[None]
+    packed = model.logits(model(tokens[None], TokenLayout(positions=positions, segments=segments)))[
+        0
+    ]
     expected = torch.cat([_pangu_logits(leaves, part) for part in tokens.split([6, 9])])
     assert (packed - expected).abs().max() < 1e-4
 
