@@ -14,7 +14,7 @@ TOLERANCES = {"torch.float32": 2e-6, "torch.bfloat16": 2**-7}
 
 
 def test_kernels_are_their_formulas_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e .[triton]")
     script = Path(__file__).with_name("triton_interpreted.py")
     done = subprocess.run(
         [sys.executable, str(script)],
