@@ -59,8 +59,10 @@ def test_plans_to_explain_are_checked_before_the_search():
 @pytest.mark.slow
 def test_ctrl_c_prints_the_best_so_far():
     code = "from plait.cli.main import main; main()"
-    settings = [word for setting in SMALL for word in ("--set", setting)]
-    words = ["search", "llama3_8b", "--world", "64", *settings]
+    # So many plans that it does not end before the signal comes.
+    many = [*SMALL[:-1], "batch_size=1024"]
+    settings = [word for setting in many for word in ("--set", setting)]
+    words = ["search", "llama3_8b", "--world", "256", *settings]
     started = subprocess.Popen(
         [sys.executable, "-c", code, *words],
         stdout=subprocess.PIPE,
