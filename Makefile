@@ -85,7 +85,9 @@ $(VENV)/.test: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .[test]
 	touch $@
 
+# SimPEG's source distribution takes its version from a build environment of its own.
 $(VENV)/.bench: $(VENV)/.test
+	$(PIP) install -q -c constraints.txt simpeg
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .[bench]
 	touch $@
 

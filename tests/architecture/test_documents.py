@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme_table import with_table
+from benchmarks.readme_table import FIGURES, figures_page, with_tables
 from plait.recipes.catalog import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -41,9 +41,10 @@ def test_every_command_in_the_readme_exists():
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= targets
 
 
-def test_the_figures_in_the_readme_are_those_of_the_results():
+def test_the_figures_in_the_documents_are_those_of_the_results():
     text = (ROOT / "README.md").read_text()
-    assert text == with_table(text)
+    assert text == with_tables(text)
+    assert FIGURES.read_text() == figures_page()
 
 
 def test_the_readme_has_no_gaps_left():
