@@ -13,6 +13,8 @@ from plait.dryrun.model_source import decoder_source
 from plait.dryrun.pieces import PieceStore, Shape
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import price_job
+from plait.dryrun.routing import expert_load
+from plait.dryrun.work import Part
 from plait.errors import GraphError, PlanError
 from plait.models.decoder import Decoder
 from plait.models.decoder_config import DecoderConfig
@@ -151,6 +153,41 @@ def test_experts_are_shared_over_ep_and_exchange_their_tokens(cluster):
     assert shared.parts.exposed_s > 0
     loaded = price_job(replace(job, plan=ParallelPlan(fsdp=8, ep=8), expert_load=1.5), cluster)
     assert loaded.step_s > shared.step_s
+
+
+def test_with_sp_the_ranks_of_tp_share_experts_and_route_their_own_tokens(cluster):
+    experts = ExpertSettings(num_experts=8, experts_per_token=2, intermediate_size=1024)
+    job = replace(JOB, model=replace(CONFIG, family="mixtral", experts=experts), batch_size=16)
+    weights = 2 * 8 * 8 * 3 * 512 * 1024
+
+    def parameters(plan):
+        price = price_job(replace(job, plan=plan), cluster)
+        return price.fullest.ledger.bytes_by_kind["parameters"]
+
+    whole = parameters(ParallelPlan(tp=4, sp=True, dp=2))
+    shared = parameters(ParallelPlan(tp=4, sp=True, dp=2, ep=4))
+    assert whole - shared == pytest.approx(weights * 3 / 4)
+    # The captured layer sums the gradients of its three stacks over tp; where their copies lie is
+    # for ep to say, so these messages are priced with those of dp.
+    shape = Shape(sequence_length=1024, tp=4, sp=True)
+    layer = PieceStore(decoder_source(job.model), cluster).find(shape, 1).layers
+    work = [each.low for piece in layer.values() for each in piece.backward]
+    sums = [each for each in work if each.collective and each.part is Part.EXPERTS]
+    assert [each.num_bytes for each in sums] == [2 * 8 * 512 * 1024] * 3
+
+
+def test_a_percentile_of_the_load_is_that_of_drawn_routings():
+    experts = ExpertSettings(num_experts=16, experts_per_token=2, intermediate_size=64)
+    job = replace(JOB, plan=ParallelPlan(fsdp=8, ep=8), expert_percentile=90.0)
+    source = decoder_source(replace(CONFIG, family="mixtral", experts=experts))
+    generator = torch.Generator().manual_seed(0)
+    loads = []
+    for _ in range(400):
+        chosen = torch.rand(512, 16, generator=generator).topk(2).indices // 2  # 2 experts a rank
+        loads.append(chosen.flatten().bincount(minlength=8).max().item() / 128)
+    drawn = torch.tensor(loads).quantile(0.9).item()
+    # 400 draws of a maximum: its percentile is known to about a tenth of what lies above 1.
+    assert expert_load(job, source, 512) - 1 == pytest.approx(drawn - 1, rel=0.1)
 
 
 def test_two_stream_closed_form_of_a_message_beside_computation():

@@ -77,7 +77,15 @@ def test_more_stages_than_layers_are_refused():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"batch_size": 0}, {"offload": 1.5}, {"expert_load": 0.5}, {"optimizer_bytes": -1}]
+    "setting",
+    [
+        {"batch_size": 0},
+        {"offload": 1.5},
+        {"expert_load": 0.5},
+        {"optimizer_bytes": -1},
+        {"expert_percentile": 100.0},
+        {"expert_percentile": 90.0, "expert_load": 1.5},
+    ],
 )
 def test_a_job_checks_its_numbers(setting):
     with pytest.raises(ConfigError):

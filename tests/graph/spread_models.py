@@ -1,6 +1,7 @@
 """Small models of every family that can be spread, and a loss of each."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import transformers
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from plait.models.decoder import Decoder, DecoderConfig
+from plait.nn.experts import ExpertSettings
+from plait.nn.latent_attention import LatentSettings
 
 SHAPE = {
     "vocab_size": 96,
@@ -30,8 +33,8 @@ def own(**settings) -> nn.Module:
         intermediate_size=96,
         num_layers=settings.pop("num_layers", 2),
         num_heads=8,
-        num_kv_heads=4,
-        head_size=8,
+        num_kv_heads=settings.pop("num_kv_heads", 4),
+        head_size=settings.pop("head_size", 8),
         max_positions=64,
         **settings,
     )
@@ -42,6 +45,57 @@ def hugging_face(family: str, **settings) -> nn.Module:
     config = getattr(transformers, f"{family}Config")(**{**SHAPE, **settings})
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     return _drawn(getattr(transformers, head)(config))
+
+
+EXPERTS = ExpertSettings(num_experts=4, experts_per_token=2, intermediate_size=32)
+LATENT = LatentSettings(query_rank=24, rank=16, plain_size=8, rotary_size=8, value_size=16)
+OWN_FAMILIES: dict[str, dict] = {
+    "gemma2": {
+        "family": "gemma2",
+        "norm": "rms_plus_one",
+        "norm_placement": "both",
+        "activation": "gelu_tanh",
+        "attention_soft_cap": 50.0,
+        "logit_soft_cap": 30.0,
+        "scale_embeddings": True,
+        "tie_embeddings": True,
+        "sliding_window": 8,
+        "full_layers": (1,),
+    },
+    "phi3": {"family": "phi3", "fused_attention": True, "feed_forward": "gated_fused"},
+    "olmo2": {
+        "family": "olmo2",
+        "norm_placement": "after",
+        "qk_norm": True,
+        "qk_norm_span": "all_heads",
+    },
+    "gpt2": {
+        "family": "gpt2",
+        "norm": "layer",
+        "positions": "learned",
+        "activation": "gelu_tanh",
+        "feed_forward": "plain",
+        "attention_bias": True,
+        "output_bias": True,
+        "feed_forward_bias": True,
+        "num_kv_heads": 8,
+        "tie_embeddings": True,
+    },
+    "mixtral": {"family": "mixtral", "experts": EXPERTS},
+    "deepseek_v3": {
+        "family": "deepseek_v3",
+        "latent": LATENT,
+        "num_kv_heads": 8,
+        "experts": replace(
+            EXPERTS,
+            router="sigmoid",
+            num_groups=2,
+            groups_per_token=1,
+            shared_intermediate_size=48,
+            dense_layers=(0,),
+        ),
+    },
+}
 
 
 def _drawn(model: nn.Module) -> nn.Module:
@@ -58,6 +112,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "our_llama_with_biases": lambda: own(attention_bias=True, feed_forward_bias=True),
     "our_llama_strict": lambda: own(numerics="strict"),
     "our_qwen3": lambda: own(family="qwen3", qk_norm=True, tie_embeddings=True),
+    **{f"our_{family}": lambda s=settings: own(**s) for family, settings in OWN_FAMILIES.items()},
     "llama": lambda: hugging_face("Llama"),
     "qwen3": lambda: hugging_face("Qwen3", head_dim=16, tie_word_embeddings=True),
     "mistral": lambda: hugging_face("Mistral", sliding_window=8),

@@ -3,7 +3,8 @@
 The backward of a layer norm makes the gradient of its input, token by token, and those of its
 weights, sums over all tokens: two nodes instead of one. A dropout draws its mask for all tokens at
 once, from the stream of random numbers where eager PyTorch draws it, and then multiplies: two nodes
-as well. The same kernels compute the same bits.
+as well. A constant made after the kind of a tensor (`new_full`) reads nothing of it, and is made of
+nothing. The same kernels compute the same bits.
 """
 
 # pyright: basic
@@ -21,6 +22,11 @@ _NORMS = {
     _aten.native_layer_norm_backward.default: 3,
     getattr(_aten._fused_rms_norm_backward, "default", None): 2,
 }
+_CONSTANTS = {
+    _aten.new_full.default: _aten.full.default,
+    _aten.new_ones.default: _aten.ones.default,
+    _aten.new_zeros.default: _aten.zeros.default,
+}
 
 
 def separate(graph: Graph) -> Graph:
@@ -36,6 +42,9 @@ def separate_joint(joint: Module) -> bool:
             changed |= _separate_norm(node)
         elif node.target is _aten.native_dropout.default and node.args[2]:
             _separate_dropout(node)
+            changed = True
+        elif node.target in _CONSTANTS:
+            _separate_constant(node)
             changed = True
     if changed:
         joint.graph.eliminate_dead_code()
@@ -77,3 +86,12 @@ def _separate_dropout(node: Node) -> None:
             else:
                 user.replace_input_with(node, drawn)
     graph.erase_node(node)  # else it would draw as well
+
+
+def _separate_constant(node: Node) -> None:
+    value = node.meta["val"]
+    kwargs = {"dtype": value.dtype, "layout": value.layout, "device": value.device}
+    with node.graph.inserting_before(node):
+        made = new_node(node, _CONSTANTS[node.target], node.args[1:], kwargs)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)

@@ -44,6 +44,8 @@ class Owners:
 def owners_of(plan: ParallelPlan) -> Owners:
     """Who owns what. Experts are shared over ep first, then over what is left of fsdp and cp.
 
+    Under sp the ranks of tp see different tokens: those that ep leaves hold copies of experts.
+
     Without fsdp nothing but experts is shared, and ranks of cp hold copies.
     """
     shards = plan.fsdp * plan.cp if plan.fsdp > 1 else 1
@@ -65,8 +67,10 @@ def gathered(
     experts = piece.num_expert_elements // plan.ep
     shard_at = clock.placement("fsdp", owners.shards, plan.tp)
     copy_at = clock.placement("dp", owners.copies, plan.tp * owners.shards)
-    expert_at = clock.placement("fsdp", owners.expert_shards, plan.tp)
-    expert_copy_at = clock.placement("dp", owners.expert_copies, plan.tp * owners.expert_shards)
+    # Neighbours hold different experts; behind these lie their shards, then their copies.
+    stride = plan.ep * (1 if plan.sp else plan.tp)
+    expert_at = clock.placement("fsdp", owners.expert_shards, stride)
+    expert_copy_at = clock.placement("dp", owners.expert_copies, stride * owners.expert_shards)
     parts = (
         (piece.num_elements, shard_at, copy_at),
         (experts, expert_at, expert_copy_at),

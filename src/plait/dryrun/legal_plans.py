@@ -51,9 +51,8 @@ def candidates(
     """
     for tp in _divisors(min(world, ranks_per_node)):
         wrong = [f"{name}={count}" for name, count in source.counts.items() if count % tp]
-        if wrong or (tp > 1 and not source.can_tp):
-            reason = f"tp does not divide {', '.join(wrong)}" if wrong else "no rule for tp"
-            yield Rejected(reason, f"tp={tp}")
+        if wrong:
+            yield Rejected(f"tp does not divide {', '.join(wrong)}", f"tp={tp}")
             continue
         for cp in _divisors(world // tp):
             if cp > 1 and job.sequence_length // cp < _LEAST_TOKENS:

@@ -19,6 +19,7 @@ from plait.errors import MissingExtraError, PlanError
 from plait.models.decoder import Decoder
 from plait.models.decoder_config import DecoderConfig
 from plait.nn.experts import ExpertSettings
+from plait.plan.family_rules import divided_counts
 
 Loss = Callable[..., Tensor]
 
@@ -41,7 +42,6 @@ class ModelSource:
     counts: dict[str, int]
     num_experts: int = 0
     expert_rows: int = 0
-    can_tp: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -57,9 +57,7 @@ class ModelSource:
 def decoder_source(config: DecoderConfig, name: str = "") -> ModelSource:
     """The source of one of Plait's own models."""
     kinds = tuple(_kind(config, layer) for layer in range(config.num_layers))
-    counts = {name: getattr(config, name) for name in ("num_heads", "num_kv_heads")}
-    if config.experts is None:
-        counts["intermediate_size"] = config.intermediate_size
+    counts = divided_counts(config)
     experts = config.experts
     return ModelSource(
         name=name or config.family,
@@ -71,8 +69,6 @@ def decoder_source(config: DecoderConfig, name: str = "") -> ModelSource:
         counts=counts,
         num_experts=experts.num_experts if experts else 0,
         expert_rows=experts.experts_per_token if experts else 0,
-        # Their modules have no rules for tp; see plan/family_rules.py.
-        can_tp=experts is None and config.latent is None,
     )
 
 

@@ -183,7 +183,11 @@ class PieceClock:
     def _operation(self, work: Work, setting: Setting) -> Operation:
         if work.collective is not None:
             where = self.placement(work.group, setting.shape.tp, 1)
-            duration_s = self.message_s(work.collective, work.num_bytes, where)
+            # Copies of an expert lie where ep leaves them: `data_parallel.gathered` has their sums.
+            is_elsewhere = work.part is Part.EXPERTS
+            duration_s = (
+                0.0 if is_elsewhere else self.message_s(work.collective, work.num_bytes, where)
+            )
             return Operation(work.name, communication(work.group), duration_s, work.depends_on)
         duration_s = 0.0 if work.is_wait else self._kernels_s(work)
         if work.part is Part.EXPERTS:

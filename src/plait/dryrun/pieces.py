@@ -243,11 +243,6 @@ class PieceStore:
                 f"tp={shape.tp} does not divide {', '.join(wrong)} of {source.name}. "
                 f"Choose tp from {legal}."
             )
-        if shape.tp > 1 and not source.can_tp:
-            raise PlanError(
-                f"{source.name} has modules without a rule for tp (experts, latent attention). "
-                "Choose tp=1, and ep, fsdp or pp instead."
-            )
         if shape.sp and shape.sequence_length % shape.tp:
             raise PlanError(
                 f"sp shares the tokens over tp={shape.tp}, which does not divide "

@@ -24,6 +24,8 @@ class PretrainJob:
     its messages, as torch.utils.checkpoint did before it stopped early, and not only what the
     backward needs. offload: share of the saved activations that waits in the host's
     memory. expert_load: rows of the busiest rank's experts over the mean; 1 is balanced routing.
+    expert_percentile: in place of it, that percentile of the busiest rank's load if all experts are
+    chosen alike (`routing.py`). Memory is that of balanced routing.
 
     Bytes of a parameter: in the gradient that is summed, and in the optimizer (master copy and two
     moments of Adam in float32). Weights and activations are bfloat16.
@@ -43,6 +45,7 @@ class PretrainJob:
     overlap: bool = True
     offload: float = 0.0
     expert_load: float = 1.0
+    expert_percentile: float | None = None
     gradient_bytes: int = 4
     optimizer_bytes: int = 12
 
@@ -55,5 +58,12 @@ class PretrainJob:
             raise ConfigError(f"offload is a share from 0 to 1, got {self.offload}.")
         if self.expert_load < 1:
             raise ConfigError(f"expert_load is the most over the mean, from 1: {self.expert_load}.")
+        if self.expert_percentile is not None:
+            if not 0 < self.expert_percentile < 100:
+                raise ConfigError(
+                    f"expert_percentile lies between 0 and 100, got {self.expert_percentile}."
+                )
+            if self.expert_load != 1:
+                raise ConfigError("expert_percentile says what expert_load is: set one of them.")
         if self.optimizer_bytes < 0:
             raise ConfigError(f"optimizer_bytes cannot be negative, got {self.optimizer_bytes}.")

@@ -34,6 +34,7 @@ from plait.dryrun.pipeline import (
 )
 from plait.dryrun.pipeline_tables import Table, table_of, table_of_one
 from plait.dryrun.pretrain_job import PretrainJob
+from plait.dryrun.routing import expert_load
 from plait.dryrun.stages import Spread, Stage, check_model, spread_of, stages_of
 from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
@@ -156,8 +157,15 @@ class PlannedJob:
             ep=plan.ep,
             ep_stride=1 if plan.sp else plan.tp,
             overlap=job.overlap,
-            expert_load=job.expert_load,
+            expert_load=self.expert_load,
         )
+
+    @property
+    def expert_load(self) -> float:
+        """Rows of the busiest rank's experts over the mean."""
+        tokens = self.spread.sequences * self.job.sequence_length * self.plan.ep
+        own = tokens / (self.plan.tp if self.plan.sp else 1)
+        return expert_load(self.job, self.source, own)
 
     def price(self) -> JobPrice:
         """Put stages, pipeline, data parallelism and optimizer together."""
@@ -459,8 +467,15 @@ class PlannedJob:
         if plan.cp > 1:
             notes.append("closed form: the ring of cp, beside attention; parts are taken as equal")
         if plan.ep > 1:
-            load = self.job.expert_load
-            notes.append(f"closed form: exchanges of ep; the busiest rank has {load:g} of the mean")
+            how = (
+                "experts are chosen as given"
+                if self.job.expert_percentile is None
+                else f"percentile {self.job.expert_percentile:g} if all experts are chosen alike"
+            )
+            notes.append(
+                "closed form: exchanges of ep; the busiest rank has "
+                f"{self.expert_load:.3g} of the mean rows ({how}), memory that of the mean"
+            )
             if plan.pipeline is Pipeline.DUAL_PIPE_V:
                 notes.append("exchanges of ep run beside the other half of DualPipeV's pairs")
         if self.pieces.is_shared_head:

@@ -44,10 +44,10 @@ class Work:
     """One operation. depends_on: positions in the program. num_bytes: of a message.
 
     is_weight_only: only gradients of parameters rest on it. part: attention and experts, whose cost
-    depends on cp and ep. key_bytes: of attention's keys and values. expert_bytes: of the matrices
-    of all experts, read or written. kernels: what it really is, where that is not one kernel with
-    this cost. score_bytes: what attention that is not fused keeps of its scores. unknown: the
-    operator's name, where it has no cost but its bytes.
+    depends on cp and ep, and sums of gradients of experts. key_bytes: of attention's keys and
+    values. expert_bytes: of the matrices of all experts, read or written. kernels: what it really
+    is, where that is not one kernel with this cost. score_bytes: what attention that is not fused
+    keeps of its scores. unknown: the operator's name, where it has no cost but its bytes.
     """
 
     name: str
@@ -258,6 +258,7 @@ def _work(
             collective=kind,
             group=group_of(node),
             num_bytes=num_bytes,
+            part=Part.EXPERTS if _is_expert_gradient(node) else Part.PLAIN,
         )
     part = _part(node, costs[node])
     return Work(
@@ -271,6 +272,15 @@ def _work(
         key_bytes=_key_bytes(node) if part is Part.ATTENTION else 0,
         expert_bytes=_expert_bytes(node) if part is Part.EXPERTS else 0,
     )
+
+
+def _is_expert_gradient(message: Node) -> bool:
+    """Whether what is summed is the gradient of the stacked matrices of experts (three dims)."""
+    node = message.all_input_nodes[0]
+    sent = _meta(node)
+    while node.op == "call_function" and (is_view(node) or node.target is operator.getitem):
+        node = node.all_input_nodes[0]
+    return isinstance(sent, Tensor) and sent.dim() == 3 and "grouped" in str(node.target)
 
 
 def _part(node: Node, cost: Cost) -> Part:

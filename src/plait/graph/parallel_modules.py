@@ -119,12 +119,13 @@ def _vocabulary(base: Any, form: Form) -> Forward:
 
 def _wide_norm(base: Any, form: Form) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
+        is_own = hasattr(self, "eps")  # Plait's; transformers' round the product, not the factor
         x_float = x.float()
         own = x_float.pow(2).mean(-1, keepdim=True)
         # Every rank's output depends on the sum, so its gradient is a sum too.
         mean = spread(sum_up(own, self.parallel_axis), self.parallel_axis) / self.parallel_axis.size
-        normed = x_float * torch.rsqrt(mean + self.variance_epsilon)
-        return (self.weight * normed).to(x.dtype)
+        normed = x_float * torch.rsqrt(mean + (self.eps if is_own else self.variance_epsilon))
+        return self.weight * normed.to(x.dtype) if is_own else (self.weight * normed).to(x.dtype)
 
     return forward
 

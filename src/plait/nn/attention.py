@@ -99,8 +99,11 @@ class Attention(nn.Module):
         """Map (B, T, D) to (B, T, D)."""
         settings = self.settings
         if settings.fused:
-            ends = [n * self.head_size for n in (settings.num_heads, settings.num_kv_heads)]
-            q_BTX, k_BTX, v_BTX = self.qkv_proj(x_BTD).split((ends[0], ends[1], ends[1]), dim=-1)
+            qkv_BTX = self.qkv_proj(x_BTD)
+            # In proportion: of a model spread over ranks, each has its own part of the heads.
+            group = settings.num_heads // settings.num_kv_heads
+            size = qkv_BTX.shape[-1] // (group + 2)
+            q_BTX, k_BTX, v_BTX = qkv_BTX.split((group * size, size, size), dim=-1)
             q_BNTH = shared.turn(self._heads(q_BTX, self.q_norm))
             k_BKTH = shared.turn(self._heads(k_BTX, self.k_norm))
             v_BKTH = self._heads(v_BTX, None)

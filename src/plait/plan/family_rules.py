@@ -48,9 +48,7 @@ def rules_of_family(model: nn.Module, plan: ParallelPlan) -> FamilyRules | None:
     elif not plan.sp:
         rules = {**_rest_whole(model, start, rules), **rules}
     table = {start + pattern: rule for pattern, rule in rules.items()}
-    return FamilyRules(
-        family=family, rules={**table, **_HEADS}, counts=_counts(config, _HUGGING_FACE_COUNTS)
-    )
+    return FamilyRules(family=family, rules={**table, **_HEADS}, counts=_counts(config))
 
 
 def is_own(model: nn.Module) -> bool:
@@ -177,31 +175,60 @@ _STYLES_OF_HUGGING_FACE: Mapping[str, Style] = {
     "sequence_parallel": Style.TOKENWISE,
 }
 
-_OWN_COUNTS = {
-    "num_heads": "num_heads",
-    "num_kv_heads": "num_kv_heads",
-    "intermediate_size": "intermediate_size",
+# Latent attention: the short vectors are everybody's, what is made of them is a rank's own heads.
+_LATENT_WHOLE = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+# Every rank holds all experts, under sp for its own tokens.
+_OWN_EXPERTS: Rules = {
+    "layers.*.mlp": Rule(Style.WHOLE),
+    "layers.*.mlp.gate": _TOKENWISE,
+    "layers.*.mlp.experts": _TOKENWISE,
+    **{f"layers.*.mlp.shared_experts.{name}_proj": _TOKENWISE for name in ("gate", "up", "down")},
 }
-_HUGGING_FACE_COUNTS = {
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "intermediate_size": "intermediate_size",
-}
+_HUGGING_FACE_COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def _own_family(config: Any) -> FamilyRules:
-    # Here positions and masks are made from the tokens, so the embedding can share them at once.
+    """All of Plait's own families: a decoder is made of few kinds of modules."""
+    # Here positions and masks are made from the tokens, so the embeddings can share them at once.
     rules = {name: rule for name, rule in _DECODER.items() if name != "layers.*"}
-    rules["embed_tokens"] = Rule(Style.SPLIT_OUTPUT)
+    embeddings = ("embed_tokens", "embed_positions")
+    rules |= dict.fromkeys(embeddings, Rule(Style.SPLIT_OUTPUT))
+    norms = [f"layers.*.{name}_feedforward_layernorm" for name in ("pre", "post")]
+    rules |= dict.fromkeys(norms, _TOKENWISE)
+    if config.qk_norm_span == "all_heads":
+        rules |= dict.fromkeys(_HEAD_NORMS, Rule(Style.WIDE_NORM))
+    else:
+        rules |= _HEAD_NORMS
+    heads, kv_heads = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
+    fused = {
+        "layers.*.self_attn.qkv_proj": Rule(Style.COLUMN, sections=(heads, kv_heads, kv_heads)),
+        "layers.*.mlp.gate_up_proj": Rule(Style.COLUMN, sections=(config.intermediate_size,) * 2),
+    }
+    latent = {f"layers.*.self_attn.{name}": _HEADWISE for name in _LATENT_WHOLE} | {
+        f"layers.*.self_attn.{name}": _COLUMN for name in ("q_b_proj", "kv_b_proj")
+    }
+    experts: dict[str, Rule] = {}
+    for layer in filter(config.has_experts, range(config.num_layers)):
+        experts |= {name.replace("*", str(layer)): rule for name, rule in _OWN_EXPERTS.items()}
     return FamilyRules(
         family=str(config.family),
-        rules={**rules, **_PROJECTIONS, **_HEAD_NORMS, **_HEADS},
-        counts=_counts(config, _OWN_COUNTS),
+        rules={**rules, **_PROJECTIONS, **fused, **latent, **experts, **_HEADS},
+        counts=divided_counts(config),
     )
 
 
-def _counts(config: Any, names: Mapping[str, str]) -> dict[str, int]:
-    found = {name: getattr(config, attribute, None) for name, attribute in names.items()}
+def divided_counts(config: Any) -> dict[str, int]:
+    """What tp must divide, of the configuration of one of Plait's own models."""
+    names = ["num_heads"]
+    if config.latent is None:
+        names.append("num_kv_heads")
+    if not all(map(config.has_experts, range(config.num_layers))):
+        names.append("intermediate_size")
+    return {name: getattr(config, name) for name in names}
+
+
+def _counts(config: Any) -> dict[str, int]:
+    found = {name: getattr(config, name, None) for name in _HUGGING_FACE_COUNTS}
     return {name: count for name, count in found.items() if isinstance(count, int)}
 
 

@@ -1,6 +1,7 @@
 """What fine-tuning minimizes: the losses of packed batches."""
 
-# Shapes: B rows, T tokens, D model width, P pairs; rows 2p and 2p + 1 are chosen and rejected.
+# Shapes: B rows, T tokens, M all of them, m the learnt ones, D model width, P pairs; rows 2p and
+# 2p + 1 are chosen and rejected.
 
 import torch
 from torch import Tensor
@@ -8,12 +9,14 @@ from torch.nn import functional
 
 from plait.models.decoder import Decoder
 from plait.train.packing import Batch
-from plait.train.step import autocast, summed_loss
+from plait.train.step import autocast
 
 
 def batch_loss(model: Decoder, batch: Batch, *, dtype: torch.dtype) -> Tensor:
     """Sum the losses of the learnt tokens [nats]."""
-    return summed_loss(model, batch.inputs, batch.targets, dtype=dtype, layout=batch.layout)
+    with autocast(batch.inputs.device.type, dtype):
+        hidden_BTD = model(batch.inputs, batch.layout)
+    return _loss_of_learnt(model, hidden_BTD, batch.targets, dtype=dtype)
 
 
 def answer_logps(model: Decoder, batch: Batch, *, dtype: torch.dtype) -> Tensor:
@@ -21,7 +24,17 @@ def answer_logps(model: Decoder, batch: Batch, *, dtype: torch.dtype) -> Tensor:
     with autocast(batch.inputs.device.type, dtype):
         hidden_BTD = model(batch.inputs, batch.layout)
     rows = zip(hidden_BTD, batch.targets, strict=True)
-    return torch.stack([-model.loss(hidden, targets, dtype=dtype) for hidden, targets in rows])
+    return torch.stack([-_loss_of_learnt(model, *row, dtype=dtype) for row in rows])
+
+
+def _loss_of_learnt(
+    model: Decoder, hidden: Tensor, targets: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """Sum the losses; questions, often most of a conversation, never reach the output head."""
+    targets_M = targets.flatten()
+    places_m = (targets_M >= 0).nonzero()[:, 0]
+    hidden_mD = hidden.flatten(0, -2).index_select(0, places_m)
+    return model.loss(hidden_mD, targets_M[places_m], dtype=dtype)
 
 
 def preference_loss(logps_B: Tensor, reference_B: Tensor, *, beta: float) -> tuple[Tensor, float]:
