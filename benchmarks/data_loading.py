@@ -4,7 +4,8 @@ The rival's way is that of the standard training scripts: load the file, `map` t
 batches, `map` the concatenation into blocks of one length. Both sides write all blocks to disk,
 with one process and one thread of the tokenizer, in turn, each run in a process of its own. Time is
 taken by the clock, which other work on the machine disturbs, and as processor time, which it hardly
-does.
+does. Once over the corpus the table of known pieces fills, which is bounded: memory is compared from
+two copies on.
 """
 
 import json
@@ -29,13 +30,14 @@ def measure(quick: bool) -> list[Row]:
         _worker("prepare", folder, copies)
         orders = [SIDES if i % 2 == 0 else SIDES[::-1] for i in range(rounds)]
         runs = [{side: _worker(side, folder, copies) for side in order} for order in orders]
-        _worker("grow", folder, 4 * copies)
-        large = _worker("plait", folder, 4 * copies)
+        memory = []
+        for times in (2, 8):
+            _worker("grow", folder, times * copies)
+            memory.append(_worker("plait", folder, times * copies)["memory_bytes"])
     for run in runs:
         ours, theirs = (run[side]["tokens"] for side in SIDES)
         if abs(ours - theirs) > 0.01 * ours:  # theirs drops what is left of each batch
             raise RuntimeError(f"the sides do not read the same: {ours} and {theirs} tokens")
-    small = [run["plait"]["memory_bytes"] for run in runs]
     return [
         Row(
             claim="tokens/s on one core, encoded and packed, ratio to datasets",
@@ -56,11 +58,11 @@ def measure(quick: bool) -> list[Row]:
             ],
         ),
         Row(
-            claim="memory above the imports, four times the corpus, ratio to one",
+            claim="memory above the imports, eight times the corpus, ratio to twice",
             unit="x",
             target=1.1,
             better="lower",
-            samples=[large["memory_bytes"] / bytes_ for bytes_ in small],
+            samples=[memory[1] / memory[0]],
         ),
         *(
             Row(

@@ -86,11 +86,10 @@ class LoraLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         # A base in half precision without autocast still has adapters in float32.
         down_rI, up_Or = down_rI.to(x.dtype), up_Or.to(x.dtype)
+        if not self.quantized:
+            return _Linear.apply(x, self.weight.to(x.dtype), bias, down_rI, up_Or, self.scale)
+        frozen = nf4_linear(x, self._matrix(), self.out_features, bias)
         low_Xr = functional.linear(x, down_rI).flatten(0, -2)
-        if self.quantized:
-            frozen = nf4_linear(x, self._matrix(), self.out_features, bias)
-        else:
-            frozen = functional.linear(x, self.weight.to(x.dtype), bias)
         sum_XO = torch.addmm(frozen.flatten(0, -2), low_Xr, up_Or.T, alpha=self.scale)
         return sum_XO.view(frozen.shape)
 
@@ -116,6 +115,31 @@ class LoraLinear(nn.Module):
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.detach().clone())
         return layer
+
+
+class _Linear(torch.autograd.Function):
+    """A frozen product and its adapter. Backward adds the two gradients of x in one product."""
+
+    @staticmethod
+    def forward(ctx, x, weight_OI, bias, down_rI, up_Or, scale):
+        x_XI = x.flatten(0, -2)
+        frozen_XO = functional.linear(x_XI, weight_OI, bias)
+        low_Xr = x_XI @ down_rI.T
+        ctx.save_for_backward(x_XI, low_Xr, weight_OI, down_rI, up_Or)
+        ctx.scale, ctx.shape = scale, x.shape
+        sum_XO = torch.addmm(frozen_XO, low_Xr, up_Or.T, alpha=scale)
+        return sum_XO.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, *douts):
+        x_XI, low_Xr, weight_OI, down_rI, up_Or = ctx.saved_tensors
+        dout_XO = douts[0].flatten(0, -2)
+        dlow_Xr = (dout_XO @ up_Or).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.addmm(dout_XO @ weight_OI, dlow_Xr, down_rI).view(ctx.shape)
+        dup_Or = (dout_XO.T @ low_Xr).mul_(ctx.scale)
+        return dx, None, None, dlow_Xr.T @ x_XI, dup_Or, None
 
 
 def add_lora(
