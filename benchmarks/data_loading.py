@@ -4,8 +4,8 @@ The rival's way is that of the standard training scripts: load the file, `map` t
 batches, `map` the concatenation into blocks of one length. Both sides write all blocks to disk,
 with one process and one thread of the tokenizer, in turn, each run in a process of its own. Time is
 taken by the clock, which other work on the machine disturbs, and as processor time, which it hardly
-does. Once over the corpus the table of known pieces fills, which is bounded: memory is compared from
-two copies on.
+does. Once over the corpus the table of known pieces fills, which is bounded: memory is compared
+from two copies on.
 """
 
 import json
