@@ -17,6 +17,7 @@ from plait.train.job import Level
 from plait.train.packing import Batch
 
 LossOf = Callable[[Tensor, Tensor, TokenLayout | None], Tensor]
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,18 @@ def summed_loss(
     return model.loss(hidden_BTD, targets_BT, dtype=dtype)
 
 
+def at_level(function: Function, level: Level) -> Function:
+    """The function as PyTorch runs it, or compiled at its first call."""
+    return function if level == "eager" else jit(function, level=level)
+
+
 def loss_of(model: Decoder, *, dtype: torch.dtype, level: Level) -> LossOf:
-    """`summed_loss` of a batch: as PyTorch runs it, or compiled at the first call."""
+    """`summed_loss` of a batch."""
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor, layout: TokenLayout | None) -> Tensor:
         return summed_loss(model, inputs_BT, targets_BT, dtype=dtype, layout=layout)
 
-    return loss if level == "eager" else jit(loss, level=level)
+    return at_level(loss, level)
 
 
 def train_step(
