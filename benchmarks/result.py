@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the working tree, with a mark if what is measured has changes; results have none."""
+    """Commit of the working tree, with a mark if anything but results has changed."""
     name = _git("describe", "--always", "--abbrev=12")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
     return f"{name}-dirty" if changed else name
