@@ -60,9 +60,9 @@ def test_plans_to_explain_are_checked_before_the_search():
 def test_ctrl_c_prints_the_best_so_far():
     code = "from plait.cli.main import main; main()"
     # So many plans that it does not end before the signal comes.
-    many = [*SMALL[:-1], "batch_size=1024"]
+    many = [*SMALL[:-1], "batch_size=16384"]
     settings = [word for setting in many for word in ("--set", setting)]
-    words = ["search", "llama3_8b", "--world", "256", *settings]
+    words = ["search", "llama3_8b", "--world", "4096", *settings]
     started = subprocess.Popen(
         [sys.executable, "-c", code, *words],
         stdout=subprocess.PIPE,
