@@ -1,21 +1,24 @@
 """LoRA fine-tuning against PEFT and `transformers.Trainer`: speed, loss curve, adapters.
 
 Same base weights (bfloat16 where the machine has such products, else float32; frozen), adapters
-(float32), rows, batches, optimizer (fused AdamW),
-rate and clipping; each side runs in its own process, in turn. A run's figure is the median over its
-steps after the warm-up. Every row is one conversation of equal length, so neither side pads.
+(float32), rows, batches, optimizer (fused AdamW), rate and clipping; each side runs in its own
+process, in turn. A run's figure is the median over its steps after the warm-up, which with --level
+O1 holds the compilation of ours. Every row is one conversation of equal length, so neither side
+pads; a quarter of it is the question.
 """
 
 import json
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from benchmarks.result import ROOT, Row, run_benchmark
+from benchmarks.result import ROOT, Row, run_levels
 
 SIDES = ("plait", "peft")
 WARM_UP_STEPS = 3
@@ -32,19 +35,19 @@ MODEL = {
 }
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(level: str, quick: bool) -> list[Row]:
     """Run both sides in turn and compare."""
     rounds, steps = (1, 6) if quick else (5, 10)
     with TemporaryDirectory() as folder:
-        _worker("prepare", folder, steps)
+        _worker("prepare", folder, steps, level)
         orders = [SIDES if i % 2 == 0 else SIDES[::-1] for i in range(rounds)]
-        runs = [{side: _worker(side, folder, steps) for side in order} for order in orders]
-        exchange = _worker("exchange", folder, steps)
+        runs = [{side: _worker(side, folder, steps, level) for side in order} for order in orders]
+        exchange = _worker("exchange", folder, steps, level)
     ratios = [run["plait"]["tokens_per_s"] / run["peft"]["tokens_per_s"] for run in runs]
     noise, gap = _loss_gap(runs[0]["plait"]["losses"], runs[0]["peft"]["losses"])
     return [
         Row(
-            claim=f"LoRA fine-tuning speed in {_dtype_name()}, ratio to PEFT",
+            claim=f"LoRA fine-tuning speed, {_dtype_name()}, {level}, ratio to PEFT",
             unit="x",
             target=1.2,
             better="higher",
@@ -98,17 +101,19 @@ def _loss_gap(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return stdev(steps), abs(mean(a - b for a, b in zip(ours, theirs, strict=True)))
 
 
-def _worker(side: str, folder: str, steps: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.finetune", "--worker", side, folder, str(steps)]
+def _worker(side: str, folder: str, steps: int, level: str) -> dict:
+    arguments = [side, folder, str(steps), level]
+    command = [sys.executable, "-m", "benchmarks.finetune", "--worker", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _work(side: str, folder: Path, steps: int) -> dict:
-    work = {"prepare": _prepare, "plait": _run_plait, "peft": _run_peft, "exchange": _exchange}
-    return work[side](folder, steps)
+def _work(side: str, folder: Path, steps: int, level: Any) -> dict:
+    if side == "plait":
+        return _run_plait(folder, steps, level)
+    return {"prepare": _prepare, "peft": _run_peft, "exchange": _exchange}[side](folder, steps)
 
 
 def _prepare(folder: Path, steps: int) -> dict:
@@ -143,7 +148,7 @@ def _figures(times: list[float], losses: list[float]) -> dict:
     }
 
 
-def _run_plait(folder: Path, steps: int) -> dict:
+def _run_plait(folder: Path, steps: int, level: Any) -> dict:
     import torch
 
     from plait.checkpoint.huggingface import load_model
@@ -152,7 +157,7 @@ def _run_plait(folder: Path, steps: int) -> dict:
     from plait.train.optimizer import OptimizerSettings, make_optimizers
     from plait.train.packing import PackedRows
     from plait.train.step import update
-    from plait.train.tuning_loss import batch_loss
+    from plait.train.tuning_loss import batch_loss, hidden_of
 
     dtype = getattr(torch, _dtype_name())
     model = load_model(folder / "base")
@@ -162,11 +167,12 @@ def _run_plait(folder: Path, steps: int) -> dict:
     optimizers = make_optimizers(
         model, OptimizerSettings(learning_rate=RATE, weight_decay=0.0, beta2=0.999)
     )
+    hidden = hidden_of(model, dtype=dtype, level=level)
     rows = PackedRows(folder / "rows", sequence_length=LENGTH)
     times, losses = [], []
     for step in range(steps):
         batch = rows.batch(range(step * BATCH, (step + 1) * BATCH))
-        loss = batch_loss(model, batch, dtype=dtype) / batch.num_targets
+        loss = batch_loss(model, hidden, batch, dtype=dtype) / batch.num_targets
         result = update(model.parameters(), optimizers, [loss], clip_norm=1.0)
         times.append(time.perf_counter())
         losses.append(result.loss)
@@ -183,7 +189,9 @@ def _run_peft(folder: Path, steps: int) -> dict:
 
     rows = PackedRows(folder / "rows", sequence_length=LENGTH)
     if not (folder / "start").is_dir():
-        _run_plait(folder, WARM_UP_STEPS + 2)  # both sides begin with the adapters it draws
+        _run_plait(
+            folder, WARM_UP_STEPS + 2, "eager"
+        )  # both sides begin with the adapters it draws
 
     class Samples(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -263,7 +271,7 @@ def _exchange(folder: Path, steps: int) -> dict:
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        _, side, folder, steps = sys.argv[1:]
-        print(json.dumps(_work(side, Path(folder), int(steps))))
+        _, side, folder, steps, level = sys.argv[1:]
+        print(json.dumps(_work(side, Path(folder), int(steps), level)))
     else:
-        run_benchmark("finetune", measure)
+        run_levels("finetune", {level: partial(measure, level) for level in ("eager", "O1")})

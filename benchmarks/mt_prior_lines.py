@@ -147,13 +147,14 @@ def rows_of(name: str, run: InvertRun, folder: Path) -> list[Row]:
     if alone is None or run.other is None:
         raise AssertionError("a run with a prior leaves a smooth state and another prior's section")
     smooth = alone.history[-1]
-    best = run.best.result
+    best, coded = run.best.result, run.best.coded or run.best.result
     claims = [
         ("RMS, learnt over smooth", best.rms / smooth.rms, "", 1.03),
         ("RMS, smooth", smooth.rms, "", None),
         ("steps, smooth", smooth.step, "", None),
         ("time, smooth", smooth.duration_s, "s", None),
         ("RMS, learnt", best.rms, "", None),
+        ("RMS, learnt, codes alone", coded.rms, "", None),
         ("steps, learnt", best.num_steps, "", None),
         ("time, learnt", best.history[-1].duration_s, "s", None),
         (f"RMS, different prior ({run.priors[1].name})", run.other.result.rms, "", None),

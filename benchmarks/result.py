@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 ROOT = Path(__file__).parents[1]
+_RESULTS = "benchmarks/results"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def _finish(name: str, measure: Callable[[bool], list[Row]], arguments: argparse
     if not arguments.json:
         print_table(name, rows)
     if not arguments.quick:
-        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        path = ROOT / _RESULTS / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.json:
@@ -131,8 +132,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the working tree, with a mark if it has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Commit of the working tree, with a mark if anything but results has changed."""
+    name = _git("describe", "--always", "--abbrev=12")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{_RESULTS}")
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()

@@ -124,6 +124,22 @@ def test_a_prior_that_the_data_rule_out_is_named_and_does_not_count(run, tmp_pat
     assert "the data rule it out" in text
 
 
+def test_what_no_code_can_say_is_added_smoothly_until_the_data_are_fitted(job, survey, tmp_path):
+    path = survey / "resistive.toml"
+    path.write_text(PRIOR.replace("[0.7, 1.2]", "[1.7, 1.9]").replace("= 1.0", "= 1.8"))
+    settings = replace(job, prior=str(path), num_seeds=1)
+    found = run_inversion(settings, tmp_path / "run", on_progress=lambda _: None)
+    learnt = found.learnt[0]
+    assert learnt.title.endswith("departures from it")
+    assert learnt.coded.rms > 1.1
+    assert learnt.result.rms <= 1.0 * 1.03
+    assert [record.step for record in learnt.result.history] == list(
+        range(len(learnt.result.history))
+    )
+    assert "departures" not in found.other.title
+    assert learnt.title in write_report(found, tmp_path).read_text()
+
+
 def test_the_report_holds_every_picture_that_it_shows_and_escapes_names(run, tmp_path):
     found, _, _ = run
     odd = replace(found, job=replace(found.job, survey="a<b>.dat"))

@@ -130,6 +130,20 @@ def test_a_text_that_spells_the_end_of_text_is_one_document(job, tmp_path):
     assert sum(token == 0 for token in tokens) == len(texts) + 2
 
 
+@pytest.mark.parametrize(("level", "tolerance"), [("O0", 0.0), ("O1", 1e-4)])
+def test_a_compiled_step_learns_what_an_eager_one_does(level, tolerance, job, tmp_path):
+    """O0 has eager's bits; O1 rounds otherwise, and a few steps do not part the losses."""
+    eager, compiled = (
+        _run(replace(job, level=each, document_boundaries=True), tmp_path / each)
+        for each in ("eager", level)
+    )
+    losses = [
+        [record["loss"] for record in run.read_metrics() if "loss" in record]
+        for run in (eager, compiled)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance, abs=0)
+
+
 def test_documents_are_kept_apart_on_request(job, tmp_path):
     # So many samples that some of them hold the end of a document.
     job = replace(job, evaluation=replace(job.evaluation, samples=64))

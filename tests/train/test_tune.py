@@ -97,6 +97,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(job, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("level", "pack", "tolerance"), [("O0", True, 0.0), ("O1", False, 1e-3)])
+def test_compiled_steps_learn_what_eager_ones_do(level, pack, tolerance, job, tmp_path):
+    """O0 has eager's bits whatever the lengths of rows; O1 rounds otherwise."""
+    job = replace(job, pack=pack, num_steps=6)
+    eager, compiled = (
+        _losses(_run(replace(job, level=each), tmp_path / each)[0]) for each in ("eager", level)
+    )
+    assert compiled == pytest.approx(eager, rel=tolerance, abs=0)
+
+
 def test_full_fine_tuning_memorizes_a_few_answers(job, tmp_path):
     rate = replace(job.optimizer, learning_rate=1e-2)
     job = replace(job, method="full", num_steps=60, optimizer=rate)

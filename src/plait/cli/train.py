@@ -132,7 +132,7 @@ def _finish(job: Job, run: RunFolder, result: TrainResult, *, as_json: bool) -> 
     num_tokens = result.step * job.batch_size * job.sequence_length
     rows = [
         ("parameters", f"{sum(p.numel() for p in result.model.parameters()) / 1e6:.1f} million"),
-        ("trained on", f"{num_tokens / 1e6:.1f} million tokens in {duration(result.elapsed_s)}"),
+        ("trained on", f"{num_tokens:,} tokens in {duration(result.elapsed_s)}"),
         ("speed", f"{num_tokens / result.elapsed_s:,.0f} tokens/s"),
         *score_rows(score),
     ]

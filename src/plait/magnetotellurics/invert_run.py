@@ -43,6 +43,7 @@ class Found:
         static_shift_log10: (2, n_rx).
         result: history, predicted values, reason to stop.
         section: the map of its pixels and codes; None for a smooth section.
+        coded: the run with codes, before what they could not fit was added; None if smooth.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Found:
     static_shift_log10: RealArray
     result: InversionResult
     section: CodedSection | None = None
+    coded: InversionResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,11 @@ def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> Inv
         region = region_of(job, problem, priors[0])
         goal = max(job.target_rms, smooth.result.rms)
         for seed in range(job.num_seeds):
-            learnt.append(tools.learnt(f"prior_{seed}", priors[0], region, goal, seed=seed))
+            name = f"prior_{seed}"
+            found = tools.learnt(name, priors[0], region, goal, seed=seed)
+            if found.result.rms > _SAME_RMS * goal:
+                found = tools.with_departures(name, found, goal)
+            learnt.append(found)
         other = tools.learnt("other_prior", priors[1], region, goal, seed=0)
         reached = learnt[0].result.rms
         if reached > _SAME_RMS * smooth.result.rms:
@@ -265,6 +271,38 @@ class _Tools:
             static_shift_log10=found.static_shift_log10,
             result=found.result,
             section=section,
+            coded=found.result,
+        )
+
+    def with_departures(self, name: str, found: Found, target_rms: float) -> Found:
+        """Add to a learnt section, smoothly, what the data ask for and no code of the prior has."""
+        start = found.log10_rho.ravel()
+        added = invert_smoothly(
+            self._problem,
+            self._observations,
+            settings=self._smooth_settings(target_rms),
+            reference_log10_rho=start,
+            start_at=(start, found.static_shift_log10),
+            resume=load_state(self._state(f"{name}_departures")),
+            on_step=self._watch(f"{name}_departures"),
+        )
+        before = found.result.history
+        last = before[-1]
+        behind = [
+            replace(
+                record,
+                step=record.step + last.step,
+                num_forward=record.num_forward + last.num_forward,
+                duration_s=record.duration_s + last.duration_s,
+            )
+            for record in added.result.history[1:]
+        ]
+        return replace(
+            found,
+            title=f"{found.title}, and departures from it",
+            log10_rho=added.log10_rho,
+            static_shift_log10=added.static_shift_log10,
+            result=replace(added.result, history=(*before, *behind)),
         )
 
     def resolution(self, found: Found) -> Resolution:
@@ -278,13 +316,13 @@ class _Tools:
 
     def learnt_deviation(self, found: Found) -> RealArray:
         """Give the deviation of a learnt section's cells."""
-        if found.section is None:
+        if found.section is None or found.coded is None:
             raise InversionError(f"{found.title} has no codes")
         return coded_deviation(
             self._problem,
             self._observations,
             section=found.section,
-            result=found.result,
+            result=found.coded,
             settings=self._prior_settings(self._job.target_rms),
         )
 

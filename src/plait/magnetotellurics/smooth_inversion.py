@@ -84,6 +84,7 @@ def invert_smoothly(
     settings: SmoothInversion,
     model_map: ModelMap | None = None,
     reference_log10_rho: RealArray | None = None,
+    start_at: tuple[RealArray, RealArray] | None = None,
     resume: Checkpoint | None = None,
     on_step: Callable[[Checkpoint], None] = lambda _: None,
 ) -> SmoothSection:
@@ -95,6 +96,8 @@ def invert_smoothly(
         settings: how.
         model_map: bricks, as of an Occam2D model file; one parameter per cell by default.
         reference_log10_rho: (n_parameters,), where roughness is measured from.
+        start_at: log10 rho (n_parameters,) and static shifts (2, n_rx) to begin with, instead of
+            the settings' start.
         resume: where an earlier run of the same problem stood.
         on_step: called after each step.
     """
@@ -128,7 +131,10 @@ def invert_smoothly(
         reference = np.concatenate([reference, np.zeros(2 * num_rx)])
     misfit = Misfit(observations=observations, huber=settings.huber)
     penalty = RoughnessPenalty(matrix=roughness, reference=reference)
-    if settings.start is Start.LAYERED:
+    if start_at is not None:
+        shifts = start_at[1].ravel() if settings.static_shift_weight is not None else []
+        start = np.clip(np.concatenate([start_at[0], shifts]), *settings.bounds)
+    elif settings.start is Start.LAYERED:
         start = layered_start(
             layered, misfit=misfit, penalty=penalty, start=start, bounds=settings.bounds
         )

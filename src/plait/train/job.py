@@ -16,6 +16,7 @@ from plait.train.rows import OnBadRow
 
 ProductDtype = Literal["bfloat16", "float32"]
 Dtype = Literal["auto", "bfloat16", "float32"]
+Level = Literal["eager", "O0", "O1", "O2"]
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -53,6 +54,8 @@ class Job:
     micro_batch_size: samples of one forward; changes memory, speed and the order of sums.
     dtype: of the matrix products; weights and optimizer are float32. "auto" takes bfloat16 where
     the device has such products; a run folder keeps what it became.
+    level: how a step runs: by PyTorch itself ("eager"), or compiled at its start: kernel by kernel
+    with the same bits (O0), with fused operators (O1), whole (O2).
     device: "auto" takes a GPU if there is one.
     prompt: completed at the end of the run.
     document_boundaries: let tokens see those of their own document only.
@@ -76,6 +79,7 @@ class Job:
     num_steps: int = 1000
     seed: int = 0
     dtype: Dtype = "auto"
+    level: Level = "eager"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     save_every: int = 250
     keep_checkpoints: int = 2

@@ -134,7 +134,7 @@ body { max-width: 960px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; margin: 1rem 0 }
 th { text-align: left; font-weight: 500; color: #5a6272; padding: .15rem 2rem .15rem 0 }
-td { font-variant-numeric: tabular-nums }
+td { font-variant-numeric: tabular-nums; padding: .15rem 2rem .15rem 0 }
 svg { width: 100%; height: auto; font-size: 12px } .grid { stroke: #e3e6ec }
 polyline { fill: none; stroke-width: 2 }
 polyline.train { stroke: #3566c9 } polyline.heldout { stroke: #d9622b }

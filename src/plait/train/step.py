@@ -2,17 +2,22 @@
 
 # Shapes: B samples, T tokens.
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from plait.backend.jit import jit
 from plait.models.decoder import Decoder
 from plait.nn.token_layout import TokenLayout
 from plait.ops.numerics import bfloat16_pays
+from plait.train.job import Level
 from plait.train.packing import Batch
+
+LossOf = Callable[[Tensor, Tensor, TokenLayout | None], Tensor]
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,27 @@ def summed_loss(
     return model.loss(hidden_BTD, targets_BT, dtype=dtype)
 
 
+def at_level(function: Function, level: Level) -> Function:
+    """The function as PyTorch runs it, or compiled at its first call."""
+    return function if level == "eager" else jit(function, level=level)
+
+
+def loss_of(model: Decoder, *, dtype: torch.dtype, level: Level) -> LossOf:
+    """`summed_loss` of a batch."""
+
+    def loss(inputs_BT: Tensor, targets_BT: Tensor, layout: TokenLayout | None) -> Tensor:
+        return summed_loss(model, inputs_BT, targets_BT, dtype=dtype, layout=layout)
+
+    return at_level(loss, level)
+
+
 def train_step(
-    model: Decoder,
+    loss: LossOf,
+    parameters: Iterable[nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     micro_batches: Iterable[Batch],
     *,
     num_targets: int,
-    dtype: torch.dtype,
     clip_norm: float,
 ) -> StepResult:
     """Update the weights once, from the mean loss over `num_targets` targets in all micro-batches.
@@ -60,11 +79,9 @@ def train_step(
     With a loss or gradient that is not finite nothing is updated, and the result says so.
     """
     losses = (
-        summed_loss(model, batch.inputs, batch.targets, dtype=dtype, layout=batch.layout)
-        / num_targets
-        for batch in micro_batches
+        loss(batch.inputs, batch.targets, batch.layout) / num_targets for batch in micro_batches
     )
-    return update(model.parameters(), optimizers, losses, clip_norm=clip_norm)
+    return update(parameters, optimizers, losses, clip_norm=clip_norm)
 
 
 def update(

@@ -40,7 +40,7 @@ from plait.train.score import trained_model
 from plait.train.step import slow_dtype_warning, update
 from plait.train.tuning_data import name_of, prepare_tuning, record_base
 from plait.train.tuning_job import TuningJob
-from plait.train.tuning_loss import answer_logps, batch_loss, preference_loss
+from plait.train.tuning_loss import answer_logps, batch_loss, hidden_of, preference_loss
 from plait.train.watch import Record, Watch
 
 
@@ -69,6 +69,8 @@ class _Tuning:
         self.model = load_model(folder, dtype=dtype).to(self.device)
         if job.method == "lora":
             self.lora = self._add_adapters()
+        self.eager = hidden_of(self.model, dtype=job.torch_dtype, level="eager")
+        self.hidden = hidden_of(self.model, dtype=job.torch_dtype, level=job.level)
         self.rows = PackedRows(run.rows("train"), sequence_length=job.sequence_length)
         self.num_samples = len(self.rows) // (2 if job.objective == "dpo" else 1)
         by_epochs = math.ceil(self.num_samples * job.num_epochs / job.batch_size)
@@ -95,6 +97,8 @@ class _Tuning:
         self.run.write_environment(describe_environment(self.device))
         if advice := slow_dtype_warning(self.device, self.job.torch_dtype):
             self.watch.on_stage(advice)
+        if self.job.level != "eager":
+            self.watch.on_stage(f"compiling the first step at level {self.job.level}")
         after = -1 if begins else self.step
         with Records(
             self.run, self.watch, after=after, tensorboard=self.job.tensorboard
@@ -170,10 +174,11 @@ class _Tuning:
     def _loss(self, name: str, batch: Batch, samples: Sequence[int]) -> tuple[Tensor, float]:
         """Sum the loss over targets or pairs, and count the pairs that are won."""
         dtype = self.job.torch_dtype
+        hidden = self.hidden if torch.is_grad_enabled() else self.eager
         if self.job.objective == "sft":
-            return batch_loss(self.model, batch, dtype=dtype), 0.0
+            return batch_loss(self.model, hidden, batch, dtype=dtype), 0.0
         reference = self.references[name].reshape(-1, 2)[list(samples)].ravel()
-        logps_B = answer_logps(self.model, batch, dtype=dtype)
+        logps_B = answer_logps(self.model, hidden, batch, dtype=dtype)
         reference_B = torch.from_numpy(reference).to(logps_B)
         return preference_loss(logps_B, reference_B, beta=self.job.beta)
 
@@ -215,7 +220,9 @@ class _Tuning:
             self.model.eval()
             rows = PackedRows(self.run.rows(name), sequence_length=self.job.sequence_length)
             parts = [
-                answer_logps(self.model, self._batch(rows, part), dtype=self.job.torch_dtype).cpu()
+                answer_logps(
+                    self.model, self.eager, self._batch(rows, part), dtype=self.job.torch_dtype
+                ).cpu()
                 for part in self._parts(rows)
             ]
             temporary = path.with_suffix(".incomplete.npy")

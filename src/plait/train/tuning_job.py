@@ -8,7 +8,7 @@ import torch
 
 from plait.errors import ConfigError
 from plait.nn.lora import LoraSettings
-from plait.train.job import TORCH_DTYPES, Dtype, settled_dtype
+from plait.train.job import TORCH_DTYPES, Dtype, Level, settled_dtype
 from plait.train.optimizer import OptimizerSettings
 from plait.train.rows import OnBadRow
 
@@ -29,7 +29,7 @@ class TuningJob:
     evaluate_every, save_every: in steps. keep_best: keep the checkpoint of the best evaluation.
     on_bad_row: "skip" leaves out rows that cannot be used; they are counted and named in data.json.
     num_workers: processes that encode; 0 = this one.
-    tensorboard: write TensorBoard's event files too.
+    tensorboard: write TensorBoard's event files too. level: as in `Job`.
     """
 
     name: str
@@ -62,6 +62,7 @@ class TuningJob:
     seed: int = 0
     tensorboard: bool = False
     dtype: Dtype = "auto"
+    level: Level = "eager"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
