@@ -7,8 +7,9 @@
     python -m benchmarks.mt_prior --level lines --json     SAMTEX KAP03 and COPROD2
 
 Both inversions of a row get the same data (from a mesh with halved cells), grid, weights (W = 1),
-start in layers, step rule and stopping rule; a seed is that of the noise and of the network. Errors
-are those of mt_sections.py, ratios are learnt over conventional. A run that was cut goes on.
+start in layers and stopping rule, and Occam steps, which follow the curve of decoded sections in
+the learnt one and are bounded in trade-off there; a seed is that of the noise and of the network.
+Errors are those of mt_sections.py, ratios are learnt over conventional. A run that was cut goes on.
 """
 
 from dataclasses import dataclass, replace

@@ -144,7 +144,7 @@ def learnt(
         layout.problem(),
         observations,
         section=CodedSection(mesh=layout.mesh, region=layout.region, network=network),
-        settings=PriorInversion(rule=RULE, stopping=stopping, num_workers=WORKERS, order=order),
+        settings=PriorInversion(stopping=stopping, num_workers=WORKERS, order=order),
     )
     return judge(found.result, found.log10_rho, layout, truth=truth, observations=observations)
 

@@ -6,13 +6,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from plait.errors import InversionError
-from plait.magnetotellurics.coded_section import CodedSection, CodePenalty, Region
+from plait.magnetotellurics.code_penalty import CodePenalty
+from plait.magnetotellurics.coded_section import CodedSection, Region
 from plait.magnetotellurics.data_model import SectionModel, StaticShiftModel
 from plait.magnetotellurics.earth import flat_mesh
 from plait.magnetotellurics.forward_1d import layered_impedance
 from plait.magnetotellurics.forward_2d import make_problem
 from plait.magnetotellurics.inversion import StoppingRule
 from plait.magnetotellurics.layered_model import LayeredModel, column_impedances
+from plait.magnetotellurics.linear_solver import sparse
 from plait.magnetotellurics.model_map import pixel_map
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.penalty import PenaltyWithShifts
@@ -184,7 +186,7 @@ def test_a_region_that_codes_do_not_fill_or_of_another_network_is_refused(mesh, 
         CodedSection(mesh=mesh, region=other, network=network)
 
 
-def make_penalty(section):
+def make_penalty(section, edge=np.inf):
     return CodePenalty(
         section=section,
         roughness=cell_roughness(
@@ -196,11 +198,13 @@ def make_penalty(section):
         reference_log10_rho=np.full(section.mesh.ground_shape, 2.0),
         code=0.2,
         lateral=0.7,
+        edge=edge,
     )
 
 
-def test_the_penaltys_quadratic_has_its_gradient(section, parameters):
-    penalty = PenaltyWithShifts(inner=make_penalty(section), num_shifts=2, weight=3.0)
+@pytest.mark.parametrize("edge", [0.1, 1.0, np.inf])
+def test_the_penaltys_quadratic_has_its_gradient(section, parameters, edge):
+    penalty = PenaltyWithShifts(inner=make_penalty(section, edge), num_shifts=2, weight=3.0)
     at = np.concatenate([parameters, [0.3, -0.1]])
     near = penalty.near(at)
     gradient = 2 * (near.matrix @ (at - near.reference))
@@ -210,6 +214,31 @@ def test_the_penaltys_quadratic_has_its_gradient(section, parameters):
         2 * step
     )
     assert gradient @ change == pytest.approx(difference, rel=1e-6)
+
+
+def test_small_changes_of_codes_cost_their_square_and_an_edge_its_logarithm(section, parameters):
+    square, edges = make_penalty(section), make_penalty(section, edge=0.3)
+    start = np.where(np.arange(len(parameters)) < len(section.pixel_cells), parameters, 0.0)
+    for size, cost in ((1e-4, 1e-8), (3.0, 0.09 * np.log(101.0))):
+        codes = np.zeros((section.num_codes, section.network.num_latent))
+        codes[5:, 2] = size  # one step along the line
+        stepped = np.append(start[: len(section.pixel_cells)], codes)
+        saved = square.value(stepped) - edges.value(stepped)
+        assert saved == pytest.approx(0.7 * (size**2 - cost), rel=1e-6, abs=1e-12)
+
+
+def test_the_penaltys_quadratic_never_falls_below_it(section, parameters):
+    at = np.array(parameters)
+    generator = np.random.default_rng(8)
+    # Closeness alone outside the region: no roughness of decoded cells, which are curved in codes.
+    close = np.where(section.inside, 0.0, 1.0).ravel()
+    bare = replace(make_penalty(section, edge=0.3), roughness=sparse.diags_array(close))
+    near = bare.near(at)
+    here = (at - near.reference) @ (near.matrix @ (at - near.reference))
+    for _ in range(20):
+        then = at + generator.standard_normal(len(at))
+        change = (then - near.reference) @ (near.matrix @ (then - near.reference)) - here
+        assert bare.value(then) - bare.value(at) <= change + 1e-6
 
 
 def test_roughness_inside_the_region_counts_no_vertical_steps(section):
@@ -355,6 +384,8 @@ def test_alternating_steps_fit_the_noise_monotonically_too(survey, section):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InversionError, match="code_weight"):
         PriorInversion(code_weight=0.0)
+    with pytest.raises(InversionError, match="lateral_edge"):
+        PriorInversion(lateral_edge=0.0)
     with pytest.raises(InversionError, match="joint steps only"):
         PriorInversion(order=StepOrder.ALTERNATING, static_shift_weight=1.0)
     with pytest.raises(InversionError, match="positive"):

@@ -15,8 +15,7 @@ import numpy as np
 from plait.errors import InversionError
 from plait.magnetotellurics.arrays import BoolArray, IndexArray, RealArray
 from plait.magnetotellurics.earth import Mesh
-from plait.magnetotellurics.linear_solver import BandFactor, sparse
-from plait.magnetotellurics.penalty import Quadratic
+from plait.magnetotellurics.linear_solver import sparse
 from plait.magnetotellurics.prior_network import CodeGrid, PriorNetwork
 
 
@@ -150,58 +149,3 @@ class CodedSection:
         flat = log10_rho.ravel()
         sections = flat[self.code_cells].reshape(self.num_codes, *self.network.grid.shape)
         return np.concatenate([flat[self.pixel_cells], self.network.encode(sections).ravel()])
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodePenalty:
-    """Roughness of the section beside the size of its codes.
-
-    (m - m_ref)^T R (m - m_ref) + sum_j code |v_j|^2 + lateral |v_j - v_{j+1}|^2.
-
-    Attributes:
-        section: the map.
-        roughness: R of the cells, sparse (n_cells, n_cells), with what is wanted of the decoded
-            cells in it.
-        reference_log10_rho: m_ref, mesh.ground_shape.
-        code: weight of the codes' size; the prior's negative logarithm is |v|^2 / 2.
-        lateral: weight of the difference of neighbour codes.
-    """
-
-    section: CodedSection
-    roughness: Any
-    reference_log10_rho: RealArray
-    code: float
-    lateral: float
-
-    @cached_property
-    def _of_codes(self) -> Any:
-        latent, count = self.section.network.num_latent, self.section.num_codes
-        ends = np.arange(count - 1)
-        step = sparse.csr_array(
-            (
-                np.repeat([-1.0, 1.0], count - 1),
-                (np.tile(ends, 2), np.concatenate([ends, ends + 1])),
-            ),
-            shape=(count - 1, count),
-        )
-        along = self.code * sparse.eye_array(count) + self.lateral * (step.T @ step)
-        each = sparse.kron(along, sparse.eye_array(latent))
-        num_pixels = len(self.section.pixel_cells)
-        return sparse.block_diag([sparse.csr_array((num_pixels, num_pixels)), each], format="csr")
-
-    def _change(self, parameters: RealArray) -> RealArray:
-        return (self.section.log10_rho(parameters) - self.reference_log10_rho).ravel()
-
-    def value(self, parameters: RealArray) -> float:
-        """Give the penalty of a model."""
-        change = self._change(parameters)
-        rough = change @ (self.roughness @ change)
-        return float(rough + parameters @ (self._of_codes @ parameters))
-
-    def near(self, parameters: RealArray) -> Quadratic:
-        """Give the quadratic with the gradient at this model and Gauss-Newton's curvature."""
-        slope = self.section.slope(parameters)
-        matrix = sparse.csc_array(slope.T @ self.roughness @ slope + self._of_codes)
-        gradient = slope.T @ (self.roughness @ self._change(parameters))
-        gradient = gradient + self._of_codes @ parameters
-        return Quadratic(matrix=matrix, reference=parameters - BandFactor(matrix).solve(gradient))

@@ -9,7 +9,8 @@ import numpy as np
 from plait.errors import InversionError
 from plait.magnetotellurics.alternation import AlternatingRule
 from plait.magnetotellurics.arrays import RealArray
-from plait.magnetotellurics.coded_section import CodedSection, CodePenalty
+from plait.magnetotellurics.code_penalty import CodePenalty
+from plait.magnetotellurics.coded_section import CodedSection
 from plait.magnetotellurics.data_model import DataModel, SectionModel, StaticShiftModel
 from plait.magnetotellurics.forward_2d import Problem
 from plait.magnetotellurics.inversion import (
@@ -27,6 +28,10 @@ from plait.magnetotellurics.observations import Observations
 from plait.magnetotellurics.penalty import Penalty, PenaltyWithShifts, RoughnessPenalty
 from plait.magnetotellurics.regularization import Smoothness, cell_roughness, roughness_matrix
 from plait.magnetotellurics.step_rules import OccamRule
+
+LEARNT_RULE = OccamRule(
+    search_factor=3, max_trials=14, max_drop=10, max_corrections=4, follow=True, max_trade_off=200
+)
 
 
 class StepOrder(Enum):
@@ -48,9 +53,13 @@ class PriorInversion:
             flatten it; codes are compared instead.
         code_weight: of |v|^2, beside roughness and times the same trade-off.
         lateral_weight: of the difference between the codes of neighbours.
+        lateral_edge: a larger difference of neighbours is an edge, and costs by its logarithm.
         code_bound: codes stay within this; beyond, the decoder has not been taught.
         start: LAYERED fits each column alone first; UNIFORM begins with the codes of a half-space.
-        rule, stopping, bounds, static_shift_weight, huber, num_workers: as SmoothInversion.
+        rule: follows the curve of decoded sections, and ends at a trade-off of 1 / code_weight at
+            most: beyond, codes weigh more than the prior's own probability makes them, only to
+            bring RMS back up to the target.
+        stopping, bounds, static_shift_weight, huber, num_workers: as SmoothInversion.
         order: JOINT, or ALTERNATING, which has no static shifts.
     """
 
@@ -61,9 +70,10 @@ class PriorInversion:
     )
     code_weight: float = 0.005
     lateral_weight: float = 0.3
+    lateral_edge: float = 0.3
     code_bound: float = 4.0
     start: Start = Start.LAYERED
-    rule: StepRule = field(default_factory=lambda: OccamRule(max_drop=10, max_corrections=4))
+    rule: StepRule = LEARNT_RULE
     stopping: StoppingRule = field(default_factory=StoppingRule)
     bounds: tuple[float, float] = (-2.0, 6.0)
     static_shift_weight: float | None = None
@@ -72,8 +82,11 @@ class PriorInversion:
     order: StepOrder = StepOrder.JOINT
 
     def __post_init__(self) -> None:
-        if self.code_weight <= 0 or self.lateral_weight < 0 or self.code_bound <= 0:
-            raise InversionError("need code_weight > 0, lateral_weight >= 0 and code_bound > 0")
+        positive = (self.code_weight, self.lateral_edge, self.code_bound)
+        if min(positive) <= 0 or self.lateral_weight < 0:
+            raise InversionError(
+                "need code_weight, lateral_edge and code_bound > 0 and lateral_weight >= 0"
+            )
         if self.num_workers < 1:
             raise InversionError(f"num_workers={self.num_workers} must be at least 1")
         if self.order is StepOrder.ALTERNATING and self.static_shift_weight is not None:
@@ -196,6 +209,7 @@ def coded_parts(
         reference_log10_rho=np.full(problem.mesh.ground_shape, settings.start_log10_rho),
         code=settings.code_weight,
         lateral=settings.lateral_weight,
+        edge=settings.lateral_edge,
     )
     weight = settings.static_shift_weight
     if weight is None:

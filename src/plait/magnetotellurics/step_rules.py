@@ -1,7 +1,7 @@
 """Occam and Gauss-Newton: two ways to choose the next model from the linearized problem."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,10 @@ class OccamRule:
             linear range.
         max_corrections: how often a step that misses its goal is bent with new residuals and the
             same Jacobian; for models that are curved functions of their parameters.
+        follow: for such models also: every trial of a step, at whatever trade-off, is bent from
+            the best one before it, so that the search follows the curve down.
+        max_trade_off: a step that reaches the target ends at this trade-off at most, though RMS
+            be under the target then.
     """
 
     search_factor: float = 10.0
@@ -33,10 +37,14 @@ class OccamRule:
     target_share: float = 0.01
     max_drop: float = 3.0
     max_corrections: int = 0
+    follow: bool = False
+    max_trade_off: float = np.inf
 
     def __post_init__(self) -> None:
         if self.search_factor <= 1 or self.max_trials < 3 or self.max_drop <= 1:
             raise InversionError("need search_factor > 1, max_trials >= 3 and max_drop > 1")
+        if self.max_trade_off <= 0:
+            raise InversionError(f"max_trade_off={self.max_trade_off} must be positive")
 
     def next_trial(
         self, step: LinearStep, *, now: Trial, attempt: Attempt, target_rms: float
@@ -44,34 +52,34 @@ class OccamRule:
         """Give the smoothest model at the goal, or the one of least RMS above it."""
         goal = max(target_rms * (1 - self.target_share / 2), now.rms / self.max_drop)
         first = now.trade_off if np.isfinite(now.trade_off) else step.largest_trade_off / 100
-        trials = [attempt(step.model(first), first)]
-
-        def go(trade_off: float) -> Trial:
-            trials.append(attempt(step.model(trade_off), trade_off))
-            return trials[-1]
-
-        best = self._descend(trials, go, goal)
+        search = _Search(step=step, now=now, attempt=attempt, rule=self)
+        search.go(first)
+        best = self._descend(search, goal)
         for _ in range(self.max_corrections):
             if best.rms <= goal:
                 break
-            bent = step.corrected(best.parameters, best.residual, best.trade_off)
-            trials.append(attempt(bent, best.trade_off))
-            if trials[-1].rms > 0.99 * best.rms:
+            bent = search.bend(best, best.trade_off)
+            if bent.rms > 0.99 * best.rms:
                 break
-            best = trials[-1]
+            best = bent
+            if self.follow:
+                best = _least((best, search.go(best.trade_off / self.search_factor)))
         if best.rms <= goal:
-            best = self._smoothest(trials, go, goal)
+            best = self._smoothest(search, goal)
+            if best.rms <= target_rms and best.trade_off > self.max_trade_off:
+                best = _least((best, search.bend(best, self.max_trade_off)))
         elif best.rms >= now.rms:
             best = self._cut(step, best, now, attempt)
         return best
 
-    def _descend(self, trials: list[Trial], go: Callable[[float], Trial], goal: float) -> Trial:
+    def _descend(self, search: "_Search", goal: float) -> Trial:
         """Walk down the curve of RMS against trade-off until it turns or passes the goal."""
+        trials = search.trials
         best = trials[0]
         for factor in (1 / self.search_factor, self.search_factor):
             here = best if factor < 1 else trials[0]
             while best.rms > goal and len(trials) < self.max_trials:
-                then = go(here.trade_off * factor)
+                then = search.go(here.trade_off * factor)
                 if then.rms >= here.rms:
                     break
                 here = best = then if then.rms < best.rms else best
@@ -79,15 +87,16 @@ class OccamRule:
                 break
         return best
 
-    def _smoothest(self, trials: list[Trial], go: Callable[[float], Trial], goal: float) -> Trial:
+    def _smoothest(self, search: "_Search", goal: float) -> Trial:
         """Find the largest trade-off whose RMS is at the goal."""
+        trials = search.trials
         while len(trials) < self.max_trials:
             under = max((t for t in trials if t.rms <= goal), key=lambda t: t.trade_off)
             above = [t for t in trials if t.rms > goal and t.trade_off > under.trade_off]
             if under.rms >= goal * (1 - self.target_share):
                 return under
             if not above:
-                go(under.trade_off * self.search_factor)
+                search.go(under.trade_off * self.search_factor)
                 continue
             upper = min(above, key=lambda t: t.trade_off)
             if upper.trade_off < under.trade_off * 1.05:
@@ -95,7 +104,7 @@ class OccamRule:
             share = np.log(goal * (1 - self.target_share / 2) / under.rms)
             share /= np.log(upper.rms / under.rms)
             ratio = upper.trade_off / under.trade_off
-            go(under.trade_off * ratio ** float(np.clip(share, 0.1, 0.9)))
+            search.go(under.trade_off * ratio ** float(np.clip(share, 0.1, 0.9)))
         return max((t for t in trials if t.rms <= goal), key=lambda t: t.trade_off)
 
     def _cut(self, step: LinearStep, best: Trial, now: Trial, attempt: Attempt) -> Trial:
@@ -107,6 +116,36 @@ class OccamRule:
             if then.rms < now.rms:
                 return then
         return now
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """The trials of one Occam step."""
+
+    step: LinearStep
+    now: Trial
+    attempt: Attempt
+    rule: OccamRule
+    trials: list[Trial] = field(default_factory=list)
+
+    def go(self, trade_off: float) -> Trial:
+        """Try the model of a trade-off."""
+        if self.rule.follow and self.trials:
+            best = _least(self.trials)
+            if best.rms < self.now.rms:
+                return self.bend(best, trade_off)
+        self.trials.append(self.attempt(self.step.model(trade_off), trade_off))
+        return self.trials[-1]
+
+    def bend(self, best: Trial, trade_off: float) -> Trial:
+        """Try the model of a trade-off by the residual of another trial."""
+        bent = self.step.corrected(best.parameters, best.residual, trade_off)
+        self.trials.append(self.attempt(bent, trade_off))
+        return self.trials[-1]
+
+
+def _least(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.rms)
 
 
 @dataclass(frozen=True, kw_only=True)
