@@ -156,8 +156,8 @@ def _run_plait(folder: Path, steps: int, level: Any) -> dict:
     from plait.nn.lora import LoraSettings, add_lora
     from plait.train.optimizer import OptimizerSettings, make_optimizers
     from plait.train.packing import PackedRows
-    from plait.train.step import update
-    from plait.train.tuning_loss import batch_loss, hidden_of
+    from plait.train.step import hidden_of, update
+    from plait.train.tuning_loss import batch_loss
 
     dtype = getattr(torch, _dtype_name())
     model = load_model(folder / "base")

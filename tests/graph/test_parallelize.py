@@ -71,7 +71,8 @@ def distance(found, expected):
     def size(name):
         largest = expected[name].abs().max()
         if name.endswith("k_proj.bias"):
-            largest = max(largest, expected[name.replace("k_proj", "q_proj")].abs().max())
+            queries = expected[name.replace("k_proj", "q_proj")].abs().max()
+            largest = queries if largest < 1e-4 * queries else largest
         return largest
 
     return max(

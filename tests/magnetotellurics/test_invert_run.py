@@ -138,6 +138,10 @@ def test_what_no_code_can_say_is_added_smoothly_until_the_data_are_fitted(job, s
     )
     assert "departures" not in found.other.title
     assert learnt.title in write_report(found, tmp_path).read_text()
+    sections = json.loads((tmp_path / "result.json").read_text())["sections"]
+    kept = {each["title"]: each["rms_of_codes"] for each in sections}
+    assert kept[learnt.title] == learnt.coded.rms
+    assert kept[found.smooth.title] is None
 
 
 def test_the_report_holds_every_picture_that_it_shows_and_escapes_names(run, tmp_path):

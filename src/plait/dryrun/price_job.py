@@ -468,9 +468,9 @@ class PlannedJob:
             notes.append("closed form: the ring of cp, beside attention; parts are taken as equal")
         if plan.ep > 1:
             how = (
-                "experts are chosen as given"
+                "expert_load, as set"
                 if self.job.expert_percentile is None
-                else f"percentile {self.job.expert_percentile:g} if all experts are chosen alike"
+                else f"percentile {self.job.expert_percentile:g}, all experts chosen alike"
             )
             notes.append(
                 "closed form: exchanges of ep; the busiest rank has "

@@ -56,9 +56,9 @@ class PriorInversion:
         lateral_edge: a larger difference of neighbours is an edge, and costs by its logarithm.
         code_bound: codes stay within this; beyond, the decoder has not been taught.
         start: LAYERED fits each column alone first; UNIFORM begins with the codes of a half-space.
-        rule: follows the curve of decoded sections, and ends at a trade-off of 1 / code_weight at
-            most: beyond, codes weigh more than the prior's own probability makes them, only to
-            bring RMS back up to the target.
+        rule: follows the curve of decoded sections, and ends at a trade-off of 200 at most, one
+            over the default code_weight: beyond, codes weigh more than the prior's own probability
+            makes them, only to bring RMS back up to the target.
         stopping, bounds, static_shift_weight, huber, num_workers: as SmoothInversion.
         order: JOINT, or ALTERNATING, which has no static shifts.
     """

@@ -151,8 +151,8 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
             _picture(
                 figure,
                 folder / "learnt_deviation.png",
-                "Linearized posterior of the learnt section: the spread of sections that the prior "
-                "allows and the data fit.",
+                "Linearized posterior of the learnt section, before any departures from it: the "
+                "spread of sections that the prior allows and the data fit.",
             )
         )
     spread = run.ensemble_deviation
@@ -259,6 +259,7 @@ def _write_numbers(run: InvertRun, folder: Path) -> None:
             {
                 "title": found.title,
                 "rms": found.result.rms,
+                "rms_of_codes": None if found.coded is None else found.coded.rms,
                 "steps": found.result.num_steps,
                 "stopped_because": found.result.stopped_because,
                 "history": [[r.step, r.rms, r.trade_off] for r in found.result.history[1:]],

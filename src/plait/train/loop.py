@@ -37,7 +37,7 @@ from plait.train.packing import Batch, layout_of_stream
 from plait.train.prepare import HeldOut, prepare, prepare_more, tokens_of
 from plait.train.records import Records
 from plait.train.run_folder import RunFolder
-from plait.train.step import StepResult, loss_of, slow_dtype_warning, train_step
+from plait.train.step import StepResult, hidden_of, notices, train_step
 from plait.train.utilization import utilization_on
 from plait.train.watch import Record, Watch
 
@@ -79,7 +79,7 @@ class _Loop:
         self.model = Decoder(job.model)
         self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, job.optimizer)
-        self.loss = loss_of(self.model, dtype=job.torch_dtype, level=job.level)
+        self.hidden = hidden_of(self.model, dtype=job.torch_dtype, level=job.level)
         self.more = prepare_more(job, run, watch)
         (self.end_of_text,) = end_tokens(run.tokenizer)
         self.utilization = utilization_on(
@@ -92,11 +92,9 @@ class _Loop:
     def run_to_end(self) -> TrainResult:
         self._resume()
         self.run.write_environment(describe_environment(self.device))
-        if advice := slow_dtype_warning(self.device, self.job.torch_dtype):
-            self.watch.on_stage(advice)
+        for notice in notices(self.device, self.job.torch_dtype, self.job.level):
+            self.watch.on_stage(notice)
         self.model.train()
-        if self.job.level != "eager":
-            self.watch.on_stage(f"compiling the first step at level {self.job.level}")
         with Records(
             self.run, self.watch, after=self.step, tensorboard=self.job.tensorboard
         ) as self.records:
@@ -128,11 +126,12 @@ class _Loop:
         rate = job.optimizer.learning_rate_at(self.step, job.num_steps)
         set_learning_rate(self.optimizers, rate)
         result = train_step(
-            self.loss,
-            self.model.parameters(),
+            self.model,
+            self.hidden,
             self.optimizers,
             self._micro_batches(),
             num_targets=job.batch_size * job.sequence_length,
+            dtype=job.torch_dtype,
             clip_norm=job.optimizer.clip_norm,
         )
         if not result.is_finite:

@@ -2,7 +2,7 @@
 
 # Shapes: B samples, T tokens.
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -16,8 +16,7 @@ from plait.ops.numerics import bfloat16_pays
 from plait.train.job import Level
 from plait.train.packing import Batch
 
-LossOf = Callable[[Tensor, Tensor, TokenLayout | None], Tensor]
-Function = Callable[..., Tensor]
+Hidden = Callable[[Tensor, TokenLayout | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,19 @@ class StepResult:
         )
 
 
+def hidden_of(model: Decoder, *, dtype: torch.dtype, level: Level) -> Hidden:
+    """The model's hidden states (B, T, D), as PyTorch computes them or compiled at the first call.
+
+    Products run in `dtype`.
+    """
+
+    def hidden(inputs_BT: Tensor, layout: TokenLayout | None) -> Tensor:
+        with autocast(inputs_BT.device.type, dtype):
+            return model(inputs_BT, layout)
+
+    return hidden if level == "eager" else jit(hidden, level=level)
+
+
 def summed_loss(
     model: Decoder,
     inputs_BT: Tensor,
@@ -51,37 +63,26 @@ def summed_loss(
     return model.loss(hidden_BTD, targets_BT, dtype=dtype)
 
 
-def at_level(function: Function, level: Level) -> Function:
-    """The function as PyTorch runs it, or compiled at its first call."""
-    return function if level == "eager" else jit(function, level=level)
-
-
-def loss_of(model: Decoder, *, dtype: torch.dtype, level: Level) -> LossOf:
-    """`summed_loss` of a batch."""
-
-    def loss(inputs_BT: Tensor, targets_BT: Tensor, layout: TokenLayout | None) -> Tensor:
-        return summed_loss(model, inputs_BT, targets_BT, dtype=dtype, layout=layout)
-
-    return at_level(loss, level)
-
-
 def train_step(
-    loss: LossOf,
-    parameters: Iterable[nn.Parameter],
+    model: Decoder,
+    hidden: Hidden,
     optimizers: Sequence[torch.optim.Optimizer],
     micro_batches: Iterable[Batch],
     *,
     num_targets: int,
+    dtype: torch.dtype,
     clip_norm: float,
 ) -> StepResult:
     """Update the weights once, from the mean loss over `num_targets` targets in all micro-batches.
 
-    With a loss or gradient that is not finite nothing is updated, and the result says so.
+    hidden: of the model, by `hidden_of`. With a loss or gradient that is not finite nothing is
+    updated, and the result says so.
     """
     losses = (
-        loss(batch.inputs, batch.targets, batch.layout) / num_targets for batch in micro_batches
+        model.loss(hidden(batch.inputs, batch.layout), batch.targets, dtype=dtype) / num_targets
+        for batch in micro_batches
     )
-    return update(parameters, optimizers, losses, clip_norm=clip_norm)
+    return update(model.parameters(), optimizers, losses, clip_norm=clip_norm)
 
 
 def update(
@@ -113,11 +114,12 @@ def autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager[obj
     return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def slow_dtype_warning(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What to tell somebody whose processor only emulates the products of a run, if so."""
-    if dtype != torch.bfloat16 or bfloat16_pays(device.type):
-        return None
-    return (
-        "this processor has no bfloat16 instructions: its products take many times longer than "
-        "those of float32. Better start again without --set dtype=bfloat16"
-    )
+def notices(device: torch.device, dtype: torch.dtype, level: Level) -> Iterator[str]:
+    """What to tell before the first step: products that are only emulated, a compilation."""
+    if dtype == torch.bfloat16 and not bfloat16_pays(device.type):
+        yield (
+            "this processor has no bfloat16 instructions: its products take many times longer than "
+            "those of float32. Better start again without --set dtype=bfloat16"
+        )
+    if level != "eager":
+        yield f"compiling the first step at level {level}"

@@ -37,10 +37,10 @@ from plait.train.packing import Batch, PackedRows
 from plait.train.records import Records
 from plait.train.run_folder import RunFolder, adapter_folder
 from plait.train.score import trained_model
-from plait.train.step import slow_dtype_warning, update
+from plait.train.step import hidden_of, notices, update
 from plait.train.tuning_data import name_of, prepare_tuning, record_base
 from plait.train.tuning_job import TuningJob
-from plait.train.tuning_loss import answer_logps, batch_loss, hidden_of, preference_loss
+from plait.train.tuning_loss import answer_logps, batch_loss, preference_loss
 from plait.train.watch import Record, Watch
 
 
@@ -95,10 +95,8 @@ class _Tuning:
                 self.references[name] = self._reference(name)
         begins = self._resume()
         self.run.write_environment(describe_environment(self.device))
-        if advice := slow_dtype_warning(self.device, self.job.torch_dtype):
-            self.watch.on_stage(advice)
-        if self.job.level != "eager":
-            self.watch.on_stage(f"compiling the first step at level {self.job.level}")
+        for notice in notices(self.device, self.job.torch_dtype, self.job.level):
+            self.watch.on_stage(notice)
         after = -1 if begins else self.step
         with Records(
             self.run, self.watch, after=after, tensorboard=self.job.tensorboard

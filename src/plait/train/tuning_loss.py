@@ -3,33 +3,17 @@
 # Shapes: B rows, T tokens, M all of them, m the learnt ones, D model width, P pairs; rows 2p and
 # 2p + 1 are chosen and rejected.
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from plait.models.decoder import Decoder
-from plait.nn.token_layout import TokenLayout
-from plait.train.job import Level
 from plait.train.packing import Batch
-from plait.train.step import at_level, autocast
-
-Hidden = Callable[[Tensor, TokenLayout | None], Tensor]
-
-
-def hidden_of(model: Decoder, *, dtype: torch.dtype, level: Level) -> Hidden:
-    """The model's hidden states (B, T, D), of tokens and their layout."""
-
-    def hidden(inputs_BT: Tensor, layout: TokenLayout | None) -> Tensor:
-        with autocast(inputs_BT.device.type, dtype):
-            return model(inputs_BT, layout)
-
-    return at_level(hidden, level)
+from plait.train.step import Hidden
 
 
 def batch_loss(model: Decoder, hidden: Hidden, batch: Batch, *, dtype: torch.dtype) -> Tensor:
-    """Sum the losses of the learnt tokens [nats]. hidden: see `hidden_of`."""
+    """Sum the losses of the learnt tokens [nats]. hidden: of the model, by `hidden_of`."""
     hidden_BTD = hidden(batch.inputs, batch.layout)
     return _loss_of_learnt(model, hidden_BTD, batch.targets, dtype=dtype)
 
