@@ -21,7 +21,9 @@ LLAMA = {
 }
 SIDES = ("eager", "O0")
 WARM_UP_PAIRS = 3
-PAIRS, QUICK_PAIRS = 96, 5  # single pairs scatter by a third on a machine that others use too
+QUICK_PAIRS = 5
+PAIRS, MAX_PAIRS = 64, 320  # single pairs scatter by a third on a machine that others use too
+PRECISION = 0.01  # half of the interval's width: more pairs are timed until it is this narrow
 NUM_RESAMPLES = 10_000
 
 
@@ -43,15 +45,15 @@ def measure(quick: bool) -> list[Row]:
         if quick and workload != "stdlib_15m":
             rows.append(Row(claim=name, unit="x", target=1.02, better="lower", full_only=True))
             continue
-        timed = _child(workload=workload, pairs=QUICK_PAIRS if quick else PAIRS)
-        rows += _time_rows(name, timed["eager"], timed["O0"])
+        timed = _child(workload=workload, quick=quick)
+        rows += _time_rows(name, timed)
         peaks = {side: _child(workload=workload, side=side)["peak_bytes"] for side in SIDES}
         rows += _memory_rows(name, peaks)
     return rows
 
 
-def _time_rows(name: str, eager_s: list[float], ours_s: list[float]) -> list[Row]:
-    ratios = [ours / eager for ours, eager in zip(ours_s, eager_s, strict=True)]
+def _time_rows(name: str, timed: dict[str, list[float]]) -> list[Row]:
+    ratios = _ratios(timed)
     upper_ends = {
         "median": interval(ratios, statistics.median)[1],
         "geometric mean": interval(ratios, statistics.geometric_mean)[1],
@@ -62,7 +64,7 @@ def _time_rows(name: str, eager_s: list[float], ours_s: list[float]) -> list[Row
             for kind, upper in upper_ends.items()
         ),
         _row(f"{name}: time, O0 / eager, each pair", "x", None, ratios),
-        _row(f"{name}: time of an eager step", "ms", None, [1e3 * s for s in eager_s]),
+        _row(f"{name}: time of an eager step", "ms", None, [1e3 * s for s in timed["eager"]]),
     ]
 
 
@@ -96,21 +98,38 @@ def _child(**arguments: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _time(workload: str, pairs: int) -> dict[str, list[float]]:
-    """Time the sides in turn; each pair begins with the other side."""
+def _time(workload: str, quick: bool) -> dict[str, list[float]]:
+    """Time the sides in turn; each pair begins with the other side.
+
+    How many pairs are timed follows from how much they scatter, never from which side is ahead.
+    """
     import plait
 
     eager, batch, parameters = workload_of(workload)
     sides = {"eager": eager, "O0": plait.jit(eager, level="O0")}
     _check_bits(sides, batch, parameters)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
-    for pair in range(WARM_UP_PAIRS + pairs):
-        for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
-            clear(parameters)
-            start_s = time.perf_counter()
-            sides[side](*batch).backward()
-            times[side].append(time.perf_counter() - start_s)
-    return {side: seconds[WARM_UP_PAIRS:] for side, seconds in times.items()}
+    pairs = WARM_UP_PAIRS + (QUICK_PAIRS if quick else PAIRS)
+    while True:
+        for pair in range(pairs):
+            for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
+                clear(parameters)
+                start_s = time.perf_counter()
+                sides[side](*batch).backward()
+                times[side].append(time.perf_counter() - start_s)
+        timed = {side: seconds[WARM_UP_PAIRS:] for side, seconds in times.items()}
+        if quick or len(timed["O0"]) >= MAX_PAIRS or _is_precise(_ratios(timed)):
+            return timed
+        pairs = 32
+
+
+def _ratios(timed: dict[str, list[float]]) -> list[float]:
+    return [ours / eager for ours, eager in zip(timed["O0"], timed["eager"], strict=True)]
+
+
+def _is_precise(ratios: list[float]) -> bool:
+    ends = (interval(ratios, kind) for kind in (statistics.median, statistics.geometric_mean))
+    return all(high - low <= 2 * PRECISION for low, high in ends)
 
 
 def _check_bits(sides: dict[str, Callable], batch: tuple, parameters: list) -> None:
