@@ -22,7 +22,7 @@ LLAMA = {
 SIDES = ("eager", "O0")
 WARM_UP_PAIRS = 3
 QUICK_PAIRS = 5
-PAIRS, MAX_PAIRS = 64, 320  # single pairs scatter by a third on a machine that others use too
+PAIRS, MAX_PAIRS = 64, 192  # single pairs scatter by a third on a machine that others use too
 PRECISION = 0.01  # half of the interval's width: more pairs are timed until it is this narrow
 NUM_RESAMPLES = 10_000
 

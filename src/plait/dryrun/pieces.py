@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from plait.compiler.levels import passes_of
+from plait.compiler.levels import RECOMPUTE, Pass, passes_of
 from plait.compiler.order import fillers_of, weight_arguments
 from plait.cost.clusters import Cluster
 from plait.cost.operations import Cost
@@ -172,7 +172,10 @@ def without_torch_warnings() -> Generator[None]:
 
 @dataclass
 class PieceStore:
-    """Captures each shape of a model once."""
+    """Captures each shape of a model once.
+
+    graphs: by what they depend on, before recompute, and again after it, with its policy.
+    """
 
     source: ModelSource
     cluster: Cluster
@@ -214,20 +217,31 @@ class PieceStore:
         """A captured graph of one layer of each kind, and the last kind `extra` times more."""
         key = (shape.sequence_length, shape.tp, shape.sp, shape.replicas, shape.share_head)
         key = (*key, batch, extra)
-        if key not in self.graphs:
-            layers = list(self.source.kind_layers)
-            layers += layers[-1:] * extra
-            model = self.source.make(layers, self._vocabulary(shape))
-            with torch.device("meta"):
-                tokens_BT = torch.empty((batch, shape.sequence_length), dtype=torch.int64)
-            plan = ParallelPlan(tp=shape.tp, sp=shape.sp, replicas=shape.replicas)
-            with without_torch_warnings(), gpu_attention():
-                self.graphs[key] = capture(model, tokens_BT, plan, loss=self.source.loss)
         plan = ParallelPlan(
             tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=shape.recompute
         )
-        graph = self.graphs[key]
-        for each in passes_of("O0", "fast", plan):
+        passes = passes_of("O0", "fast", plan)
+        own = passes.index(RECOMPUTE)  # those before it are the same for every policy
+        if key not in self.graphs:
+            captured = self._capture(shape, batch, extra)
+            self.graphs[key] = self._run(passes[:own], captured, plan)
+        passed = (*key, shape.recompute)
+        if passed not in self.graphs:
+            self.graphs[passed] = self._run(passes[own:], self.graphs[key], plan)
+        return self.graphs[passed]
+
+    def _capture(self, shape: Shape, batch: int, extra: int) -> Graph:
+        layers = list(self.source.kind_layers)
+        layers += layers[-1:] * extra
+        model = self.source.make(layers, self._vocabulary(shape))
+        with torch.device("meta"):
+            tokens_BT = torch.empty((batch, shape.sequence_length), dtype=torch.int64)
+        plan = ParallelPlan(tp=shape.tp, sp=shape.sp, replicas=shape.replicas)
+        with without_torch_warnings(), gpu_attention():
+            return capture(model, tokens_BT, plan, loss=self.source.loss)
+
+    def _run(self, passes: Sequence[Pass], graph: Graph, plan: ParallelPlan) -> Graph:
+        for each in passes:
             graph = each.run(graph, plan, self.cluster)
         return graph
 
