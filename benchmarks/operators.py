@@ -29,6 +29,7 @@ from plait.ops.grouped_linear import grouped_linear, grouped_linear_work
 from plait.ops.layer_norm import layer_norm, layer_norm_work
 from plait.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_work
 from plait.ops.muon import MuonSettings, muon_step_, muon_work
+from plait.ops.numerics import bfloat16_pays
 from plait.ops.rms_norm import add_rms_norm, rms_norm_work
 from plait.ops.rotary import rotary, rotary_work
 from plait.ops.work import Work
@@ -60,10 +61,18 @@ class Size:
         return self.B * self.T
 
 
-SIZES = (
-    Size("stdlib_15m, bfloat16", torch.bfloat16, B=4, T=512, D=320, F=896, N=5, V=16_384),
-    Size("Llama 0.2B, float32", torch.float32, B=1, T=512, D=1024, F=2816, N=16, V=32_000),
-)
+def _sizes() -> tuple[Size, ...]:
+    """Those of step_time.py: bfloat16 only where products are not emulated."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = torch.bfloat16 if bfloat16_pays(device) else torch.float32
+    name = f"stdlib_15m, {str(small).removeprefix('torch.')}"
+    return (
+        Size(name, small, B=4, T=512, D=320, F=896, N=5, V=16_384),
+        Size("Llama 0.2B, float32", torch.float32, B=1, T=512, D=1024, F=2816, N=16, V=32_000),
+    )
+
+
+SIZES = _sizes()
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ class OccamRule:
             linear range.
         max_corrections: how often a step that misses its goal is bent with new residuals and the
             same Jacobian; for models that are curved functions of their parameters.
-        follow: for such models also: every trial of a step, at whatever trade-off, is bent from
-            the best one before it, so that the search follows the curve down.
+        follow: for such models also: each correction tries a smaller trade-off as well, and the
+            trade-off at the target is then searched along models bent from the best one.
         max_trade_off: a step that reaches the target ends at this trade-off at most, though RMS
             be under the target then.
     """
@@ -52,18 +52,21 @@ class OccamRule:
         """Give the smoothest model at the goal, or the one of least RMS above it."""
         goal = max(target_rms * (1 - self.target_share / 2), now.rms / self.max_drop)
         first = now.trade_off if np.isfinite(now.trade_off) else step.largest_trade_off / 100
-        search = _Search(step=step, now=now, attempt=attempt, rule=self)
+        search = _Search(step=step, attempt=attempt)
         search.go(first)
         best = self._descend(search, goal)
         for _ in range(self.max_corrections):
             if best.rms <= goal:
                 break
             bent = search.bend(best, best.trade_off)
+            if self.follow:
+                from_here = _least((best, bent))
+                bent = _least((bent, search.bend(from_here, best.trade_off / self.search_factor)))
             if bent.rms > 0.99 * best.rms:
                 break
             best = bent
             if self.follow:
-                best = _least((best, search.go(best.trade_off / self.search_factor)))
+                search.stay_near(best)
         if best.rms <= goal:
             best = self._smoothest(search, goal)
             if best.rms <= target_rms and best.trade_off > self.max_trade_off:
@@ -118,22 +121,19 @@ class OccamRule:
         return now
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Search:
-    """The trials of one Occam step."""
+    """The trials of one Occam step. near: what later ones are bent from."""
 
     step: LinearStep
-    now: Trial
     attempt: Attempt
-    rule: OccamRule
     trials: list[Trial] = field(default_factory=list)
+    near: Trial | None = None
 
     def go(self, trade_off: float) -> Trial:
         """Try the model of a trade-off."""
-        if self.rule.follow and self.trials:
-            best = _least(self.trials)
-            if best.rms < self.now.rms:
-                return self.bend(best, trade_off)
+        if self.near is not None:
+            return self.bend(self.near, trade_off)
         self.trials.append(self.attempt(self.step.model(trade_off), trade_off))
         return self.trials[-1]
 
@@ -142,6 +142,11 @@ class _Search:
         bent = self.step.corrected(best.parameters, best.residual, trade_off)
         self.trials.append(self.attempt(bent, trade_off))
         return self.trials[-1]
+
+    def stay_near(self, best: Trial) -> None:
+        """Forget the straight models, which say nothing of the curve near this one."""
+        self.trials[:] = [best]
+        self.near = best
 
 
 def _least(trials: Sequence[Trial]) -> Trial:
