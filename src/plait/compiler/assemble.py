@@ -41,26 +41,38 @@ def assemble(module: Module) -> Module:
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(module.graph, copies))
-    taken: set[Node] = set()
-    for node in list(graph.nodes):
-        if _is_assembled(node):
-            _assemble(node, taken)
+    for cat, makers in wholes_of(graph).items():
+        _assemble(cat, makers)
     return module_of(module, graph)
+
+
+def wholes_of(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """Each `cat` that need not copy, and what makes its parts."""
+    found: dict[Node, list[Node]] = {}
+    taken: set[Node] = set()
+    for node in graph.nodes:
+        makers = _makers_of(node) if _is_assembled(node) else []
+        if makers and not taken & set(makers):
+            found[node] = makers
+            taken |= set(makers)
+    return found
 
 
 def _is_assembled(node: Node) -> bool:
     return node.target is _aten.cat.default and bool(node.meta.get(ASSEMBLED))
 
 
-def _assemble(cat: Any, taken: set[Node]) -> None:
+def _makers_of(cat: Any) -> list[Node]:
+    """What makes the parts, if all of it can write them where the whole will be; else nothing."""
     value, dim = cat.meta["val"], cat.args[1] if len(cat.args) > 1 else 0
     if not value.is_contiguous() or math.prod(value.shape[:dim]) != 1:
-        return
+        return []
     makers = [_maker(part) for part in cat.args[0]]
-    if None in makers or len(set(makers)) < len(makers) or taken & set(makers):
-        return
-    taken |= set(makers)
-    graph = cat.graph
+    return [] if None in makers or len(set(makers)) < len(makers) else makers
+
+
+def _assemble(cat: Any, makers: list[Any]) -> None:
+    value, graph = cat.meta["val"], cat.graph
     first = min(makers, key=list(graph.nodes).index)
     with graph.inserting_before(first):
         kwargs = {"dtype": value.dtype, "device": value.device}

@@ -22,26 +22,12 @@ from plait.compiler.replicate_joint import PLACE, REPLICA
 from plait.cost.clusters import Cluster, Link
 from plait.cost.collectives import collective_of, collective_s
 from plait.cost.operations import cost_of, operation_s
-from plait.cost.simulate import (
-    COMPUTE,
-    FILLER,
-    Host,
-    Operation,
-    Priority,
-    Simulation,
-    communication,
-    list_schedule,
-    longest_paths_s,
-    simulate,
-)
+from plait.cost.simulate import COMPUTE, Host, Operation, Simulation, communication
+from plait.cost.skewed_schedule import Lane, skewed_schedule
 from plait.graph.collectives import group_of, is_collective, is_wait
 from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of, module_of
 from plait.graph.partition import is_view
 from plait.graph.schedule import name_of
-
-SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""How many stages a replica lags behind the one before it; a stage ends with a collective."""
-
 
 FILLER_SHARE = 1 / 64
 """Of a device's memory: what waiting weight gradients may keep alive. On an H200 it is 2 GiB, the
@@ -106,17 +92,13 @@ def order_pieces(graph: Graph, machine: Machine) -> tuple[Graph, dict[str, Order
 def order_module(module: Module, machine: Machine, fillers: Iterable[Node] = ()) -> Ordered:
     """Order one module by the best of several priorities. fillers: what nothing here waits for."""
     problem = _Problem(module, machine, set(fillers))
-    best: tuple[Simulation, float | None] | None = None
-    for skew, priority in problem.priorities():
-        tried = list_schedule(
-            problem.operations, priority, pinned_limit_bytes=machine.filler_limit_bytes
-        )
-        if machine.host is Host.BLOCKING:
-            tried = simulate(problem.operations, tried.order, host=machine.host)
-        if best is None or tried.total_s < best[0].total_s:
-            best = tried, skew
-    assert best is not None
-    return Ordered(problem.written(best[0].order), *best)
+    best = skewed_schedule(
+        problem.operations,
+        problem.lanes(),
+        host=machine.host,
+        pinned_limit_bytes=machine.filler_limit_bytes,
+    )
+    return Ordered(problem.written(best.simulation.order), best.simulation, best.skew)
 
 
 class _Problem:
@@ -129,7 +111,6 @@ class _Problem:
         self.at = {node: i for i, node in enumerate(self.nodes)}
         self.operations = [self.operation(node) for node in self.nodes]
         self._chain_random()
-        self.stages = self._stages()
 
     def operation(self, node: Node) -> Operation:
         depends_on = tuple(sorted({self.at[x] for x in self._sources(node)}))
@@ -183,51 +164,16 @@ class _Problem:
                     self.operations[i] = replace(each, depends_on=(*each.depends_on, before))
                 before = i
 
-    def _stages(self) -> list[int]:
-        """How many collectives lie behind each operation, on the longest way."""
-        stages = [0] * len(self.nodes)
-        for i, each in enumerate(self.operations):
-            for k in each.depends_on:
-                stages[i] = max(stages[i], stages[k] + (self.operations[k].stream != COMPUTE))
-        return stages
-
-    def priorities(self) -> list[tuple[float | None, list[Priority]]]:
-        """What to try: each skew with replicas in either order, and the critical path first."""
-        found = self._all_priorities()
-        if all(each.stream == COMPUTE for each in self.operations):
-            return found[:1]  # there is nothing to hide: every order takes as long
-        # Only how they compare counts: several skews may let the same operations go first.
-        distinct: dict[tuple[int, ...], tuple[float | None, list[Priority]]] = {}
-        for skew, priority in found:
-            ranked = tuple(sorted(range(len(priority)), key=priority.__getitem__))
-            distinct.setdefault(ranked, (skew, priority))
-        return list(distinct.values())
-
-    def _all_priorities(self) -> list[tuple[float | None, list[Priority]]]:
-        replicas = {node.meta.get(REPLICA) for node in self.nodes} - {None}
-        last = max(replicas, default=0)
-        found: list[tuple[float | None, list[Priority]]] = []
-        for skew in SKEWS if last else SKEWS[:1]:
-            found.append((skew, [self._by_stage(i, skew, 0) for i in range(len(self.nodes))]))
-            if last:
-                found.append(
-                    (-skew, [self._by_stage(i, -skew, last) for i in range(len(self.nodes))])
-                )
-        paths_s = longest_paths_s(self.operations)
-        critical: list[Priority] = [
-            FILLER if node in self.fillers else (-path_s, float(i))
-            for i, (node, path_s) in enumerate(zip(self.nodes, paths_s, strict=True))
+    def lanes(self) -> list[Lane]:
+        """Where each operation belongs."""
+        return [
+            Lane(
+                replica=node.meta.get(REPLICA),
+                place=float(node.meta.get(PLACE, i)),
+                is_filler=node in self.fillers,
+            )
+            for i, node in enumerate(self.nodes)
         ]
-        return [*found, (None, critical)]
-
-    def _by_stage(self, i: int, skew: float, first: int) -> Priority:
-        node = self.nodes[i]
-        place = float(node.meta.get(PLACE, i))
-        if node in self.fillers:
-            return (*FILLER, place)
-        replica = node.meta.get(REPLICA)
-        lag = 0.0 if replica is None else abs(skew) * abs(replica - first)
-        return (self.stages[i] + lag, abs((replica or 0) - first), place)
 
     def written(self, launches: Sequence[int]) -> Module:
         graph = fx.Graph()

@@ -23,6 +23,7 @@ from plait.cost.simulate import (
     longest_paths_s,
     simulate,
 )
+from plait.cost.skewed_schedule import Lane, skewed_schedule
 from plait.cost.timeline import Timeline
 from plait.cost.topology import Placement, message, place
 from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, ScaledWork, Shape
@@ -169,11 +170,17 @@ class PieceClock:
     def _simulation(self, work: Sequence[Work], setting: Setting) -> Simulation:
         operations = [self._operation(each, setting) for each in work]
         slowdown = self.cluster.device.interference
-        if not setting.overlap or setting.shape.replicas != 1:
+        if not setting.overlap:
             return simulate(operations, range(len(operations)), slowdown=slowdown)
         free = [
             replace(each, depends_on=_through_waits(work, each.depends_on)) for each in operations
         ]
+        if setting.shape.replicas != 1:  # ordered as the compiler does (`order.py`)
+            lanes = [
+                Lane(replica=each.replica, place=each.place, is_filler=each.is_weight_only)
+                for each in work
+            ]
+            return skewed_schedule(free, lanes, slowdown=slowdown).simulation
         priorities: list[Priority] = [
             FILLER if each.is_weight_only else (-path_s, float(i))
             for i, (each, path_s) in enumerate(zip(work, longest_paths_s(free), strict=True))

@@ -26,7 +26,7 @@ from plait.cost.operations import Cost
 from plait.dryrun.fused_attention import gpu_attention
 from plait.dryrun.model_source import ModelSource
 from plait.dryrun.saved import Held, Tensor, held_of
-from plait.dryrun.work import Attention, Kernels, Work, work_of
+from plait.dryrun.work import Attention, Kernels, Part, Work, work_of
 from plait.errors import GraphError, PlanError
 from plait.graph.capture import capture
 from plait.graph.cut import BETWEEN
@@ -188,18 +188,18 @@ class PieceStore:
         Raises PlanError if the model cannot be parted so.
         """
         # Replicas are costly to make, and few plans are priced with them: one capture, as it is.
-        is_alone = sequences == 1 or (shape.replicas != 1 and float(sequences).is_integer())
-        key = shape, sequences if is_alone else None
+        is_split = shape.replicas != 1
+        key = shape, sequences if is_split or sequences == 1 else None
         if key not in self.pieces:
-            self._check(shape)
-            alone = (sequences, sequences)
-            self.pieces[key] = _pieces(self, shape, alone) if is_alone else self._line(shape)
+            self.check(shape)
+            if is_split:
+                self.pieces[key] = _split_pieces(self, shape, sequences)
+            else:
+                self.pieces[key] = _pieces(self, shape, (1, 1)) if key[1] else self._line(shape)
         return self.pieces[key]
 
     def _line(self, shape: Shape) -> Pieces:
         first, second = _LINES
-        if shape.replicas != 1:  # one sequence is split along its tokens, several between them
-            return _pieces(self, shape, second)
         try:
             return _pieces(self, shape, first)
         except _DifferentProgramsError:
@@ -236,7 +236,10 @@ class PieceStore:
         model = self.source.make(layers, self._vocabulary(shape))
         with torch.device("meta"):
             tokens_BT = torch.empty((batch, shape.sequence_length), dtype=torch.int64)
-        plan = ParallelPlan(tp=shape.tp, sp=shape.sp, replicas=shape.replicas)
+        # With recompute a piece has one layer, also where replicas go through attention.
+        plan = ParallelPlan(
+            tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=Recompute.SELECTIVE
+        )
         with without_torch_warnings(), gpu_attention():
             return capture(model, tokens_BT, plan, loss=self.source.loss)
 
@@ -248,7 +251,8 @@ class PieceStore:
     def _vocabulary(self, shape: Shape) -> int:
         return -(-self.source.vocab_size // (shape.tp if shape.share_head else 1))
 
-    def _check(self, shape: Shape) -> None:
+    def check(self, shape: Shape) -> None:
+        """Raise PlanError where tp does not divide the model or its tokens."""
         source = self.source
         wrong = [f"{name}={count}" for name, count in source.counts.items() if count % shape.tp]
         if wrong:
@@ -279,8 +283,6 @@ class _Program:
 
 
 def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
-    if shape.replicas != 1:
-        return _split_pieces(store, shape, points)
     kinds = list(dict.fromkeys(store.source.kinds))
     # A layer is a block only beside others of its class, so a kind that is alone stands twice.
     extra = int(len(kinds) == 1)
@@ -359,32 +361,62 @@ def _in_turn(programs: Sequence[tuple[Work, ...]]) -> tuple[Work, ...]:
     return tuple(found)
 
 
-def _split_pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
+def _split_pieces(store: PieceStore, shape: Shape, sequences: float) -> Pieces:
     """The unsplit pieces, with the layer's programs replaced by those of replicas.
 
     With replicas a piece goes from attention to attention, so the one between two layers is priced
     as a layer. What stands around the layers stays unsplit; splitting it too would gain a little.
     """
-    whole = store.find(replace(shape, replicas=1), points[1])
+    whole = store.find(replace(shape, replicas=1), sequences)
     if len(whole.layers) > 1:
         raise PlanError(
             f"replicas are priced for models with one kind of layer; {store.source.name} has "
             f"{', '.join(whole.layers)}. Choose replicas=1."
         )
-    one, two = store.called(shape, points, _SPLIT_LAYERS)
-    if len(one) < 4 or one[1].name != one[2].name:
+    is_share = not float(sequences).is_integer()
+    if is_share:  # a rank of cp has one row of so many tokens
+        shape = replace(shape, sequence_length=round(shape.sequence_length * sequences))
+        store.check(shape)
+    graph = store.graph(shape, 1 if is_share else int(sequences), _SPLIT_LAYERS)
+    programs = _called(graph, shape)
+    if len(programs) < 4 or programs[1].name != programs[2].name:
         raise PlanError(
             f"replicas={shape.replicas} leave the layers of {store.source.name} different from "
             "each other, so that one cannot stand for all. Choose replicas=1."
         )
-    split = _piece("layer", one[1], two[1], points)
-    layers = {
-        kind: replace(piece, forward=split.forward, backward=split.backward)
-        for kind, piece in whole.layers.items()
-    }
-    graph = store.graph(shape, int(points[0]), _SPLIT_LAYERS)
+    split = _piece("layer", programs[1], programs[1], (sequences, sequences))
+    layers = {}
+    for kind, piece in whole.layers.items():
+        forward, backward = split.forward, split.backward
+        if is_share:
+            forward = _with_attention_of(piece.forward, forward)
+            backward = _with_attention_of(piece.backward, backward)
+        layers[kind] = replace(piece, forward=forward, backward=backward)
     notes = dict.fromkeys((*whole.notes, *map(str, graph.notes)))
     return replace(whole, layers=layers, notes=tuple(notes))
+
+
+def _with_attention_of(
+    whole: Sequence[ScaledWork], split: Sequence[ScaledWork]
+) -> tuple[ScaledWork, ...]:
+    """The split program with the other's attention: a share of the queries sees all keys."""
+    known = [each for each in whole if each.low.part is Part.ATTENTION]
+    if len(known) != sum(each.low.part is Part.ATTENTION for each in split):
+        raise PlanError(
+            "replicas that go through attention are not priced beside cp. Choose replicas=1."
+        )
+    rest = iter(known)
+    return tuple(
+        replace(
+            each,
+            points=(other := next(rest)).points,
+            low=replace(other.low, name=each.low.name, depends_on=each.low.depends_on),
+            high=replace(other.high, name=each.low.name, depends_on=each.low.depends_on),
+        )
+        if each.low.part is Part.ATTENTION
+        else each
+        for each in split
+    )
 
 
 def _called(graph: Graph, shape: Shape) -> list[_Program]:

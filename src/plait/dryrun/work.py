@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from plait.compiler.assemble import wholes_of
+from plait.compiler.replicate_joint import PLACE, REPLICA
 from plait.cost.collectives import Collective, collective_of
 from plait.cost.operations import FREE, Cost, Kind, cost_of
 from plait.errors import GraphError
@@ -47,7 +49,8 @@ class Work:
     depends on cp and ep, and sums of gradients of experts. key_bytes: of attention's keys and
     values. expert_bytes: of the matrices of all experts, read or written. kernels: what it really
     is, where that is not one kernel with this cost. score_bytes: what attention that is not fused
-    keeps of its scores. unknown: the operator's name, where it has no cost but its bytes.
+    keeps of its scores. unknown: the operator's name, where it has no cost but its bytes. replica:
+    for which it works, None: for all; place: where its original stood.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Work:
     kernels: tuple[Cost, ...] = ()
     score_bytes: int = 0
     unknown: str = ""
+    replica: int | None = None
+    place: float = 0.0
 
 
 def work_of(
@@ -80,7 +85,9 @@ def work_of(
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     for node in nodes:
         _check_shapes(node)
-    costs = {node: _cost(node) for node in nodes if not _is_free(node)}
+    # Replicas write their parts where the whole will be; who reads it waits for all of them.
+    wholes = wholes_of(module.graph)
+    costs = {node: _cost(node) for node in nodes if not (_is_free(node) or node in wholes)}
     groups = _fused(nodes, costs) if kernels == "fused" else [[node] for node in costs]
     work = _in_order(groups, costs, set(fillers))
     if attention == "fused":
@@ -174,7 +181,8 @@ def _can_fuse(node: Node, costs: dict[Node, Cost]) -> bool:
 def _fused(nodes: list[Node], costs: dict[Node, Cost]) -> list[list[Node]]:
     """Connected nodes that can be fused, where nothing else stands between them.
 
-    A node's level counts the other operators behind it, so that no group waits for itself.
+    Replicas stay apart, so that one need not wait for another's messages. A node's level counts the
+    other operators behind it, so that no group waits for itself.
     """
     level: dict[Node, int] = {}
     owner: dict[Node, list[Node]] = {}
@@ -184,11 +192,17 @@ def _fused(nodes: list[Node], costs: dict[Node, Cost]) -> list[list[Node]]:
             continue
         sources = _sources(node, costs)
         fuses = _can_fuse(node, costs)
-        behind = [level[x] + (not (fuses and _can_fuse(x, costs))) for x in sources]
+        behind = [
+            level[x] + (not (fuses and _can_fuse(x, costs) and _alike(x, node))) for x in sources
+        ]
         level[node] = max(behind, default=0)
         mine = [node]
         if fuses:
-            near = [x for x in sources if _can_fuse(x, costs) and level[x] == level[node]]
+            near = [
+                x
+                for x in sources
+                if _can_fuse(x, costs) and level[x] == level[node] and _alike(x, node)
+            ]
             for group in {id(owner[x]): owner[x] for x in near}.values():
                 mine = group + mine
                 groups = [each for each in groups if each is not group]
@@ -196,6 +210,11 @@ def _fused(nodes: list[Node], costs: dict[Node, Cost]) -> list[list[Node]]:
         for each in mine:
             owner[each] = mine
     return groups
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether both work for the same replica."""
+    return a.meta.get(REPLICA) == b.meta.get(REPLICA)
 
 
 def _sources(node: Node, costs: dict[Node, Cost]) -> list[Node]:
@@ -232,7 +251,7 @@ def _in_order(
         _, i = heappop(ready)
         place[i] = len(work)
         depends_on = tuple(sorted(place[each] for each in needs[i]))
-        work.append(_work(groups[i], costs, depends_on, fillers))
+        work.append(_work(groups[i], costs, depends_on, fillers, position[groups[i][0]]))
         for user in users[i]:
             waits_for[user] -= 1
             if not waits_for[user]:
@@ -242,10 +261,17 @@ def _in_order(
 
 
 def _work(
-    group: list[Node], costs: dict[Node, Cost], depends_on: tuple[int, ...], fillers: set[Node]
+    group: list[Node],
+    costs: dict[Node, Cost],
+    depends_on: tuple[int, ...],
+    fillers: set[Node],
+    position: int,
 ) -> Work:
     node = group[0]
     is_weight_only = all(each in fillers for each in group)
+    replicas = {each.meta.get(REPLICA) for each in group}
+    replica = replicas.pop() if len(replicas) == 1 else None
+    place = float(node.meta.get(PLACE, position))
     if is_collective(node):
         kind = collective_of(str(node.target))
         if kind is None:
@@ -259,6 +285,8 @@ def _work(
             group=group_of(node),
             num_bytes=num_bytes,
             part=Part.EXPERTS if _is_expert_gradient(node) else Part.PLAIN,
+            replica=replica,
+            place=place,
         )
     part = _part(node, costs[node])
     return Work(
@@ -271,6 +299,8 @@ def _work(
         unknown=_unknown(node, costs[node]),
         key_bytes=_key_bytes(node) if part is Part.ATTENTION else 0,
         expert_bytes=_expert_bytes(node) if part is Part.EXPERTS else 0,
+        replica=replica,
+        place=place,
     )
 
 

@@ -1,0 +1,164 @@
+"""The order of operations of replicas: several priorities are played, and the best is kept.
+
+Replicas go through a piece one behind the other. How far one lags, its skew, counts in stages, each
+of which ends with a message. One skew for a whole piece is not always best: where little can be
+computed beside a message both replicas should have sent theirs, and where much can, one of them
+should be ahead. So the best skew is tried with a replica a stage earlier or later at each stage.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from plait.cost.simulate import (
+    COMPUTE,
+    FILLER,
+    Host,
+    Operation,
+    Priority,
+    Simulation,
+    list_schedule,
+    longest_paths_s,
+    simulate,
+)
+
+SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""How many stages a replica lags behind the one before it."""
+_SHIFTS = (-1.0, 1.0)
+_MOST_STAGES = 32  # of a piece, where each is tried alone
+_ENOUGH = 0.02  # of the messages' time: less exposed is not worth another trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lane:
+    """Where an operation belongs: its replica (None: of all), its place, whether it is a filler."""
+
+    replica: int | None
+    place: float
+    is_filler: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Skew:
+    """How far replicas lag, first which of them leads; shifts: more, at single stages."""
+
+    stages: float
+    first: int
+    shifts: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skewed:
+    """The best order. skew: None where the critical path goes first."""
+
+    simulation: Simulation
+    skew: float | None
+
+
+def skewed_schedule(
+    operations: Sequence[Operation],
+    lanes: Sequence[Lane],
+    *,
+    host: Host = Host.AHEAD,
+    pinned_limit_bytes: int | None = None,
+    slowdown: float = 1.0,
+) -> Skewed:
+    """Order operations, each of its lane. Operations come after what they depend on.
+
+    host, slowdown: see `simulate`; pinned_limit_bytes: see `list_schedule`.
+    """
+    search = _Search(operations, lanes, host, pinned_limit_bytes, slowdown)
+    if all(each.stream == COMPUTE for each in operations):
+        search.play(None)  # there is nothing to hide: every order takes as long
+        return search.best()
+    replicas = {lane.replica for lane in lanes} - {None}
+    last = max(replicas, default=0)
+    for stages in SKEWS if last else SKEWS[:1]:
+        search.play(_Skew(stages=stages, first=0))
+        if last:
+            search.play(_Skew(stages=stages, first=last))
+    search.play(None)
+    if last:
+        search.refine()
+    return search.best()
+
+
+class _Search:
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        lanes: Sequence[Lane],
+        host: Host,
+        pinned_limit_bytes: int | None,
+        slowdown: float,
+    ) -> None:
+        self.operations, self.lanes, self.host = operations, lanes, host
+        self.pinned_limit_bytes, self.slowdown = pinned_limit_bytes, slowdown
+        self.stages = _stages(operations)
+        # Only how they compare counts: several skews may let the same operations go first.
+        self.tried: dict[tuple[int, ...], tuple[Simulation, _Skew | None]] = {}
+
+    def best(self) -> Skewed:
+        simulation, skew = min(self.tried.values(), key=lambda tried: tried[0].total_s)
+        return Skewed(simulation=simulation, skew=None if skew is None else skew.stages)
+
+    def play(self, skew: _Skew | None) -> None:
+        """Try a skew, or the critical path first."""
+        priority = self.critical() if skew is None else self.by_stage(skew)
+        ranked = tuple(sorted(range(len(priority)), key=priority.__getitem__))
+        if ranked in self.tried:
+            return
+        found = list_schedule(
+            self.operations,
+            priority,
+            pinned_limit_bytes=self.pinned_limit_bytes,
+            slowdown=self.slowdown,
+        )
+        if self.host is Host.BLOCKING:
+            found = simulate(self.operations, found.order, host=self.host, slowdown=self.slowdown)
+        self.tried[ranked] = found, skew
+
+    def refine(self) -> None:
+        """Go on from the best skew, stage by stage."""
+        stages = sorted(set(self.stages))
+        skews = [each for each in self.tried.values() if each[1] is not None]
+        found, best = min(skews, key=lambda tried: tried[0].total_s)
+        if best is None or len(stages) > _MOST_STAGES:
+            return
+        for stage in stages:
+            for shift in _SHIFTS:
+                if found.exposed_s < _ENOUGH * found.communication_s:
+                    return
+                self.play(replace(best, shifts=(*best.shifts, (stage, shift))))
+                found, best = min(
+                    ((x, skew) for x, skew in self.tried.values() if skew is not None),
+                    key=lambda tried: tried[0].total_s,
+                )
+
+    def critical(self) -> list[Priority]:
+        paths_s = longest_paths_s(self.operations)
+        return [
+            FILLER if lane.is_filler else (-path_s, float(i))
+            for i, (lane, path_s) in enumerate(zip(self.lanes, paths_s, strict=True))
+        ]
+
+    def by_stage(self, skew: _Skew) -> list[Priority]:
+        shifts = dict(skew.shifts)
+        return list(self._by_stage(skew, shifts))
+
+    def _by_stage(self, skew: _Skew, shifts: dict[int, float]) -> Iterator[Priority]:
+        for lane, stage in zip(self.lanes, self.stages, strict=True):
+            if lane.is_filler:
+                yield (*FILLER, lane.place)
+                continue
+            behind = 0 if lane.replica is None else abs(lane.replica - skew.first)
+            lag = (skew.stages + shifts.get(stage, 0.0)) * behind
+            yield (stage + lag, abs((lane.replica or 0) - skew.first), lane.place)
+
+
+def _stages(operations: Sequence[Operation]) -> list[int]:
+    """How many messages lie behind each operation, on the longest way."""
+    stages = [0] * len(operations)
+    for i, each in enumerate(operations):
+        for k in each.depends_on:
+            stages[i] = max(stages[i], stages[k] + (operations[k].stream != COMPUTE))
+    return stages
