@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from plait.collector import collector_paused
 from plait.cost.clusters import Cluster
 from plait.dryrun.job_memory import least_bytes
 from plait.dryrun.job_price import JobPrice, missing
@@ -99,6 +100,7 @@ class SearchResult:
         return self.best[number - 1]
 
 
+@collector_paused()
 def search(
     job: PretrainJob,
     cluster: Cluster,
