@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import mt_sections as made
 from benchmarks.mt_prior_runs import (
+    ONE_COLUMN,
     PRIORS,
     PROVINCE_NOISE,
     PROVINCE_STOPPING,
@@ -54,7 +55,7 @@ def province_rows(quick: bool) -> list[Row]:
         ):
             if seed and title != "learnt":
                 continue
-            training = replace(TRAINING, num_latent=10, seed=seed)
+            training = replace(ONE_COLUMN, seed=seed)
             network = network_of(prior, layout, training=training)
             coded = partial(learnt, *problem, network, stopping=PROVINCE_STOPPING)
             runs[title].append(remembered(f"{prior} seed {seed} learnt", coded))
