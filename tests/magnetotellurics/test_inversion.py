@@ -121,6 +121,23 @@ def test_the_discrepancy_principle_stops_near_the_target_and_not_far_below(small
     assert run(small, OccamRule()).rms > 0.9
 
 
+def test_from_a_start_at_the_target_steps_look_for_a_smaller_penalty_and_stay_there(small):
+    model, roughness, observations = small
+    fitted = run(small, OccamRule())
+    other = np.where(np.arange(model.num_parameters) % 8 < 4, 1.8, 2.2)
+    penalty = RoughnessPenalty(matrix=roughness, reference=other)
+    settings = {"misfit": Misfit(observations=observations), "penalty": penalty}
+    stay = StoppingRule(target_rms=1.0, max_steps=8)
+    start = {"start": fitted.parameters, "rule": OccamRule(), "bounds": (-2.0, 6.0)}
+    assert invert(model, **settings, **start, stopping=stay).num_steps == 0
+    found = invert(model, **settings, **start, stopping=replace(stay, min_steps=3))
+    assert found.num_steps == 3
+    assert all(record.rms <= 1.0 for record in found.history)
+    assert found.history[-1].roughness < 0.9 * found.history[0].roughness
+    with pytest.raises(InversionError, match="min_steps=9"):
+        StoppingRule(max_steps=8, min_steps=9)
+
+
 def test_bounds_are_kept(small):
     result = run(small, OccamRule(), bounds=(1.7, 2.05))
     assert result.parameters.min() >= 1.7

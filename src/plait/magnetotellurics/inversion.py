@@ -41,15 +41,19 @@ class StoppingRule:
         target_rms: the discrepancy principle; 1 where the errors are believed.
         max_steps: steps, each with one Jacobian.
         min_relative_drop: a step that lowers RMS by less than this share is the last one.
+        min_steps: of these, though a start may be at the target: they look for a smaller penalty.
     """
 
     target_rms: float = 1.0
     max_steps: int = 10
     min_relative_drop: float = 0.005
+    min_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.target_rms <= 0 or self.max_steps < 1:
             raise InversionError("target_rms and max_steps must be positive")
+        if not 0 <= self.min_steps <= self.max_steps:
+            raise InversionError(f"min_steps={self.min_steps} lies outside 0 to {self.max_steps}")
 
 
 class StepRule(Protocol):
@@ -163,7 +167,8 @@ def invert(
     while (reason := _reason_to_stop(history, stopping)) is None:
         step = linear_step(model, misfit, penalty, now.parameters)
         then = rule.next_trial(step, now=now, attempt=attempt, target_rms=stopping.target_rms)
-        if then.rms < now.rms:
+        is_simpler = then.rms <= stopping.target_rms and then.roughness < now.roughness
+        if then.rms < now.rms or is_simpler:
             now = then
         history.append(_record(len(history), now, num_forward, began))
         on_step(_checkpoint(now, history))
@@ -206,7 +211,8 @@ def linear_step(
 def _reason_to_stop(history: list[StepRecord], stopping: StoppingRule) -> str | None:
     """Give the reason, or None to go on; a resumed run asks the same of the same history."""
     if history[-1].rms <= stopping.target_rms:
-        return "the target RMS is reached"
+        is_enough = len(history) > stopping.min_steps
+        return "the target RMS is reached" if is_enough else None
     if len(history) > 1:
         drop = 1 - history[-1].rms / history[-2].rms
         if drop < stopping.min_relative_drop:

@@ -27,9 +27,14 @@ from plait.magnetotellurics.prior_network import PriorNetwork, learn_prior
 from plait.magnetotellurics.prior_store import load_network, save_network
 from plait.magnetotellurics.resolution import Resolution, coded_deviation, smooth_resolution
 from plait.magnetotellurics.run_files import load_state, open_run, save_state
-from plait.magnetotellurics.smooth_inversion import SmoothInversion, invert_smoothly
+from plait.magnetotellurics.smooth_inversion import (
+    SmoothInversion,
+    SmoothSection,
+    invert_smoothly,
+)
 from plait.magnetotellurics.step_rules import OccamRule
 
+_DEPARTURE_STEPS = 3  # towards the learnt section, along the target
 _SAME_RMS = 1.03  # sections whose RMS differ by less than this factor fit equally well
 
 
@@ -150,7 +155,7 @@ def run_inversion(job: InvertJob, folder: Path, *, on_progress: Progress) -> Inv
             name = f"prior_{seed}"
             found = tools.learnt(name, priors[0], region, goal, seed=seed)
             if found.result.rms > _SAME_RMS * goal:
-                found = tools.with_departures(name, found, goal)
+                found = tools.with_departures(name, found, smooth)
             learnt.append(found)
         other = tools.learnt("other_prior", priors[1], region, goal, seed=0)
         reached = learnt[0].result.rms
@@ -274,18 +279,20 @@ class _Tools:
             coded=found.result,
         )
 
-    def with_departures(self, name: str, found: Found, target_rms: float) -> Found:
-        """Add to a learnt section, smoothly, what the data ask for and no code of the prior has."""
-        start = found.log10_rho.ravel()
-        added = invert_smoothly(
-            self._problem,
-            self._observations,
-            settings=self._smooth_settings(target_rms),
-            reference_log10_rho=start,
-            start_at=(start, found.static_shift_log10),
-            resume=load_state(self._state(f"{name}_departures")),
-            on_step=self._watch(f"{name}_departures"),
-        )
+    def with_departures(self, name: str, found: Found, smooth: Found) -> Found:
+        """Add to a learnt section, smoothly, what the data ask for and no code of the prior has.
+
+        Steps from the learnt section may end where it does not fit. Then they begin with the smooth
+        section, which does, and go as near to the learnt one as they can at its RMS.
+        """
+        goal = max(self._job.target_rms, smooth.result.rms)
+        settings = self._smooth_settings(goal)
+        added = self._departures(f"{name}_departures", found, found, settings)
+        if added.result.rms > _SAME_RMS * goal:
+            steps = min(_DEPARTURE_STEPS, settings.stopping.max_steps)
+            stopping = replace(settings.stopping, min_steps=steps)
+            settings = replace(settings, stopping=stopping)
+            added = self._departures(f"{name}_from_smooth", found, smooth, settings)
         before = found.result.history
         last = before[-1]
         behind = [
@@ -303,6 +310,19 @@ class _Tools:
             log10_rho=added.log10_rho,
             static_shift_log10=added.static_shift_log10,
             result=replace(added.result, history=(*before, *behind)),
+        )
+
+    def _departures(
+        self, name: str, learnt: Found, start: Found, settings: SmoothInversion
+    ) -> SmoothSection:
+        return invert_smoothly(
+            self._problem,
+            self._observations,
+            settings=settings,
+            reference_log10_rho=learnt.log10_rho.ravel(),
+            start_at=(start.log10_rho.ravel(), start.static_shift_log10),
+            resume=load_state(self._state(name)),
+            on_step=self._watch(name),
         )
 
     def resolution(self, found: Found) -> Resolution:
