@@ -70,8 +70,7 @@ def skewed_schedule(
     if all(each.stream == COMPUTE for each in operations):
         search.play(None)  # there is nothing to hide: every order takes as long
         return search.best()
-    replicas = {lane.replica for lane in lanes} - {None}
-    last = max(replicas, default=0)
+    last = max((lane.replica for lane in lanes if lane.replica is not None), default=0)
     for stages in SKEWS if last else SKEWS[:1]:
         search.play(_Skew(stages=stages, first=0))
         if last:
