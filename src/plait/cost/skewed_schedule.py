@@ -6,7 +6,8 @@ computed beside a message both replicas should have sent theirs, and where much 
 should be ahead. So the best skew is tried with a replica a stage earlier or later at each stage.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from plait.cost.simulate import (
@@ -68,7 +69,8 @@ def skewed_schedule(
     """
     search = _Search(operations, lanes, host, pinned_limit_bytes, slowdown)
     if all(each.stream == COMPUTE for each in operations):
-        search.play(None)  # there is nothing to hide: every order takes as long
+        # There is nothing to hide: every order takes as long, and the program's own frees soonest.
+        search.play(_Skew(stages=0.0, first=0))
         return search.best()
     last = max((lane.replica for lane in lanes if lane.replica is not None), default=0)
     for stages in SKEWS if last else SKEWS[:1]:
@@ -119,19 +121,14 @@ class _Search:
     def refine(self) -> None:
         """Go on from the best skew, stage by stage."""
         stages = sorted(set(self.stages))
-        skews = [each for each in self.tried.values() if each[1] is not None]
-        found, best = min(skews, key=lambda tried: tried[0].total_s)
-        if best is None or len(stages) > _MOST_STAGES:
+        if len(stages) > _MOST_STAGES:
             return
-        for stage in stages:
-            for shift in _SHIFTS:
-                if found.exposed_s < _ENOUGH * found.communication_s:
-                    return
-                self.play(replace(best, shifts=(*best.shifts, (stage, shift))))
-                found, best = min(
-                    ((x, skew) for x, skew in self.tried.values() if skew is not None),
-                    key=lambda tried: tried[0].total_s,
-                )
+        for stage, shift in itertools.product(stages, _SHIFTS):
+            skews = [(found, skew) for found, skew in self.tried.values() if skew is not None]
+            found, best = min(skews, key=lambda tried: tried[0].total_s)
+            if found.exposed_s < _ENOUGH * found.communication_s:
+                return
+            self.play(replace(best, shifts=(*best.shifts, (stage, shift))))
 
     def critical(self) -> list[Priority]:
         paths_s = longest_paths_s(self.operations)
@@ -142,16 +139,15 @@ class _Search:
 
     def by_stage(self, skew: _Skew) -> list[Priority]:
         shifts = dict(skew.shifts)
-        return list(self._by_stage(skew, shifts))
-
-    def _by_stage(self, skew: _Skew, shifts: dict[int, float]) -> Iterator[Priority]:
+        priorities: list[Priority] = []
         for lane, stage in zip(self.lanes, self.stages, strict=True):
             if lane.is_filler:
-                yield (*FILLER, lane.place)
+                priorities.append((*FILLER, lane.place))
                 continue
             behind = 0 if lane.replica is None else abs(lane.replica - skew.first)
             lag = (skew.stages + shifts.get(stage, 0.0)) * behind
-            yield (stage + lag, abs((lane.replica or 0) - skew.first), lane.place)
+            priorities.append((stage + lag, abs((lane.replica or 0) - skew.first), lane.place))
+        return priorities
 
 
 def _stages(operations: Sequence[Operation]) -> list[int]:
