@@ -54,7 +54,7 @@ def measure(level: str, quick: bool) -> list[Row]:
             samples=ratios,
         ),
         Row(
-            claim="LoRA: mean difference of the losses, in standard deviations between steps",
+            claim="LoRA: mean absolute difference of the losses, in deviations between steps",
             unit="",
             target=1.0,
             better="lower",
@@ -98,7 +98,7 @@ def _dtype_name() -> str:
 def _loss_gap(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     """Spread of the loss from step to step, and how far the curves are apart on average."""
     steps = [b - a for a, b in pairwise(theirs)]
-    return stdev(steps), abs(mean(a - b for a, b in zip(ours, theirs, strict=True)))
+    return stdev(steps), mean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _worker(side: str, folder: str, steps: int, level: str) -> dict:

@@ -1,8 +1,8 @@
 """What replicas cost beside the same plan without them: seconds to compile, and memory of a step.
 
 Each time is a process of its own, and the best of several that take turns, as other processes only
-ever add time.
-Memory is what PyTorch's allocator counts in a step of rank 0 with free communication.
+ever add time. Memory is what PyTorch's allocator counts in a step of rank 0 with free
+communication.
 """
 
 import json

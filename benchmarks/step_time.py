@@ -22,7 +22,7 @@ LLAMA = {
 SIDES = ("eager", "O0")
 WARM_UP_PAIRS = 3
 QUICK_PAIRS = 5
-PAIRS, MAX_PAIRS = 64, 192  # single pairs scatter by a third on a machine that others use too
+PAIRS, MORE_PAIRS, MAX_PAIRS = 64, 32, 192
 PRECISION = 0.01  # half of the interval's width: more pairs are timed until it is this narrow
 NUM_RESAMPLES = 10_000
 
@@ -101,7 +101,8 @@ def _child(**arguments: Any) -> dict[str, Any]:
 def _time(workload: str, quick: bool) -> dict[str, list[float]]:
     """Time the sides in turn; each pair begins with the other side.
 
-    How many pairs are timed follows from how much they scatter, never from which side is ahead.
+    Single pairs scatter by a third on a machine that others use too. How many are timed follows
+    from how much they scatter, never from which side is ahead.
     """
     import plait
 
@@ -120,7 +121,7 @@ def _time(workload: str, quick: bool) -> dict[str, list[float]]:
         timed = {side: seconds[WARM_UP_PAIRS:] for side, seconds in times.items()}
         if quick or len(timed["O0"]) >= MAX_PAIRS or _is_precise(_ratios(timed)):
             return timed
-        pairs = 32
+        pairs = MORE_PAIRS
 
 
 def _ratios(timed: dict[str, list[float]]) -> list[float]:

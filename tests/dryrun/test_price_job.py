@@ -261,24 +261,26 @@ def test_a_report_says_rates_memory_and_what_binds(cluster):
     assert price.dollars_per_billion_tokens(2.0) == pytest.approx(hours * 8 * 2.0)
 
 
+WIDE = replace(
+    CONFIG,
+    hidden_size=4096,
+    intermediate_size=8192,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    max_positions=16384,
+)
+
+
 @pytest.mark.parametrize(
     ("cp", "micro_batch_size"),
     [(1, 1), (2, 1), (1, 2), (2, 3)],
     ids=["tokens", "a share of the tokens", "batch", "shares of three sequences"],
 )
 def test_replicas_hide_messages_of_a_wide_layer(cp, micro_batch_size):
-    wide = replace(
-        CONFIG,
-        hidden_size=4096,
-        intermediate_size=8192,
-        num_heads=32,
-        num_kv_heads=32,
-        head_size=128,
-        max_positions=16384,
-    )
     cluster = find_cluster("h100", 8 * cp)
     plan = ParallelPlan(tp=8, sp=True, cp=cp)
-    job = replace(JOB, model=wide, plan=plan, sequence_length=4096 * cp)
+    job = replace(JOB, model=WIDE, plan=plan, sequence_length=4096 * cp)
     job = replace(job, micro_batch_size=micro_batch_size, batch_size=6)
     whole = price_job(job, cluster)
     split = price_job(replace(job, plan=replace(plan, replicas=2)), cluster)
@@ -286,6 +288,15 @@ def test_replicas_hide_messages_of_a_wide_layer(cp, micro_batch_size):
     # The same products and the same attention, with fewer rows at a time.
     assert 1 <= split.parts.matrix_s / whole.parts.matrix_s < 1.1
     assert split.parts.attention_s == pytest.approx(whole.parts.attention_s, rel=0.05)
+
+
+def test_replicas_hide_messages_where_nothing_else_runs_beside_them():
+    cluster = find_cluster("h100", 8)
+    job = replace(JOB, model=WIDE, plan=ParallelPlan(tp=8, sp=True), sequence_length=2048)
+    job = replace(job, overlap=False)
+    whole = price_job(job, cluster)
+    split = price_job(replace(job, plan=replace(job.plan, replicas=2)), cluster)
+    assert split.parts.exposed_s < whole.parts.exposed_s
 
 
 def test_a_model_of_transformers_is_priced_too(cluster):

@@ -132,6 +132,7 @@ def test_what_no_code_can_say_is_added_smoothly_until_the_data_are_fitted(job, s
     learnt = found.learnt[0]
     assert learnt.title.endswith("departures from it")
     assert learnt.coded.rms > 1.1
+    assert learnt.result.rms <= 1.0 * 1.03
     assert learnt.result.rms <= max(1.0, found.smooth.result.rms)
     of_codes = learnt.section.log10_rho(learnt.coded.parameters)
     departures = [each.log10_rho - of_codes for each in (learnt, found.smooth)]

@@ -66,7 +66,6 @@ class Ordered:
 
     module: Module
     simulation: Simulation
-    skew: float | None
 
 
 def order(graph: Graph, cluster: Cluster) -> Graph:
@@ -98,7 +97,7 @@ def order_module(module: Module, machine: Machine, fillers: Iterable[Node] = ())
         host=machine.host,
         pinned_limit_bytes=machine.filler_limit_bytes,
     )
-    return Ordered(problem.written(best.simulation.order), best.simulation, best.skew)
+    return Ordered(problem.written(best.order), best)
 
 
 class _Problem:

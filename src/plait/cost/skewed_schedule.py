@@ -40,19 +40,11 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True)
 class _Skew:
-    """How far replicas lag, first which of them leads; shifts: more, at single stages."""
+    """How many stages each replica lags; first: which leads; shifts: what is added at a stage."""
 
     stages: float
     first: int
     shifts: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skewed:
-    """The best order. skew: None where the critical path goes first."""
-
-    simulation: Simulation
-    skew: float | None
 
 
 def skewed_schedule(
@@ -62,8 +54,8 @@ def skewed_schedule(
     host: Host = Host.AHEAD,
     pinned_limit_bytes: int | None = None,
     slowdown: float = 1.0,
-) -> Skewed:
-    """Order operations, each of its lane. Operations come after what they depend on.
+) -> Simulation:
+    """The best order of operations, each of its lane. They come after what they depend on.
 
     host, slowdown: see `simulate`; pinned_limit_bytes: see `list_schedule`.
     """
@@ -98,9 +90,8 @@ class _Search:
         # Only how they compare counts: several skews may let the same operations go first.
         self.tried: dict[tuple[int, ...], tuple[Simulation, _Skew | None]] = {}
 
-    def best(self) -> Skewed:
-        simulation, skew = min(self.tried.values(), key=lambda tried: tried[0].total_s)
-        return Skewed(simulation=simulation, skew=None if skew is None else skew.stages)
+    def best(self) -> Simulation:
+        return min((found for found, _ in self.tried.values()), key=lambda found: found.total_s)
 
     def play(self, skew: _Skew | None) -> None:
         """Try a skew, or the critical path first."""

@@ -180,7 +180,7 @@ class PieceClock:
                 Lane(replica=each.replica, place=each.place, is_filler=each.is_weight_only)
                 for each in work
             ]
-            return skewed_schedule(free, lanes, slowdown=slowdown).simulation
+            return skewed_schedule(free, lanes, slowdown=slowdown)
         priorities: list[Priority] = [
             FILLER if each.is_weight_only else (-path_s, float(i))
             for i, (each, path_s) in enumerate(zip(work, longest_paths_s(free), strict=True))

@@ -41,7 +41,7 @@ class StoppingRule:
         target_rms: the discrepancy principle; 1 where the errors are believed.
         max_steps: steps, each with one Jacobian.
         min_relative_drop: a step that lowers RMS by less than this share is the last one.
-        min_steps: of these, though a start may be at the target: they look for a smaller penalty.
+        min_steps: taken even from a start at the target, to find a smaller penalty there.
     """
 
     target_rms: float = 1.0
