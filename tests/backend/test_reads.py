@@ -128,7 +128,7 @@ KINDS = [
 
 
 def run(folder: Path, kinds: list[str], *arguments: str) -> dict[str, list]:
-    return run_program(folder, json.dumps(kinds), *arguments)
+    return run_program(folder, json.dumps(kinds), *arguments, anew=True)
 
 
 @pytest.fixture(scope="module")

@@ -81,17 +81,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> dict:
-    result = run_program(folder, *arguments)
+def run(folder: Path, *arguments: str, anew: bool = False) -> dict:
+    result = run_program(folder, *arguments, anew=anew)
     assert result["same"]
     assert result["rows"] == 5
     return result
 
 
 def test_a_second_process_captures_nothing(folder):
-    first = run(folder)
+    first = run(folder, anew=True)
     assert (first["from_cache"], first["notes"]) == (False, [])
-    second = run(folder)
+    second = run(folder, anew=True)
     assert second["from_cache"]
     assert not second["captured"]
 

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plait import load_model
+from tests.forked_process import run_plait as plait
 
 pytestmark = pytest.mark.slow
 PLAIT = [sys.executable, "-m", "plait.cli.main"]
+_LIMIT_BYTES = 40_000
 DOCS = Path(__file__).parents[2] / "docs"
 TINY = [
     "model.vocab_size=320",
@@ -42,18 +44,6 @@ TINY = [
     "evaluation.stride=16",
     "corpus.heldout_fraction=0.2",
 ]
-
-
-def plait(*arguments, cwd, **options):
-    return subprocess.run(
-        [*PLAIT, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
 
 
 def tiny(folder, *more, **changes):
@@ -371,15 +361,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(texts, tmp_path):
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
     subprocess.run(["rm", "-r", last, run / "model"], check=True)
     before = {path.name: path.read_bytes() for path in (run / "checkpoints/step-000008").iterdir()}
-    limit = 40_000
-    assert len(before["model.safetensors"]) > limit
+    assert len(before["model.safetensors"]) > _LIMIT_BYTES
     result = plait(
         "train",
         "stdlib_demo",
         "--resume",
         run,
         cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        before=_limit_files,
     )
     _refused(result, "could not be saved", "untouched")
     after = {path.name: path.read_bytes() for path in (run / "checkpoints/step-000008").iterdir()}
@@ -387,6 +376,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(texts, tmp_path):
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000008"]
     again = plait("train", "stdlib_demo", "--resume", run, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+
+
+def _limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_LIMIT_BYTES, _LIMIT_BYTES))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_step(texts, tmp_path):
@@ -437,5 +430,8 @@ def test_output_cut_off_by_the_reader_is_no_error(finished):
 def test_a_bare_environment_is_enough(finished, tmp_path):
     run, _ = finished
     bare = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C"}
-    result = plait("sample", run, "--set", "max_new_tokens=3", cwd=run.parent, env=bare)
+    command = [*PLAIT, "sample", run, "--set", "max_new_tokens=3"]
+    result = subprocess.run(
+        command, cwd=run.parent, env=bare, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr

@@ -1,13 +1,12 @@
 """`plait debug` as a user meets it: a script with a fault, in a real process."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
-PLAIT = [sys.executable, "-m", "plait.cli.main"]
+from tests.forked_process import run_plait
+
 SCRIPT = """\
 import sys
 
@@ -61,16 +60,8 @@ def folder(tmp_path):
 
 
 def debug(folder, *arguments, typed=""):
-    return subprocess.run(
-        [*PLAIT, "debug", *arguments],
-        cwd=folder,
-        input=typed,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"PLAIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
-    )
+    environment = os.environ | {"PLAIT_CACHE": str(folder / "cache")}
+    return run_plait("debug", *arguments, cwd=folder, input=typed, env=environment)
 
 
 @pytest.mark.parametrize("how", ["jit", pytest.param("compile", marks=pytest.mark.slow)])

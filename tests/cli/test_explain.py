@@ -1,9 +1,9 @@
 """`plait explain` as a user meets it: a real process, a script, its report."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.forked_process import run_plait
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "03_report_graph_breaks.py"
@@ -28,14 +28,7 @@ scaled(torch.ones(5), 2.0)
 
 
 def explain(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "plait.cli.main", "explain", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_plait("explain", *arguments, cwd=cwd)
 
 
 def test_the_example_has_exactly_two_breaks_with_line_reason_and_advice(tmp_path):

@@ -1,28 +1,20 @@
 """`plait overlap` as a user meets it: a real process, its table, its files, its errors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from plait.cli.main import app
 from plait.errors import CheckpointError, ConfigError, PlanError
+from tests.forked_process import run_plait
 
 pytestmark = pytest.mark.slow
 SMALL = ("--width", "256", "--layers", "2", "--tokens", "128", "--tp", "2", "--rounds", "2")
 
 
 def overlap(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "plait.cli.main", "overlap", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_plait("overlap", *arguments, cwd=cwd)
 
 
 def test_the_small_llama_is_measured_and_the_files_are_written(tmp_path):

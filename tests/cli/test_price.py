@@ -1,7 +1,6 @@
 """plait price, plait calibrate and plait compare, as commands."""
 
 import json
-import subprocess
 import sys
 import warnings
 
@@ -9,17 +8,12 @@ import pytest
 
 from plait.cli.main import main
 from plait.cost.table import Table
-
-
-def plait_command(*arguments):
-    code = "from plait.cli.main import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+from tests.forked_process import run_plait
 
 
 def test_price_writes_figures_a_page_and_a_trace(tmp_path):
     page, trace = tmp_path / "report.html", tmp_path / "trace.json"
-    done = plait_command(
+    done = run_plait(
         *("price", "stdlib_demo", "--world", 4, "--set", "plan.tp=2", "--json"),
         *("--html", page, "--trace", trace),
     )
@@ -35,7 +29,7 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
     same = tmp_path / "same.json"
     same.write_text(done.stdout)
-    compared = plait_command("compare", same, same)
+    compared = run_plait("compare", same, same)
     assert compared.returncode == 0, compared.stderr
     assert "+0.00%" in compared.stdout
 
@@ -65,11 +59,9 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypa
 @pytest.mark.exhaustive
 def test_calibrate_writes_a_table_that_price_takes(tmp_path):
     table = tmp_path / "table.json"
-    done = plait_command("calibrate", "--quick", "--steps", 2, "--out", table)
+    done = run_plait("calibrate", "--quick", "--steps", 2, "--out", table)
     assert done.returncode == 0, done.stderr
     assert Table.load(table).entries
-    priced = plait_command(
-        *("price", "stdlib_demo", "--cluster", "cpu", "--table", table, "--json")
-    )
+    priced = run_plait(*("price", "stdlib_demo", "--cluster", "cpu", "--table", table, "--json"))
     assert priced.returncode == 0, priced.stderr
     assert json.loads(priced.stdout)["sources"]["interpolated"]["num_operators"] > 0

@@ -46,7 +46,7 @@ class Case:
     name: str
     tp: int = 2
     sp: bool = False
-    replicas: int = 2
+    replicas: int | tuple[int, ...] = 2
     batch: int = 1
     num_tokens: int = 128
     width: int = 64

@@ -92,6 +92,29 @@ def test_the_whole_matrix(case):
     check(case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("our_llama", tp=4, replicas=(2, 3)),
+        Case("gpt2_dropout", replicas=(3, 1), num_tokens=130),
+        Case("olmo2", replicas=(1, 4), dtype=BF16),
+    ],
+    ids=str,
+)
+def test_each_piece_may_have_its_own_number_of_replicas(case):
+    found, expected, schedule = both(case)
+    assert differing(found, expected) == []
+    texts = [note.text for note in schedule.notes if note.by == "replicas"]
+    for number in (2, 3, 4):
+        is_split = any(text.startswith(f"split in {number} along the token") for text in texts)
+        assert is_split == (number in case.replicas), texts
+
+
+def test_a_number_of_replicas_for_each_piece_must_be_given():
+    with pytest.raises(PlanError, match="2 pieces communicate, and there are 3 numbers"):
+        schedules(Case("our_llama", replicas=(2, 3, 2)))
+
+
 # In fast numerics a product of fewer rows may be summed otherwise, in another kernel.
 FAST = {torch.float32: 2e-5, BF16: 1e-1}
 

@@ -53,10 +53,11 @@ def best_split(
     axis, causal_split, trials, and what is raised: see `replicate`.
     """
     how: Any = {"axis": axis, "causal_split": causal_split, "trials": trials or Trials()}
-    splits: dict[tuple[int, ...], Split] = {}
+    splits: dict[tuple[tuple[int, ...], ...], Split] = {}
     for shares in SHARES.get(num_replicas, ((),)):
         found = replicate(graph, num_replicas, shares=shares, **how)
-        splits.setdefault(found.parts.sizes, Split(found, machine))
+        sizes = tuple(each.sizes for each in found.parts.values())
+        splits.setdefault(sizes, Split(found, machine))
     only, *others = splits.values()
     return min(splits.values(), key=lambda each: each.duration_s) if others else only
 
@@ -67,6 +68,9 @@ def choose_replicas(graph: Graph, plan: ParallelPlan, cluster: Cluster) -> Graph
     "auto" tries each number on the cost model and keeps the best, which may be one; the notes say
     what each would take. Raises PlanError if an explicit number cannot be had.
     """
+    if plan.replicas_by_piece is not None:
+        how: Any = {"causal_split": plan.causal_split}
+        return noted(replicate(graph, plan.replicas_by_piece, **how))
     machine = machine_of(graph, cluster)
     if isinstance(plan.replicas, int):
         return noted(
@@ -92,11 +96,12 @@ def choose_replicas(graph: Graph, plan: ParallelPlan, cluster: Cluster) -> Graph
 
 def noted(found: Replicated) -> Graph:
     """The graph, with what was split and what was not among its notes."""
-    sizes = " + ".join(map(str, found.parts.sizes))
     notes = [
         Note(by=NAME, operator=operator, node=piece, text=text, count=count)
         for piece, operator, count in found.collectives
-        for text in [f"split in {len(found.parts.sizes)} along the {found.axis} ({sizes})"]
+        for sizes in [found.parts[piece].sizes]
+        for text in [f"split in {len(sizes)} along the {found.axis} ({found.parts[piece]})"]
+        if len(sizes) > 1
     ]
     notes += [
         Note(by=NAME, operator=each.operator, node=each.node, text=text, is_refusal=True)

@@ -21,6 +21,7 @@ from torch import fx
 from plait.compiler.constant_masks import ConstantMasks
 from plait.compiler.refute import Trials, refute
 from plait.compiler.replicate_joint import Form, Parts, replicate_joint
+from plait.compiler.replicate_root import Use, repeated, write_root
 from plait.compiler.token_moves import Tokens
 from plait.compiler.tokens import Certificate, Refusal, prove
 from plait.errors import PlanError
@@ -33,11 +34,8 @@ from plait.graph.graph import (
     Node,
     Role,
     Template,
-    Value,
-    call,
     call_of,
     describe,
-    module_of,
 )
 from plait.graph.partition import part_joint
 
@@ -53,21 +51,11 @@ class NotSplit(Exception):
 
 
 @dataclass(frozen=True)
-class Use:
-    """How a call uses its template: tokens of its arguments, and what passes in parts."""
-
-    template: str
-    tokens: tuple[Tokens | None, ...]
-    arguments_in_parts: tuple[bool, ...]
-    results_in_parts: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
 class Replicated:
-    """A graph in replicas, and what was proven of each kind of piece."""
+    """A graph in replicas, and of each kind of piece its parts and what was proven of it."""
 
     graph: Graph
-    parts: Parts
+    parts: dict[str, Parts]
     axis: str
     certificates: dict[str, Certificate]
 
@@ -90,7 +78,7 @@ class Replicated:
 
 def replicate(
     graph: Graph,
-    num_replicas: int,
+    num_replicas: int | Sequence[int],
     *,
     axis: str | None = None,
     causal_split: bool = False,
@@ -99,34 +87,41 @@ def replicate(
 ) -> Replicated:
     """Split a joint graph in `num_replicas` parts of the batch, or of its tokens.
 
-    axis: "batch" or "token"; by default the batch if it is large enough. causal_split: on the token
-    axis, split causal attention by its queries too. shares: of tokens, by replica, as near as parts
-    can be; by default equal. trials: what was tried before of the same graph.
+    num_replicas: one number, or one for each piece that communicates, in order; pieces between
+    these take the number before. axis: "batch" or "token"; by default the batch if it is large
+    enough. causal_split: on the token axis, split causal attention by its queries too. shares: of
+    tokens, by replica, as near as parts can be; by default equal. trials: what was tried before of
+    the same graph.
 
     Raises PlanError if there is nothing to split along, if a shard would have to be put together,
-    or if no attention can be split as asked.
+    if there are more or fewer such pieces, or if no attention can be split as asked.
     """
+    numbers = (num_replicas,) if isinstance(num_replicas, int) else tuple(num_replicas)
+    name = ",".join(map(str, numbers))
     if not graph.templates:
         raise PlanError(
-            f"replicas={num_replicas}: the model was captured as one piece, and replicas are made "
+            f"replicas={name}: the model was captured as one piece, and replicas are made "
             "piece by piece. A buffer that a layer changes, or a DTensor between layers, makes it "
             "one. Use replicas=1."
         )
-    axis, total = _axis_of(graph, num_replicas, axis)
+    axis, total = _axis_of(graph, max(numbers), axis)
     if axis == "token":
-        parts = parts_of(total, num_replicas, _share(graph), shares)
+        share = _share(graph)
+        parts = {n: parts_of(total, n, share, shares) for n in set(numbers)}
     else:
-        parts = parts_of(total, num_replicas, 1)
+        parts = {n: parts_of(total, n, 1) for n in set(numbers)}
     try:
         splits_causal = causal_split and axis == "token"
-        found = _Replicator(graph, axis, parts, splits_causal, trials or Trials()).run()
+        each = tuple(parts[n] for n in numbers)
+        replicator = _Replicator(graph, axis, each, splits_causal, trials or Trials())
+        found = replicator.run(is_one_number=isinstance(num_replicas, int))
     except NotSplit as error:
-        raise PlanError(f"replicas={num_replicas} along the {axis}: {error}") from error
-    if num_replicas > 1 and not found.collectives:
+        raise PlanError(f"replicas={name} along the {axis}: {error}") from error
+    if max(numbers) > 1 and not found.collectives:
         refusals = dict.fromkeys(map(str, found.refusals)) if graph.groups else ()
         reasons = "; ".join(refusals) or "the graph has none"
         raise PlanError(
-            f"replicas={num_replicas} along the {axis}: no collective can be split, so there is "
+            f"replicas={name} along the {axis}: no collective can be split, so there is "
             f"nothing to hide: {reasons}. Use replicas=1."
         )
     if causal_split and axis == "token":
@@ -203,9 +198,16 @@ def _share(graph: Graph) -> int:
 
 class _Replicator:
     def __init__(
-        self, graph: Graph, axis: str, parts: Parts, splits_causal: bool, trials: Trials
+        self,
+        graph: Graph,
+        axis: str,
+        parts: tuple[Parts, ...],
+        splits_causal: bool,
+        trials: Trials,
     ) -> None:
-        self.graph, self.axis, self.parts = graph, axis, parts
+        self.graph, self.axis, self.given_parts = graph, axis, parts
+        self.total = parts[0].total
+        self.parts: dict[Node, Parts] = {}  # by call
         self.masks = ConstantMasks(graph) if splits_causal else None
         self.axes = {name: group.size for name, group in graph.groups.items()}
         self.certificates: dict[str, Certificate] = {}
@@ -218,8 +220,9 @@ class _Replicator:
         self.in_parts: set[Node] = set()
         self.uses: dict[Node, Use] = {}  # by forward call
 
-    def run(self) -> Replicated:
+    def run(self, *, is_one_number: bool) -> Replicated:
         self.label()
+        self.share_out(is_one_number)
         self.choose_parts()
         for node in self.nodes:
             called = call_of(node)
@@ -227,14 +230,15 @@ class _Replicator:
                 self.uses[node] = use = self.use_of(node)
                 if use not in self.templates:
                     self.templates[use] = self.replicated(use)
-        graph = _RootWriter(self).write()
-        return Replicated(graph, self.parts, self.axis, self.certificates)
+        graph = write_root(self.graph, self.uses, self.templates)
+        parts = {new.name: use.parts for use, new in self.templates.items()}
+        return Replicated(graph, parts, self.axis, self.certificates)
 
     def seed(self, node: Node) -> Tokens | None:
         value = node.meta["val"]
         if value.role is not Role.INPUT or len(value.shape) < 1:
             return None
-        total = self.parts.total
+        total = self.total
         if self.axis == "batch":
             return Tokens(0, total, total) if value.shape[0] == total else None
         fits = len(value.shape) > 1 and value.shape[:2] == (1, total)
@@ -257,6 +261,32 @@ class _Replicator:
                     found = proof.tokens.get(outputs[user.args[1]])
                     self.tokens[user] = found if isinstance(found, Tokens) else None
 
+    def share_out(self, is_one_number: bool) -> None:
+        """Give each call its parts; a backward call has those of its forward."""
+        calls = [node for node in self.nodes if call_of(node) is not None]
+        forward = [node for node in calls if call_of(node) == (node.args[0], FORWARD)]
+        talking = [node for node in forward if any(map(is_collective, self.region_of(node)))]
+        if is_one_number:
+            numbers = dict.fromkeys(forward, self.given_parts[0])
+        elif len(talking) == len(self.given_parts):
+            numbers = dict(zip(talking, self.given_parts, strict=True))
+        else:
+            raise NotSplit(
+                f"{len(talking)} pieces communicate, and there are {len(self.given_parts)} "
+                "numbers. Give one for each piece, in order."
+            )
+        parts = self.given_parts[0]
+        for node in forward:
+            parts = self.parts[node] = numbers.get(node, parts)
+        for node in calls:
+            if node not in self.parts:
+                self.parts[node] = self.parts[node.meta["forward"]]
+
+    def region_of(self, node: Node) -> set[Node]:
+        """What is proven of a forward call with every argument whole, except for shards."""
+        template = self.graph.templates[str(node.args[0])]
+        return self.proof(template, tuple(self.tokens.get(x) for x in node.args[2:])).region
+
     def choose_parts(self) -> None:
         """Values that their users take in parts, and no one else sees, pass in parts."""
         for node in self.nodes:
@@ -266,11 +296,17 @@ class _Replicator:
             if producer is None or producer[1] == BACKWARD:
                 continue
             template = self.graph.templates[producer[0]]
-            given = tuple(self.tokens.get(x) for x in node.args[0].args[2:])
             result = _joint(template).graph.output_node().args[0][node.args[1]]
-            is_split = result in self.proof(template, given).region
+            is_split = result in self.region_of(node.args[0])
             users = [call_of(user) for user in node.users]
             if not is_split or any(user is None for user in users):
+                continue
+            if any(self.parts[user] != self.parts[node.args[0]] for user in node.users):
+                if not self.tokens[node].is_natural:
+                    raise NotSplit(
+                        f"{node.name} is a share of the tokens, and layers that pass such to each "
+                        "other need one number of replicas."
+                    )
                 continue
             forward = [user for user in node.users if (call_of(user) or ("", ""))[1] == FORWARD]
             if any(self.wants_parts(user, node) for user in forward):
@@ -282,8 +318,7 @@ class _Replicator:
         if tokens is not None and not tokens.is_natural:
             return True
         template = self.graph.templates[str(user.args[0])]
-        given = tuple(self.tokens.get(x) for x in user.args[2:])
-        region = self.proof(template, given).region
+        region = self.region_of(user)
         placeholders = _joint(template).graph.find_nodes(op="placeholder")
         return any(
             _reaches(placeholders[i], region) for i, x in enumerate(user.args[2:]) if x is value
@@ -314,6 +349,7 @@ class _Replicator:
         users = {user.args[1]: user for user in node.users}
         return Use(
             template=template.name,
+            parts=self.parts[node],
             tokens=tuple(self.tokens.get(x) for x in node.args[2:]),
             arguments_in_parts=tuple(x in self.in_parts for x in node.args[2:]),
             results_in_parts=tuple(
@@ -350,14 +386,14 @@ class _Replicator:
         for node, is_parted, label in zip(outputs, flags, labels, strict=True):
             if is_parted and isinstance(node, fx.Node):
                 self.check_parted(node, label, certificate)
-        name = f"{template.name}_x{len(self.parts.sizes)}"
+        name = f"{template.name}_x{len(use.parts.sizes)}"
         if sum(each.template == use.template for each in self.templates):
             name += f"_{len(self.templates)}"
         self.certificates[name] = certificate
         module = replicate_joint(
             joint,
             certificate,
-            self.parts,
+            use.parts,
             num_tangents=len(tangents),
             results_in_parts=flags,
             known=self.known,
@@ -377,9 +413,9 @@ class _Replicator:
 
     def described(self, template: Template, use: Use, module: Module, name: str) -> Template:
         """The template of the split joint graph."""
-        count = len(self.parts.sizes)
-        arguments = _repeated(range(len(template.arguments)), use.arguments_in_parts, count)
-        results = _repeated(range(len(template.results)), use.results_in_parts, count)
+        count = len(use.parts.sizes)
+        arguments = repeated(range(len(template.arguments)), use.arguments_in_parts, count)
+        results = repeated(range(len(template.results)), use.results_in_parts, count)
         placeholders = module.graph.find_nodes(op="placeholder")
         outputs = module.graph.output_node().args[0]
         new = replace(
@@ -435,14 +471,6 @@ def _whole(outputs: Sequence, in_parts: Sequence[bool]) -> set[Node]:
     }
 
 
-def _repeated(items: Sequence[int], in_parts: Sequence[bool], count: int) -> list[int]:
-    return [
-        i
-        for i, is_parted in zip(items, in_parts, strict=True)
-        for _ in range(count if is_parted else 1)
-    ]
-
-
 def _reaches(node: Node, region: set[Node]) -> bool:
     """Whether an operator of the region takes the value, itself or seen through views."""
     for user in node.users:
@@ -452,82 +480,3 @@ def _reaches(node: Node, region: set[Node]) -> bool:
         if is_seen and _reaches(user, region):
             return True
     return False
-
-
-class _RootWriter:
-    """Writes the root anew, with calls of the new templates."""
-
-    def __init__(self, replicator: _Replicator) -> None:
-        self.replicator = replicator
-        self.old = replicator.graph
-        self.count = len(replicator.parts.sizes)
-        self.graph = fx.Graph()
-        self.at: dict[Node, list[Node]] = {}
-        self.calls: dict[Node, Node] = {}
-
-    def write(self) -> Graph:
-        for node in self.replicator.nodes:
-            called = call_of(node)
-            if called is not None and called[1] == FORWARD:
-                self.forward(node)
-            elif called is not None:
-                self.backward(node)
-            elif node.op in ("placeholder", "get_attr"):
-                self.at[node] = [self.graph.node_copy(node)]
-        outputs: Any = self.old.root.graph.output_node().args[0]
-        self.graph.output(tuple(self.single(x) for x in outputs))
-        templates = {each.name: each for each in self.replicator.templates.values()}
-        return replace(self.old, root=module_of(self.old.root, self.graph), templates=templates)
-
-    def single(self, node: Node) -> Node:
-        (only,) = self.at[node]
-        return only
-
-    def forward(self, node: Node) -> None:
-        use = self.replicator.uses[node]
-        template = self.replicator.templates[use]
-        operands = [x for source in node.args[2:] for x in self.at[source]]
-        new = self.calls[node] = self.call(template, FORWARD, operands)
-        old = self.old.templates[use.template]
-        users = {user.args[1]: user for user in node.users}
-        positions = _repeated(range(len(old.results)), use.results_in_parts, self.count)
-        for at, i in enumerate(positions):
-            if i in users:
-                part = self.part(new, at, template.results[at])
-                self.at.setdefault(users[i], []).append(part)
-
-    def backward(self, node: Node) -> None:
-        forward = node.meta["forward"]
-        use = self.replicator.uses[forward]
-        template, old = self.replicator.templates[use], self.old.templates[use.template]
-        new_forward = self.calls[forward]
-        num_tangents = len(old.differentiable) + len(old.threaded)
-        tangents = [x for t in node.args[len(node.args) - num_tangents :] for x in self.at[t]]
-        computed = iter(range(len(template.results), len(template.yields(FORWARD))))
-        saved = []
-        for value in template.saved:
-            if value.role is Role.INPUT:
-                saved.append(new_forward.args[2 + int(value.name)])
-            else:
-                saved.append(self.part(new_forward, next(computed), value))
-        new = self.call(template, BACKWARD, [*saved, *tangents])
-        new.meta["forward"] = new_forward
-        users = {user.args[1]: user for user in node.users}
-        wanted = [i for i, gradient in enumerate(old.gradients) if gradient is not None]
-        in_parts = [use.arguments_in_parts[i] for i in wanted]
-        gradients = template.yields(BACKWARD)
-        for at, i in enumerate(_repeated(range(len(wanted)), in_parts, self.count)):
-            if i in users:
-                value = users[i].meta["val"] if not in_parts[i] else gradients[at]
-                self.at.setdefault(users[i], []).append(self.part(new, at, value))
-
-    def call(self, template: Template, part: str, operands: Sequence[Node]) -> Node:
-        name = f"{template.name}_{part}".lower()
-        return self.graph.create_node(
-            "call_function", call, (template.name, part, *operands), name=name
-        )
-
-    def part(self, node: Node, i: int, value: Value) -> Node:
-        part = self.graph.call_function(operator.getitem, (node, i))
-        part.meta["val"] = value
-        return part

@@ -51,6 +51,10 @@ class Parts:
 
     sizes: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """As in 512 + 512."""
+        return " + ".join(map(str, self.sizes))
+
     @property
     def total(self) -> int:
         """All tokens."""

@@ -484,8 +484,13 @@ class PlannedJob:
 
 
 def shape_of(job: PretrainJob) -> Shape:
-    """What a job's pieces depend on."""
+    """What a job's pieces depend on. Raises PlanError if its layers differ in replicas."""
     plan = job.plan
+    if plan.replicas_by_piece is not None:
+        raise PlanError(
+            f"replicas={plan.replicas}: a cluster is priced with one number of replicas for all "
+            'layers, or "auto".'
+        )
     return Shape(
         sequence_length=job.sequence_length,
         tp=plan.tp,

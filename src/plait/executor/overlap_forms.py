@@ -77,7 +77,8 @@ def forms_of(
         ordered, pieces = best.ordered
         split, found_axis = best.found.graph, best.found.axis
         refusals = [str(note) for note in noted(best.found).notes if note.is_refusal]
-        notes = (f"parts: {' + '.join(map(str, best.found.parts.sizes))}", *refusals)
+        (parts,) = set(best.found.parts.values())
+        notes = (f"parts: {parts}", *refusals)
     else:
         ordered, pieces = order_pieces(graph, machine)
     return Forms(

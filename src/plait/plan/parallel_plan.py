@@ -1,6 +1,7 @@
 """`ParallelPlan`: how a run is spread over ranks and over time. Pure data."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -49,7 +50,8 @@ class ParallelPlan:
     dp: copies of the model. fsdp: ranks that share each parameter. cp: ranks that share each
     sequence. tp: ranks that share each product; sp: between products they share the tokens. pp:
     stages. ep: ranks among those of dp, fsdp, cp (and with sp of tp) that share the experts.
-    replicas: parts of the tokens whose communication hides behind each other's work, or "auto";
+    replicas: parts of the tokens whose communication hides behind each other's work, "auto", or,
+    without sp, a number for each piece that communicates, in order, as a list or as "2,3,1";
     causal_split: they split causal attention too, equal to rounding, not to the bit. recompute: see
     `Recompute`. num_micro_batches: parts of the batch that run one after the other
     and add their gradients. split_backward: the gradients of parameters in a program of their own,
@@ -83,8 +85,7 @@ class ParallelPlan:
             size = getattr(self, name)
             if not _is_count(size):
                 raise PlanError(f"{name} must be a whole number from 1, got {size!r}.")
-        if self.replicas != "auto" and not _is_count(self.replicas):
-            raise PlanError(f'replicas must be "auto" or a number from 1, got {self.replicas!r}.')
+        self._check_replicas()
         if self.causal_split and self.replicas == 1:
             raise PlanError(
                 "causal_split=True says how replicas split attention: it needs replicas above 1, "
@@ -102,6 +103,31 @@ class ParallelPlan:
                 f"ep={self.ep} does not divide the {self.num_expert_ranks} ranks of dp, fsdp, cp"
                 f"{' and tp' if self.sp else ''}. Choose ep from {', '.join(legal)}."
             )
+
+    def _check_replicas(self) -> None:
+        given: object = self.replicas
+        if isinstance(given, tuple | list):
+            given = ",".join(map(str, cast("Sequence[object]", given)))
+            object.__setattr__(self, "replicas", given)
+        if given == "auto" or _is_count(given):
+            return
+        if not isinstance(given, str) or not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
+            raise PlanError(
+                'replicas must be "auto", a number from 1, or such numbers separated by commas, '
+                f"got {self.replicas!r}."
+            )
+        if self.sp and len(set(given.split(","))) > 1:
+            raise PlanError(
+                f"replicas={given} with sp=True: ranks share the tokens replica by replica, so "
+                "other numbers would need the tokens exchanged. Use one number, or sp=False."
+            )
+
+    @property
+    def replicas_by_piece(self) -> tuple[int, ...] | None:
+        """The numbers of replicas, where the plan has one for each piece."""
+        if isinstance(self.replicas, int) or self.replicas == "auto":
+            return None
+        return tuple(map(int, self.replicas.split(",")))
 
     def _read(self, name: str, kind: type[StrEnum], what: str) -> None:
         given = str(getattr(self, name))
