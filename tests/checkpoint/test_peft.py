@@ -132,9 +132,11 @@ def _changed(tmp_path, **changes):
         ({"peft_type": "IA3"}, "only LORA is read"),
         ({"use_dora": True}, "use_dora is not supported"),
         ({"bias": "all"}, "bias is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not"),
+        ({"use_qalora": True}, "use_qalora is not supported"),
         ({"r": 8}, r"lora_A of layers.0.self_attn.q_proj is \(4, 32\), expected \(8, 32\)"),
     ],
-    ids=["kind", "dora", "bias", "rank"],
+    ids=["kind", "dora", "bias", "start", "qalora", "rank"],
 )
 def test_what_is_more_or_other_than_lora_is_refused(tmp_path, changes, message):
     model, adapter = _changed(tmp_path, **changes)

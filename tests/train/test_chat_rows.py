@@ -86,6 +86,24 @@ def test_json_in_a_template_is_json_and_not_html():
     assert "<a href='x'>caf\u00e9 &" in template.render([Message("user", text)])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}",
+        "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}",
+        "{{ messages[0] | tojson(ensure_ascii=true, indent=2) }}",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    ],
+)
+def test_what_templates_rely_on_is_what_transformers_offers(folder, source):
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "caf\u00e9"}, {"role": "assistant", "content": "b"}]
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+    assert ChatTemplate(source, {}).render([Message(**each) for each in messages]) == expected
+
+
 def test_a_template_that_rewrites_the_past_is_refused():
     forgetful = ChatTemplate("{% for m in messages[-2:] %}{{ m.content }};{% endfor %}", {})
     with pytest.raises(ModelError, match="changes what stands before message 2"):

@@ -21,7 +21,12 @@ from plait.train.optimizer import OptimizerSettings
 from plait.train.packing import layout_of_stream
 from plait.train.prepare import tokens_of
 from plait.train.run_folder import RunFolder
-from plait.train.utilization import num_matrix_weights, peak_of, training_flops_per_token
+from plait.train.utilization import (
+    num_matrix_weights,
+    peak_of,
+    training_flops_per_token,
+    utilization_on,
+)
 from plait.train.watch import Watch
 
 from .tiny_model import write_rows
@@ -196,7 +201,6 @@ def test_tensorboard_is_asked_for_where_it_is_missing(job, tmp_path, monkeypatch
 
 
 def test_tensorboard_gets_every_number_by_step(job, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = _run(replace(job, tensorboard=True), tmp_path / "run")
@@ -254,7 +258,23 @@ def test_work_is_counted_by_the_weights_that_a_token_meets():
 def test_a_device_is_known_by_its_name():
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA H200") == 989e12
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of("NVIDIA H100 NVL") == 835e12
+    assert peak_of("NVIDIA B200") == 2250e12
+    assert peak_of("NVIDIA RTX A1000") is None
     assert peak_of("GeForce 256") is None
+
+
+def test_utilization_is_known_where_the_device_is(monkeypatch):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1}
+    model = Decoder(DecoderConfig(vocab_size=100, num_layers=2, head_size=16, **shape))
+    names = iter(["NVIDIA H100 80GB HBM3", "GeForce 256"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    where = {"model": model, "config": model.config, "length": 64}
+    found = utilization_on(torch.device("cuda"), **where)
+    assert found.of(1e6) == pytest.approx(1e6 * found.flops_per_token / 989e12)
+    assert utilization_on(torch.device("cuda"), **where) is None
+    assert utilization_on(torch.device("cpu"), **where) is None
 
 
 def test_a_damaged_run_hides_no_other(job, tmp_path, monkeypatch):

@@ -11,8 +11,17 @@ import pytest
 
 from plait.errors import DataError
 from plait.train.encode_rows import in_order
+from plait.train.prepare_rows import holds_rows
 from plait.train.row_files import file_hashes
-from plait.train.rows import Problem, Problems, Row, is_row_data, keep_rows, read_rows
+from plait.train.rows import (
+    Problem,
+    Problems,
+    Row,
+    is_row_data,
+    keep_rows,
+    other_files,
+    read_rows,
+)
 from plait.train.text_rows import SIDES, TextEncoder, write_texts
 from plait.train.tokenizer import train_tokenizer
 
@@ -46,6 +55,31 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path):
     assert len(file_hashes(str(tmp_path))) == 2
 
 
+def test_what_stands_beside_the_rows_is_named_unless_it_is_about_them(tmp_path):
+    for name in ("README.md", ".gitattributes", "dataset_info.json"):
+        (tmp_path / name).write_text("about")
+    _json_lines(tmp_path / "x.jsonl", ROWS)
+    assert other_files(tmp_path) == []
+    assert holds_rows(str(tmp_path))
+    (tmp_path / "more.csv").write_text("a,b\n")
+    assert other_files(tmp_path) == [tmp_path / "more.csv"]
+    assert not holds_rows(str(tmp_path))
+
+
+def test_splits_are_not_mixed_and_one_can_be_named(tmp_path):
+    for split in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        _json_lines(tmp_path / f"{split}.jsonl", [{"text": split}])
+    _json_lines(tmp_path / "training_notes.jsonl", [{"text": "of no split"}])
+    with pytest.raises(DataError, match=r"several splits\. Name one: .*test\*\.jsonl"):
+        _values(tmp_path)
+    train = tmp_path / "train-*.jsonl"
+    assert is_row_data(str(train))
+    assert [row["text"][:11] for row in _values(train)] == ["train-00000", "train-00001"]
+    assert len(file_hashes(str(train))) == 2
+    with pytest.raises(DataError, match="does not exist"):
+        _values(tmp_path / "dev-*.jsonl")
+
+
 def test_a_saved_dataset_is_read_without_its_library(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     for number, part in enumerate((table.slice(0, 400), table.slice(400))):
@@ -58,7 +92,8 @@ def test_a_saved_dataset_is_read_without_its_library(tmp_path):
 
 
 def test_what_the_datasets_library_saves_is_read(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert _values(tmp_path / "one") == ROWS
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
@@ -109,6 +144,19 @@ def test_files_cut_in_the_middle_are_problems_not_ends(tmp_path):
     (problem,) = read_rows(tmp_path / "cut.parquet")
     assert isinstance(problem, Problem)
     assert "not a whole Parquet file" in problem.reason
+
+
+@pytest.mark.parametrize("missing", [8, 200])
+def test_a_saved_dataset_that_lacks_its_end_is_a_problem(tmp_path, missing):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(tmp_path / "data.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=100)
+    whole = (tmp_path / "data.arrow").read_bytes()
+    (tmp_path / "data.arrow").write_bytes(whole[:-missing])  # 8: the mark of the end alone
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    *_, last = read_rows(tmp_path)
+    assert isinstance(last, Problem)
+    assert "not a whole Arrow file" in last.reason
 
 
 def test_all_problems_are_counted_and_the_first_hundred_named(tmp_path):

@@ -145,11 +145,11 @@ def _machine() -> tuple[str, ...]:
         str(torch.cpu._is_avx512_bf16_supported()),
         str(torch.cpu._is_amx_tile_supported()),
         torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        _own_sources(),
+        own_sources(),
     )
 
 
-def _own_sources() -> str:
+def own_sources() -> str:
     """Hash of Plait itself."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):

@@ -19,7 +19,9 @@ _HALVES = ("lora_A", "lora_B")
 # What would change the numbers if it were left out.
 _UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 _UNSUPPORTED += ("layers_to_transform", "trainable_token_indices", "target_parameters")
-_UNSUPPORTED += ("megatron_config", "layer_replication", "alora_invocation_tokens")
+_UNSUPPORTED += ("megatron_config", "layer_replication", "alora_invocation_tokens", "use_qalora")
+# Other ways to begin (PiSSA, OLoRA, CorDA, LoftQ) change the frozen weights too.
+_KNOWN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def write_adapter(
@@ -112,6 +114,8 @@ def _settings(folder: Path, config: dict[str, Any], *, quantize: bool) -> LoraSe
     asked = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         asked.append("bias")
+    if (start := config.get("init_lora_weights")) not in _KNOWN_STARTS:
+        asked.append(f"init_lora_weights={start!r}")
     if asked:
         raise CheckpointError(f"{folder}: {', '.join(asked)} is not supported in an adapter.")
     targets = config.get("target_modules") or ()

@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 
+from plait.backend.store import own_sources
+
 _PACKAGES = ("plait", "torch", "numpy", "tokenizers", "safetensors")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware and threads, and the command line."""
+    """Versions, hardware and threads, and the command line with the folder it was given in."""
     return {
         "command": sys.argv,
+        "folder": str(Path.cwd()),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "plait_sources_sha256": own_sources(),
+        "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "processor": _processor(),
         "num_threads": torch.get_num_threads(),

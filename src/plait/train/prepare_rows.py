@@ -15,11 +15,10 @@ from plait.errors import DataError
 from plait.train.job import Job
 from plait.train.row_files import file_hashes
 from plait.train.rows import (
-    SUFFIXES,
     Problem,
     Problems,
     is_row_data,
-    is_saved_dataset,
+    other_files,
     read_rows,
     text_field,
 )
@@ -30,12 +29,11 @@ from plait.train.watch import Watch
 
 
 def holds_rows(data: str) -> bool:
-    """Say whether data are rows: a file or a saved dataset, or a folder of nothing else."""
-    path = Path(data)
-    if not path.is_dir() or is_saved_dataset(path):
-        return is_row_data(data)
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return bool(files) and all(file.suffix in SUFFIXES for file in files)
+    """Say whether data are rows: a file or a saved dataset, or a folder of nothing else.
+
+    What is about the data, such as a README, may stand beside them.
+    """
+    return is_row_data(data) and not other_files(Path(data))
 
 
 def prepare_rows(job: Job, run: RunFolder, watch: Watch) -> None:

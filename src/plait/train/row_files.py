@@ -14,7 +14,7 @@ def file_hashes(data: str) -> dict[str, str]:
     path = Path(data)
     if path.is_dir():
         return _hashes(row_files(path) or sorted(path.glob("*.arrow")))
-    return _hashes([path])
+    return _hashes(row_files(path))
 
 
 def model_hashes(folder: Path) -> dict[str, str]:

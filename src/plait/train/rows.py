@@ -6,6 +6,7 @@ end of the run, or counted and named if the user asked to skip it. Memory does n
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 _LONGEST_LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 _NAMED = 100
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+_ABOUT = re.compile(r"\.|readme|license|notice|citation|dataset_info|metadata", re.IGNORECASE)
+_END_OF_STREAM = bytes.fromhex("ffffffff00000000")  # [Arrow columnar format, IPC streaming format]
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,47 @@ def is_row_data(data: str) -> bool:
     return path.suffix in SUFFIXES
 
 
-def row_files(folder: Path) -> list[Path]:
-    """Files of rows in a folder and below, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+def row_files(path: Path) -> list[Path]:
+    """Files of rows, by name: in a folder and below, of a pattern such as `train-*`, or the one."""
+    if path.is_dir():
+        return [each for each in _files_of(path) if each.suffix in SUFFIXES]
+    if "*" in path.name and not path.exists():
+        return sorted(filter(_is_file, path.parent.glob(path.name)))
+    return [path]
+
+
+def other_files(path: Path) -> list[Path]:
+    """Files in a folder of rows that are none, but for hidden ones and those about the data."""
+    if not path.is_dir() or is_saved_dataset(path):
+        return []
+    others = (each for each in _files_of(path) if each.suffix not in SUFFIXES)
+    return [each for each in others if not _ABOUT.match(each.name)]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(filter(_is_file, folder.rglob("*")))
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".")
 
 
 def read_rows(data: str | Path) -> Iterator[Row | Problem]:
-    """Yield the rows of a file or folder in order. Raises DataError if there are no files."""
+    """Yield the rows of files or a folder in order (see `row_files`).
+
+    Raises DataError if there are no files, or if a folder has files of several splits.
+    """
     path = Path(data)
-    if not path.exists():
+    files = row_files(path)
+    if not path.exists() and files in ([], [path]):
         raise DataError(f"{path} does not exist.")
     if path.is_dir() and is_saved_dataset(path):
         yield from _saved_dataset(path)
         return
-    files = row_files(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} holds no files that end in {', '.join(SUFFIXES)}.")
+    if path.is_dir():
+        _check_splits(path, files)
     for file in files:
         if file.suffix == ".parquet":
             yield from _parquet(file)
@@ -88,6 +117,13 @@ def read_rows(data: str | Path) -> Iterator[Row | Problem]:
             yield from _json_lines(file)
         else:
             raise DataError(f"{file} is not read row by row; known: {', '.join(SUFFIXES)}.")
+
+
+def _check_splits(folder: Path, files: list[Path]) -> None:
+    found = {match[0]: file for file in files if (match := _SPLIT.match(file.name))}
+    if len(found) > 1:
+        examples = (str(file.parent / f"{split}*{file.suffix}") for split, file in found.items())
+        raise DataError(f"{folder} holds several splits. Name one: {', '.join(examples)}.")
 
 
 def keep_rows(rows: Iterable[Row | Problem], problems: Problems) -> Iterator[Row]:
@@ -186,8 +222,16 @@ def _saved_dataset(folder: Path) -> Iterator[Row | Problem]:
         try:
             with arrow.memory_map(str(path)) as source:
                 yield from _arrow_rows(path, ipc.open_stream(source))
+            if not _ends_with(path, _END_OF_STREAM):  # cut between two batches it reads as whole
+                yield Problem(str(path), "not a whole Arrow file: its end is missing")
         except (arrow.ArrowException, OSError) as error:
             yield Problem(str(path), f"not a whole Arrow file: {error}")
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        file.seek(-len(mark), 2)
+        return file.read() == mark
 
 
 def _pyarrow(module: str) -> Any:

@@ -41,6 +41,7 @@ from plait.train.step import hidden_of, notices, update
 from plait.train.tuning_data import name_of, prepare_tuning, record_base
 from plait.train.tuning_job import TuningJob
 from plait.train.tuning_loss import answer_logps, batch_loss, preference_loss
+from plait.train.utilization import utilization_on
 from plait.train.watch import Record, Watch
 
 
@@ -76,6 +77,11 @@ class _Tuning:
         by_epochs = math.ceil(self.num_samples * job.num_epochs / job.batch_size)
         self.num_steps = job.num_steps or by_epochs
         self.optimizers = make_optimizers(self.model, job.optimizer)
+        self.utilization = None
+        if job.method == "full":  # frozen weights need less, how much depends on where they are
+            self.utilization = utilization_on(
+                self.device, self.model, self.model.config, length=job.sequence_length
+            )
         self.references: dict[str, np.ndarray] = {}
         self.best = math.inf
         self.step = 0
@@ -147,18 +153,20 @@ class _Tuning:
         self.step += 1
         duration_s = time.perf_counter() - started_s
         self.elapsed_s += duration_s
-        self.records.add(
-            {
-                "step": self.step,
-                "num_steps": self.num_steps,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": rate,
-                "num_targets": num_targets,
-                "tokens_per_s": sum(b.inputs.numel() for b in batches) / duration_s,
-                "elapsed_s": self.elapsed_s,
-            }
-        )
+        tokens_per_s = sum(b.inputs.numel() for b in batches) / duration_s
+        record: Record = {
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "num_targets": num_targets,
+            "tokens_per_s": tokens_per_s,
+            "elapsed_s": self.elapsed_s,
+        }
+        if self.utilization is not None:
+            record["mfu"] = self.utilization.of(tokens_per_s)
+        self.records.add(record)
 
     def _sample(self, index: int) -> int:
         epoch, place = divmod(index, self.num_samples)

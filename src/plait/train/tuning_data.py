@@ -14,11 +14,12 @@ from plait.train.chat_rows import ChatEncoder, PreferenceEncoder, special_tokens
 from plait.train.encode_rows import Encoder, encode_rows
 from plait.train.packing import write_packed
 from plait.train.row_files import file_hashes, model_hashes
-from plait.train.rows import Problem, Problems, Row, read_rows
+from plait.train.rows import Problem, Problems, Row, other_files, read_rows
 from plait.train.run_folder import RunFolder, adapter_folder
 from plait.train.tuning_job import TuningJob
 from plait.train.watch import Watch
 
+_NAMED_FILES = 100
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,11 +61,15 @@ def prepare_tuning(job: TuningJob, model_folder: Path, run: RunFolder, watch: Wa
                 f"{problems.count} rows of {data} were left out; {run.data.name} names them, "
                 f"first {problems.named[0]}"
             )
+        others = [str(path) for path in other_files(Path(data))]
+        if others:
+            watch.on_stage(f"{len(others)} files of {data} are no rows, first {others[0]}")
         if unread:
             watch.on_stage(f"{data} has fields that are not read: {', '.join(unread)}")
         facts[name] = {
             "path": data,
             "unread_fields": unread,
+            "unread_files": others[:_NAMED_FILES],
             "files": file_hashes(data),
             **asdict(packed),
             "left_out": problems.count,
