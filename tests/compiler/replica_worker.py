@@ -15,11 +15,12 @@ import torch.distributed as dist
 import plait
 from plait.errors import PlanError
 from plait.executor.agree import check_agreement
-from plait.executor.ranks import groups_of
+from plait.executor.ranks import groups_of, local_part, shard_parameters
 from plait.graph.parallelize import parallelize
 from plait.graph.plan_mesh import plan_mesh
 from plait.graph.storage import to_json
 from tests.compiler.replica_models import Case, schedules
+from tests.graph.spread_models import loss
 
 CASES = {
     "llama": {"name": "llama", "replicas": 2},
@@ -93,6 +94,26 @@ def disagree_on_the_weights(rank):
             )
 
 
+def disagree_on_one_axis_of_two(rank):
+    """The ranks of dp or fsdp differ in a norm's weight, and those of tp do not; or the reverse."""
+    case = Case("our_llama", tp=2)
+    name = "layers.1.input_layernorm.weight"
+    for axis, differs in (("dp", "dp"), ("fsdp", "tp")):
+        plan = plait.ParallelPlan(tp=2, replicas=2, **{axis: 2})
+        graph = plait.capture(case.model(), case.tokens(), plan, loss=loss)
+        schedule = plait.compile(graph, plan)
+        with plan_mesh(plan) as mesh:
+            model = parallelize(case.model(), plan, mesh)
+        if axis == "fsdp":
+            shard_parameters(model, mesh)
+        with torch.no_grad():
+            local_part(dict(model.named_parameters())[name])[0] += mesh[differs].get_local_rank()
+        said = rf"axis '{differs}' disagree:\n  parameter {name}: rank"
+        with pytest.raises(PlanError, match=said):
+            plait.run(schedule, model, case.tokens(), mesh=mesh)
+        dist.barrier()
+
+
 def step(model, run, tokens):
     model.zero_grad()
     result = run(tokens)
@@ -129,6 +150,8 @@ def main(rank, world, store_file, task):
             disagree_on_the_plan(rank)
         elif task == "weights":
             disagree_on_the_weights(rank)
+        elif task == "one axis of two":
+            disagree_on_one_axis_of_two(rank)
         elif task == "compiled":
             compile_in_one_line(rank)
         else:

@@ -127,8 +127,8 @@ def test_a_split_and_ordered_graph_keeps_its_collectives_in_their_places():
     ordered = graph
     for each in passes_of("O1", plan=case.plan()):
         if each is not ISLANDS:
-            ordered = each.run(ordered, case.plan(), clusters.cpu(case.tp))
-    fused = ISLANDS.run(ordered, case.plan(), clusters.cpu(case.tp))
+            ordered = each(ordered, case.plan(), clusters.cpu(case.tp))
+    fused = ISLANDS(ordered, case.plan(), clusters.cpu(case.tp))
     assert fused.islands
     before, after = (schedule_of(each) for each in (ordered, fused))
     for name, program in after.items():

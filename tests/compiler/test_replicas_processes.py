@@ -23,9 +23,9 @@ def test_processes_have_one_schedule_and_the_bits_of_the_unsplit_step(world, nam
     run(world, names, tmp_path)
 
 
-@pytest.mark.parametrize("what", ["plan", "weights"])
-def test_ranks_that_disagree_all_stop_and_say_how(what, tmp_path):
-    run(2, what, tmp_path)
+@pytest.mark.parametrize(("world", "what"), [(2, "plan"), (2, "weights"), (4, "one axis of two")])
+def test_ranks_that_disagree_all_stop_and_say_how(world, what, tmp_path):
+    run(world, what, tmp_path)
 
 
 def test_a_spread_model_is_compiled_in_replicas_by_one_line(tmp_path):

@@ -30,6 +30,7 @@ from plait.compiler.compile import compile as compile_graph
 from plait.compiler.fuse import fuse_module
 from plait.compiler.levels import has_islands, passes_of
 from plait.compiler.lower import Lowering
+from plait.compiler.strict import has_strict_operators
 from plait.cost import clusters
 from plait.errors import ConfigError, nearest_name
 from plait.executor.codegen import Runner, load
@@ -82,6 +83,7 @@ def plait_backend(
         if name not in _OPTIONS:
             raise ConfigError(f"there is no option {name!r}. {nearest_name(name, _OPTIONS)}")
     replicas: Any = options.get("replicas", 1)
+    replicas = ParallelPlan(replicas=replicas).replicas  # of a list, what can be compared
     return _backend_of(str(options.get("level", "O0")), replicas)(module, inputs)
 
 
@@ -242,8 +244,9 @@ class WholeFrame:
         name_sources(root)
         graph = Graph(root, {}, (), (), num_outputs)
         for each in passes_of(self.backend.level):
-            graph = each.run(graph, ParallelPlan(), clusters.cpu())
+            graph = each(graph, ParallelPlan(), clusters.cpu())
         self.backend.report.add(describe_graph(self.where, graph), graph)
+        self.backend.report.notes += map(str, graph.notes)
         self.is_known = True
         return graph.root
 
@@ -251,8 +254,11 @@ class WholeFrame:
         """Order and generate one program."""
         with self.backend._timed("generate"):
             found: dict[str, Island] = {}
-            if has_islands(self.backend.level):
+            if has_islands(self.backend.level) and not has_strict_operators(module):
                 module = fuse_module(module, found)
+                if self.backend.level == "O2":
+                    text = "was captured as a whole: it runs in islands, as at O1"
+                    self.backend.report.notes.append(f"{self.where}, {name}, {text}")
             lowering = Lowering()
             for island in found.values():
                 lowering.island(island)

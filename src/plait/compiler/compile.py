@@ -62,7 +62,7 @@ def compile(
         )
     cluster = cluster or _default_cluster(graph, plan)
     for each in passes_of(level, numerics, plan):
-        graph = each.run(graph, plan, cluster)
+        graph = each(graph, plan, cluster)
     lowering = Lowering()
     schedule = Schedule(
         level,

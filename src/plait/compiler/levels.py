@@ -6,8 +6,8 @@
 | O1 | O0's order; loss without logits, save less, islands, each compiled once | `TOLERANCE` |
 | O2 | as O1, but each program is one graph for Inductor, where its order is free | `TOLERANCE` |
 
-At O1 and O2 an optimizer takes PyTorch's fused kernels where it has them. With numerics="strict"
-both run O0's kernels, and say so.
+At O1 and O2 an optimizer takes PyTorch's fused kernels where it has them. With numerics="strict",
+and of a model that is strict itself, both run O0's kernels, and say so.
 
 Where the plan wants replicas, `separate`, `merge collectives` and `replicas` run before recompute,
 and `order` at the end (`replicate.py` says what they do together).
@@ -31,7 +31,7 @@ from plait.compiler.order import order
 from plait.compiler.recompute import recompute
 from plait.compiler.save_less import save_less
 from plait.compiler.separate import separate
-from plait.compiler.strict import strict_numerics
+from plait.compiler.strict import is_strict, strict_numerics
 from plait.compiler.whole_program import whole_programs
 from plait.cost.clusters import Cluster
 from plait.errors import GraphError, nearest_name
@@ -45,33 +45,62 @@ class Pass:
     """A step from graph to graph.
 
     exact: the numbers keep their bits. Else each value of the graph lies within `tolerance` of what
-    it was, in units of the dtype's spacing at 1, relative to the largest of its tensor.
+    it was, in units of the dtype's spacing at 1, relative to the largest of its tensor. moves: it
+    splits, merges or moves collectives or random operators, or takes constants out of them; others
+    keep them as they are, in their order.
     """
 
     name: str
     run: Callable[[Graph, ParallelPlan, Cluster], Graph]
     exact: bool = True
     tolerance: float = 0.0
+    moves: bool = False
+
+    def __call__(self, graph: Graph, plan: ParallelPlan, cluster: Cluster) -> Graph:
+        """Run the pass. Its graph is the caller's from now on, as it was or rewritten."""
+        return self.run(graph, plan, cluster)
 
 
 TOLERANCE = 64.0
 
-LIFT_CONSTANTS = Pass("lift constants", lambda graph, plan, cluster: lift_constants(graph))
+LIFT_CONSTANTS = Pass(
+    "lift constants", lambda graph, plan, cluster: lift_constants(graph), moves=True
+)
 RECOMPUTE = Pass("recompute", lambda graph, plan, cluster: recompute(graph, plan.recompute))
 
-SEPARATE = Pass("separate", lambda graph, plan, cluster: separate(graph))
-MERGE = Pass("merge collectives", lambda graph, plan, cluster: merge(graph), False, TOLERANCE)
-REPLICAS = Pass("replicas", choose_replicas, False, TOLERANCE)
-ORDER = Pass("order", lambda graph, plan, cluster: order(graph, cluster))
+SEPARATE = Pass("separate", lambda graph, plan, cluster: separate(graph), moves=True)
+MERGE = Pass(
+    "merge collectives", lambda graph, plan, cluster: merge(graph), False, TOLERANCE, moves=True
+)
+REPLICAS = Pass("replicas", choose_replicas, False, TOLERANCE, moves=True)
+ORDER = Pass("order", lambda graph, plan, cluster: order(graph, cluster), moves=True)
 STRICT = Pass(
     "strict numerics", lambda graph, plan, cluster: strict_numerics(graph), False, TOLERANCE
 )
 
-LOSS = Pass("loss without logits", lambda graph, plan, cluster: fuse_loss(graph), False, TOLERANCE)
-SAVE_LESS = Pass("save less", lambda graph, plan, cluster: save_less(graph, plan.recompute))
-ISLANDS = Pass("islands", lambda graph, plan, cluster: fuse(graph), False, TOLERANCE)
+LOSS = Pass(
+    "loss without logits",
+    lambda graph, plan, cluster: graph if is_strict(graph) else fuse_loss(graph),
+    False,
+    TOLERANCE,
+)
+SAVE_LESS = Pass(
+    "save less",
+    lambda graph, plan, cluster: graph if is_strict(graph) else save_less(graph, plan.recompute),
+)
+ISLANDS = Pass(
+    "islands",
+    lambda graph, plan, cluster: refuse_islands(graph) if is_strict(graph) else fuse(graph),
+    False,
+    TOLERANCE,
+)
 WHOLE = Pass(
-    "whole programs", lambda graph, plan, cluster: whole_programs(graph, plan), False, TOLERANCE
+    "whole programs",
+    lambda graph, plan, cluster: (
+        refuse_islands(graph) if is_strict(graph) else whole_programs(graph, plan)
+    ),
+    False,
+    TOLERANCE,
 )
 NO_ISLANDS = Pass("islands", lambda graph, plan, cluster: refuse_islands(graph))
 

@@ -42,6 +42,17 @@ _DRAWS = "random numbers are drawn for the whole tensor"
 _UNKNOWN = "nobody measured whether a row's result depends on the others"
 
 
+def is_strict(graph: Graph) -> bool:
+    """Whether the graph has row-exact operators: its model is strict, or the pass below ran."""
+    modules = [graph.root, *(each.joint or each.forward for each in graph.templates.values())]
+    return any(has_strict_operators(module) for module in modules)
+
+
+def has_strict_operators(module: Module) -> bool:
+    """Whether a module has row-exact operators."""
+    return any(str(node.target).startswith("plait.strict_") for node in module.graph.nodes)
+
+
 def strict_numerics(graph: Graph) -> Graph:
     """Rewrite the operators whose result for a row depends on how many rows there are.
 

@@ -112,7 +112,7 @@ class _Forward:
         with torch.no_grad(), without_torch_warnings():
             graph = capture(source.make(layers, vocab_size), tokens_BT, plan, loss=_next_logits)
         for each in passes_of("O0", "fast", plan):
-            graph = each.run(graph, plan, cluster)
+            graph = each(graph, plan, cluster)
         calls = [(node, called[0]) for node in graph.root.graph.nodes if (called := call_of(node))]
         if len(kinds) == 1:
             del calls[2]

@@ -245,7 +245,7 @@ class PieceStore:
 
     def _run(self, passes: Sequence[Pass], graph: Graph, plan: ParallelPlan) -> Graph:
         for each in passes:
-            graph = each.run(graph, plan, self.cluster)
+            graph = each(graph, plan, self.cluster)
         return graph
 
     def _vocabulary(self, shape: Shape) -> int:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.tensor import DTensor, Replicate
 
 from plait.errors import PlanError
 from plait.executor.codegen import GroupAtRun
+from plait.executor.ranks import local_part, replicated_on
 from plait.graph.schedule import Program, Schedule
 
 TIME_LIMIT_S = 120.0
@@ -40,28 +40,38 @@ def check_agreement(
     *,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> None:
-    """Compare the schedule, and parameters that each rank holds whole, with the other ranks.
+    """Compare the schedule, and parameters that ranks hold alike, with the ranks of each axis.
 
     Raises PlanError on every rank if anything differs, or if a rank does not come in time.
     """
     if not groups or not dist.is_initialized() or dist.get_backend() in _ALONE:
         return
+    mine = _of_schedule(schedule)
+    keys: dict[str, dict[int, str]] = {}
+    # Said for all axes before any is compared: a rank that stops at one has answered the others.
     for axis, group in groups.items():
         ranks = dist.get_process_group_ranks(_group(group.name))
         if len(ranks) > 1:
-            mine = {**_of_schedule(schedule), **_of_parameters(parameters, axis)}
-            _compare(axis, ranks, mine, time_limit_s)
+            keys[axis] = _publish(ranks, {**mine, **_of_parameters(parameters, axis)})
+    for axis, of_ranks in keys.items():
+        _compare(axis, of_ranks, time_limit_s)
 
 
 def _group(name: Any) -> Any:
     return _resolve_process_group(name)
 
 
-def _compare(axis: str, ranks: list[int], mine: dict[str, str], time_limit_s: float) -> None:
-    store, place = _get_default_store(), f"plait/agree/{'-'.join(map(str, ranks))}"
+def _publish(ranks: list[int], mine: dict[str, str]) -> dict[int, str]:
+    """Say what this rank has; returns the keys under which each rank says it."""
+    place = f"plait/agree/{'-'.join(map(str, ranks))}"
     _counts[place] += 1
-    keys = [f"{place}/{_counts[place]}/{rank}" for rank in ranks]
-    store.set(keys[ranks.index(dist.get_rank())], json.dumps(mine))
+    keys = {rank: f"{place}/{_counts[place]}/{rank}" for rank in ranks}
+    _get_default_store().set(keys[dist.get_rank()], json.dumps(mine))
+    return keys
+
+
+def _compare(axis: str, key_of: Mapping[int, str], time_limit_s: float) -> None:
+    store, ranks, keys = _get_default_store(), list(key_of), list(key_of.values())
     try:
         store.wait(keys, timedelta(seconds=time_limit_s))
     except RuntimeError as error:  # DistStoreError, whose kinds differ between releases
@@ -117,19 +127,12 @@ def _text(program: Program) -> str:
 
 
 def _of_parameters(parameters: Mapping[str, Tensor], axis: str) -> dict[str, str]:
-    """Checksums of the parameters that all ranks of the axis hold alike."""
-    found = {}
-    for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor):
-            names = parameter.device_mesh.mesh_dim_names or ()
-            is_whole = axis in names and isinstance(
-                parameter.placements[names.index(axis)], Replicate
-            )
-            if is_whole:
-                found[f"parameter {name}"] = _checksum(parameter.to_local())
-        elif axis == "dp":
-            found[f"parameter {name}"] = _checksum(parameter)
-    return found
+    """Checksums of what this rank holds of the parameters that are alike along the axis."""
+    return {
+        f"parameter {name}": _checksum(local_part(parameter))
+        for name, parameter in parameters.items()
+        if axis in ("dp", *replicated_on(parameter))
+    }
 
 
 def _checksum(x: Tensor) -> str:

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from plait.compiler.shard import shard_shape
 from plait.errors import PlanError
 from plait.executor.codegen import GroupAtRun, Runner
 from plait.graph.graph import Role
 from plait.graph.schedule import Schedule
+
+_REPLICATED_ON = "plait_replicated_on"
+"""What a shard remembers of the parameter that it is of."""
 
 
 def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -30,11 +33,24 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 if parameter not in made:
-                    whole = parameter.detach()
-                    whole = whole.to_local() if isinstance(whole, DTensor) else whole
-                    shard = _shard(whole, num_ranks, rank)
+                    shard = _shard(local_part(parameter.detach()), num_ranks, rank)
                     made[parameter] = nn.Parameter(shard, parameter.requires_grad)
+                    setattr(made[parameter], _REPLICATED_ON, replicated_on(parameter))
                 module._parameters[name] = made[parameter]
+
+
+def local_part(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be spread over ranks."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def replicated_on(parameter: Tensor) -> tuple[str, ...]:
+    """Axes of its mesh along which all ranks hold the same of a parameter, or of its shard."""
+    if not isinstance(parameter, DTensor):
+        return getattr(parameter, _REPLICATED_ON, ())
+    names = parameter.device_mesh.mesh_dim_names or ()
+    pairs = zip(names, parameter.placements, strict=True)
+    return tuple(name for name, placement in pairs if isinstance(placement, Replicate))
 
 
 @torch.no_grad()
