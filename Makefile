@@ -51,9 +51,12 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overlap --price
 	$(BIN)/python -m benchmarks.dryrun_scale
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.overlap --level O1
 	$(BIN)/python -m benchmarks.dryrun_accuracy
 	$(BIN)/python -m benchmarks.train_throughput
+	$(BIN)/python -m benchmarks.train_throughput --level O1
 	$(BIN)/python -m benchmarks.finetune
+	$(BIN)/python -m benchmarks.finetune --level O1
 	$(BIN)/python -m benchmarks.data_loading
 	$(BIN)/python -m benchmarks.bits_per_byte
 	$(BIN)/python -m benchmarks.fresh_clone

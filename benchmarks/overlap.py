@@ -7,6 +7,7 @@ that of each round.
 
     python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N] [--short]
     python -m benchmarks.overlap --price        the paper machine instead (overlap_price)
+    python -m benchmarks.overlap --level O1     what a level hides beside O0 (overlap_levels)
 
 --short leaves out ratio 1, local batch 4, and rivals and batches in bf16.
 """
@@ -58,7 +59,11 @@ TARGETS = {
 }
 CAUSAL_TARGETS = {("forward", 0.5): 0.85}
 REPLICAS = (1, 2, 3, 4)
-_ANY_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1.0)
+
+
+def any_link() -> Link:
+    """A link for a group whose messages are not timed yet."""
+    return Link(latency_s=0.0, bandwidth_bytes_per_s=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ class Bench:
                 free_s.append(sum(self.unsplit().values()))
             self.free_s = statistics.median(free_s)
             self.link_of = {ratio: link_for(group, self.free_s, ratio) for ratio in RATIOS}
-            self.cluster = calibrated_cluster(base, self.inputs, {"tp": _ANY_LINK}, TP)
+            self.cluster = calibrated_cluster(base, self.inputs, {"tp": any_link()}, TP)
 
     def step(self, runnable: Runnable) -> Step:
         """A program of it."""
@@ -134,7 +139,11 @@ class Bench:
 
     def on(self, ratio: float) -> Cluster:
         """The cost model's machine, with the link of that ratio."""
-        return replace(self.cluster, links={"tp": self.link_of[ratio]})
+        return self.on_link(self.link_of[ratio])
+
+    def on_link(self, link: Link) -> Cluster:
+        """The cost model's machine, with a link."""
+        return replace(self.cluster, links={"tp": link})
 
     def forms(
         self,
@@ -234,27 +243,27 @@ def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) ->
     rows: list[Row] = []
     if quick:
         size, num_rounds = Size(width=512, layers=2, tokens=256), 2
-    group = DelayedProcessGroup(0, TP, _ANY_LINK)
+    group = DelayedProcessGroup(0, TP, any_link())
     for kind, dtype in list(DTYPES.items())[: 1 if quick else 2]:
         name = f"{kind}, {size.tokens} tokens"
         bench = Bench(size, dtype, group, num_rounds)
-        rows.append(_row(f"{name}: free unsplit step", "s", [bench.free_s], quick, 1.0))
+        rows.append(row(f"{name}: free unsplit step", "s", [bench.free_s], quick, 1.0))
         for ratio in RATIOS[:1] if quick else RATIOS[:2] if is_short else RATIOS:
             where = f"{name}, ratio {ratio:g}, token axis"
-            _say(where)
+            say(where)
             hiding = bench.hiding(ratio, "token")
             rows += _hiding_rows(where, hiding, quick, ratio, TARGETS)
             if ratio == RATIOS[0]:
                 where += ", causal split"
-                _say(where)
+                say(where)
                 causal = bench.hiding(ratio, "token", causal_split=True)
                 rows += _hiding_rows(where, causal, quick, ratio, CAUSAL_TARGETS)
             if ratio == RATIOS[0] and not (is_short and kind != "fp32"):
-                _say(f"{name}: rivals")
+                say(f"{name}: rivals")
                 rows += _rival_rows(name, size, dtype, bench, hiding.best_of_step(), quick)
         batches = (2,) if quick or is_short else (2, 4)
         for batch in () if is_short and kind != "fp32" else batches:
-            _say(f"{name}, batch {batch}")
+            say(f"{name}, batch {batch}")
             smaller = replace(size, batch=batch, tokens=size.tokens // batch)
             rows += _batch_rows(name, smaller, dtype, group, num_rounds, quick)
         del bench
@@ -263,7 +272,7 @@ def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) ->
     title = (
         "overlap: load average of the machine meanwhile (above 1.5, others disturbed the figures)"
     )
-    return [*rows, _row(title, "", [load], quick, 1.5, "lower")]
+    return [*rows, row(title, "", [load], quick, 1.5, "lower")]
 
 
 def _hiding_rows(
@@ -278,9 +287,9 @@ def _hiding_rows(
         best = hiding.best(direction)
         target = (targets or {}).get((direction, ratio))
         title = f"{where}: {direction} net hidden, R <= 4 (R = {best})"
-        rows.append(_row(title, "", hiding.net(best, direction), quick, target))
+        rows.append(row(title, "", hiding.net(best, direction), quick, target))
         of_direction = hiding.ratio(direction)
-        rows.append(_row(f"{where}: {direction} communication / compute", "", of_direction, quick))
+        rows.append(row(f"{where}: {direction} communication / compute", "", of_direction, quick))
         for forms in hiding.forms:
             number, each = forms.num_replicas, f"{where}: {direction}, R = {forms.num_replicas}"
             predicted = [forms.predicted[direction].net_hidden]
@@ -288,10 +297,10 @@ def _hiding_rows(
             expected = forms.predicted[direction]
             slower = [expected.split_free_s / expected.free_s]
             rows += [
-                _row(f"{each}: net hidden", "", hiding.net(number, direction), quick),
-                _row(f"{each}: net hidden, predicted", "", predicted, quick),
-                _row(f"{each}: split / unsplit, free", "x", penalty, quick, better="lower"),
-                _row(f"{each}: split / unsplit, predicted", "x", slower, quick, better="lower"),
+                row(f"{each}: net hidden", "", hiding.net(number, direction), quick),
+                row(f"{each}: net hidden, predicted", "", predicted, quick),
+                row(f"{each}: split / unsplit, free", "x", penalty, quick, better="lower"),
+                row(f"{each}: split / unsplit, predicted", "x", slower, quick, better="lower"),
             ]
     return rows
 
@@ -329,9 +338,9 @@ def _rival_rows(
     for direction in DIRECTIONS:
         title = f"{where}: {direction} net hidden"
         overlap = net_hidden(samples, "Inductor", "Inductor with overlap", direction)
-        rows.append(_row(f"{title}, Inductor with overlap over Inductor", "", overlap, quick))
+        rows.append(row(f"{title}, Inductor with overlap over Inductor", "", overlap, quick))
         rows.append(
-            _row(f"{title}, ours", "", net_hidden(samples, "unsplit", "ours", direction), quick)
+            row(f"{title}, ours", "", net_hidden(samples, "unsplit", "ours", direction), quick)
         )
     return rows
 
@@ -387,10 +396,10 @@ def _against(
     better: Literal["higher", "lower"],
 ) -> Row:
     ratios = [a / b for a, b in zip(_steps(samples, above), _steps(samples, below), strict=True)]
-    return _row(claim, "x", ratios, quick, target, better)
+    return row(claim, "x", ratios, quick, target, better)
 
 
-def _row(
+def row(
     claim: str,
     unit: str,
     samples: list[float],
@@ -404,7 +413,8 @@ def _row(
     return Row(claim=claim, unit=unit, target=kept, better=better, samples=rounded)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell where the benchmark is."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -414,12 +424,21 @@ def _main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--level", choices=("O1", "O2"))
     chosen, rest = parser.parse_known_args()
     sys.argv[1:] = rest
     if chosen.price:
         run_benchmark("overlap_price", overlap_price.measure)
         return
     size = Size(tokens=chosen.tokens)
+    if chosen.level is not None:
+        from benchmarks.overlap_levels import measure_level  # which uses this module
+
+        level, rounds = chosen.level, chosen.rounds
+        run_benchmark(
+            f"overlap_{level.lower()}", lambda quick: measure_level(level, quick, size, rounds)
+        )
+        return
     run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds, chosen.short))
 
 

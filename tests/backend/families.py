@@ -5,6 +5,7 @@ Hugging Face models are unmodified; four layers, so that blocks repeat.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ import transformers as hf
 from torch import Tensor, nn
 
 from plait.models.decoder import Decoder, DecoderConfig
+from plait.models.registry import FAMILIES as ARCHITECTURES
 from plait.nn.experts import ExpertSettings
 from plait.nn.latent_attention import LatentSettings
 from plait.nn.rotary import Rope
 from plait.train.step import summed_loss
+from tests.models.test_families import PANGU
+from tests.models.tiny_families import CONFIGS
 
 Family = tuple[nn.Module, dict[str, Tensor]]
 
@@ -128,6 +132,28 @@ def plait_deepseek_v3() -> Family:
         dense_layers=(0,),
     )
     return _plait("deepseek_v3", torch.float32, latent=latent, experts=experts)
+
+
+OF_CONFIGS = {
+    "MistralForCausalLM": "mistral-window",
+    "Qwen2ForCausalLM": "qwen2-yarn",
+    "Qwen3MoeForCausalLM": "qwen3-experts",
+    "Phi3ForCausalLM": "phi3-long-partial",
+    "Olmo2ForCausalLM": "olmo2",
+    "SmolLM3ForCausalLM": "smollm3",
+    "DeepseekV2ForCausalLM": "deepseek-v2-groups",
+}
+"""Families of ours that are read from a `config.json`, and which of the tiny ones it is."""
+
+
+def plait_of(architecture: str) -> Family:
+    """A family of ours, read from a tiny `config.json`, float32."""
+    if architecture in OF_CONFIGS:
+        settings = CONFIGS[OF_CONFIGS[architecture]]().to_dict()
+    else:
+        settings = PANGU | {"vocab_size": VOCABULARY}
+    config = ARCHITECTURES[architecture].read_config(settings)
+    return TrainingLoss(config, torch.float32), {"tokens": _tokens(2, 18)}
 
 
 def llama() -> Family:
@@ -288,6 +314,9 @@ FAMILIES: Mapping[str, Callable[[], Family]] = {
         t5,
         bart,
     )
+} | {
+    f"plait_{ARCHITECTURES[name].name.lower()}": partial(plait_of, name)
+    for name in (*OF_CONFIGS, "PanguEmbeddedForCausalLM")
 }
 
 

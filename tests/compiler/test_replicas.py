@@ -3,9 +3,10 @@
 All ranks are computed in one process, with true collectives (`LocalTensorMode`). Strict numerics.
 """
 
+import re
 import sys
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -25,21 +26,30 @@ REGROUPED = {torch.float32: 1e-6, torch.bfloat16: 3e-2}
 
 BF16 = torch.bfloat16
 
-# Each family once; between them every pair of tp, sp, replicas, batch or tokens, dtype and threads.
+# Each family once; between them every pair of the values below.
+VALUES = {
+    "tp": (2, 4),
+    "sp": (False, True),
+    "replicas": (2, 3, 4),
+    "is_batch": (False, True),
+    "dtype": (torch.float32, BF16),
+    "threads": (1, 2),
+    "width": (64, 1024),
+}
 QUICK = [
     Case("our_llama", tp=4, sp=True, replicas=3, batch=4, dtype=BF16),
     Case("our_qwen3", tp=4, replicas=4, width=1024, dtype=BF16, threads=2),
     Case("llama", tp=4, sp=True, replicas=3, threads=2),
-    Case("qwen3", tp=2, sp=True, replicas=2, dtype=BF16),
+    Case("qwen3", tp=2, sp=True, replicas=2, width=1024),
     Case("mistral", tp=2, sp=True, replicas=3, num_tokens=130),
     Case("gpt2", tp=2, replicas=2, batch=2, threads=2),
     Case("gpt2_dropout", tp=4, sp=True, replicas=3),
     Case("phi3", tp=2, sp=True, replicas=4, batch=4),
     Case("olmo2", tp=2, sp=True, replicas=4, dtype=BF16, threads=2),
-    Case("gemma2", tp=2, replicas=3, batch=3, dtype=BF16),
+    Case("gemma2", tp=2, replicas=3, batch=3, width=1024, dtype=BF16),
     Case("mixtral", tp=2, replicas=2),
-    Case("our_gemma2", tp=2, sp=True, replicas=2, num_tokens=130),
-    Case("our_mixtral", tp=4, replicas=3, batch=3),
+    Case("our_gemma2", tp=2, sp=True, replicas=2, num_tokens=130, dtype=BF16),
+    Case("our_mixtral", tp=4, replicas=2, batch=3),
 ]
 
 
@@ -75,10 +85,21 @@ def check_collectives(schedule, case):
     """All are split, but for sums of weights' gradients."""
     notes = [note for note in schedule.notes if note.by == "replicas" and "c10d" in note.operator]
     assert any(f"split in {case.replicas}" in note.text for note in notes)
+    assert re.search(
+        r"certificate of \w+_x\d: split along tokens: \d+ nodes; tried by execution: \d+ distinct",
+        schedule.report(),
+    )
     for note in notes:
         if note.is_refusal:
             assert "has no tokens, as the sum of a weight's gradient" in note.text, str(note)
             assert "all_reduce" in note.operator
+
+
+def test_the_cases_hold_every_pair_of_values():
+    cases = [vars(case) | {"is_batch": case.batch > 1} for case in QUICK]
+    for a, b in combinations(VALUES, 2):
+        found = {(case[a], case[b]) for case in cases}
+        assert found >= set(product(VALUES[a], VALUES[b])), (a, b)
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)

@@ -71,7 +71,7 @@ class Report:
     def note_islands(self, schedule: Schedule, islands: Islands) -> None:
         """Add what a program's islands are, and what became of them."""
         self.islands += [*schedule.island_lines(), *islands.lines()]
-        self.notes += [str(note) for note in schedule.notes]
+        self.notes += [*map(str, schedule.notes), *schedule.certificate_lines()]
 
     def note_break(self, item: Break, *, is_vague: bool = False) -> None:
         """Add a break. What is vague is left out where another reason is known for the line."""

@@ -37,6 +37,7 @@ from plait.graph.graph import (
     call_of,
     describe,
 )
+from plait.graph.note import CAPTURE
 from plait.graph.partition import part_joint
 
 _ALIGNMENT = 64
@@ -102,7 +103,8 @@ def replicate(
         raise PlanError(
             f"replicas={name}: the model was captured as one piece, and replicas are made "
             "piece by piece. A buffer that a layer changes, or a DTensor between layers, makes it "
-            "one. Use replicas=1."
+            f"one{''.join(f' ({note.text})' for note in graph.notes if note.by == CAPTURE)}. "
+            "Use replicas=1."
         )
     axis, total = _axis_of(graph, max(numbers), axis)
     if axis == "token":

@@ -30,6 +30,7 @@ from plait.graph.breaks import make_break
 from plait.graph.compose import Names, compose
 from plait.graph.distributed import localize, name_groups
 from plait.graph.graph import Graph, Role, describe_argument
+from plait.graph.note import CAPTURE, Note
 from plait.graph.parallelize import keep_local_parameters, parallelize
 from plait.graph.plan_mesh import plan_mesh
 from plait.graph.regions import Blocks, marking_blocks
@@ -138,12 +139,18 @@ def _capture(
                 names,
                 num_attentions=num_attentions(plan, fake_inputs),
             )
-        except NotATemplate:
+        except NotATemplate as error:
             graph = compose_whole(module, captured.fake_mode, names)
+            graph.notes = (*graph.notes, _one_piece(str(error)))
     name_groups(graph, [*meshes, *([] if mesh is None else [mesh])])
     graph.is_step = loss is not None
     graph.arguments = tuple(describe_argument(x) for x in inputs)
     return graph
+
+
+def _one_piece(reason: str) -> Note:
+    text = f"captured as one piece: {reason}"
+    return Note(by=CAPTURE, operator="graph", node="root", text=text, is_refusal=True)
 
 
 def num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:

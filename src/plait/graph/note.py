@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+CAPTURE = "capture"
+"""Who notes why a model is captured as one piece."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Note:

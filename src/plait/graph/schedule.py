@@ -143,9 +143,16 @@ class Schedule:
         first = (
             f"level {self.level}, {self.numerics} numerics, {self.num_steps} operators: {programs}"
         )
-        return "\n".join(
-            [first, *self.island_lines(), *self.made, *(str(note) for note in self.notes)]
-        )
+        parts = (*self.island_lines(), *self.made, *self.notes, *self.certificate_lines())
+        return "\n".join([first, *map(str, parts)])
+
+    def certificate_lines(self) -> list[str]:
+        """Of each piece that was split, what was proven of it; `certificates` has all of it."""
+        found = []
+        for name, text in self.certificates.items():
+            heads = (line for line in text.splitlines() if not line.startswith(" "))
+            found.append(f"certificate of {name}: {'; '.join(heads)}")
+        return found
 
     def island_lines(self) -> list[str]:
         """What is fused, as text: islands, how many of them differ, and the operators in them."""

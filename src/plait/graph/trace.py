@@ -7,7 +7,7 @@ which kernels the backward uses and in which order gradients are summed, so the 
 # pyright: basic
 # (fx, functionalization and proxies are not typed.)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -31,6 +31,7 @@ from plait.graph.eager_kernels import kernels_of_eager
 from plait.graph.graph import Module, Node, Role, Template, Value, describe
 from plait.graph.modes import Modes
 from plait.graph.partition import extract_forward, part_joint
+from plait.graph.source import source_of
 from plait.graph.sources import name_sources
 
 
@@ -108,6 +109,14 @@ class _Traced:
         self.piece = piece
         self.use = use
 
+    def user_of(self, i: int) -> str:
+        """What takes an operand first: the operator, and the line that it comes from."""
+        user = next(iter(self.piece.graph.find_nodes(op="placeholder")[i].users), None)
+        if user is None:
+            return "what nothing takes"
+        target = getattr(user.target, "__name__", str(user.target))
+        return f"{target} ({source_of(user)})"
+
     def __call__(self, operands: list[Tensor], tangents: list[Tensor]) -> list[Tensor | None]:
         use = self.use
         with use.modes.entered():
@@ -128,18 +137,20 @@ class _Traced:
         return [*results, *(next(found) if needs else None for needs in use.needs_gradient)]
 
 
-def _trace_functional(traced: Callable, operands: list[Tensor], tangents: list[Tensor]) -> Module:
+def _trace_functional(traced: _Traced, operands: list[Tensor], tangents: list[Tensor]) -> Module:
     """Trace without mutations: in-place operators become new values."""
     num_operands = len(operands)
 
     def functional(*inputs: Tensor) -> list[Tensor | None]:
         wrapped = [to_fun(x) for x in inputs]
         outputs = traced(wrapped[:num_operands], wrapped[num_operands:])
-        for before, after in zip(inputs[:num_operands], wrapped, strict=False):
+        for i, (before, after) in enumerate(zip(inputs[:num_operands], wrapped, strict=False)):
             if has_data_mutation(after) or has_metadata_mutation(
                 after, before, check_only_storage_mutation=False
             ):
-                raise NotATemplate("it changes a tensor in place that comes from outside")
+                raise NotATemplate(
+                    f"it changes a tensor in place that comes from outside, in {traced.user_of(i)}"
+                )
         return [cast("Tensor | None", from_fun(x)) for x in outputs]
 
     with (
