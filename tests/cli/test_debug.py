@@ -1,6 +1,7 @@
 """`plait debug` as a user meets it: a script with a fault, in a real process."""
 
 import os
+import re
 
 import pytest
 from safetensors.torch import load_file
@@ -105,6 +106,26 @@ def test_the_first_difference_from_eager_is_named(folder):
     assert "The first step that does not:" in result.stdout
     assert "script.py:19, in forward: share = share * 1.25" in result.stdout
     assert "the nearest, made by aten.div.Tensor" in result.stdout
+
+
+def test_a_run_is_compared_with_one_that_was_recorded(folder):
+    kept = debug(folder, "script.py", "--record", "first.safetensors")
+    assert kept.returncode == 0, kept.stderr
+    assert re.search(r"\d+ steps kept in first.safetensors$", kept.stdout.strip())
+    same = debug(folder, "script.py", "--compare", "first.safetensors")
+    assert re.search(r"^\d+ steps made the same, 0 something else$", same.stdout, re.MULTILINE)
+    text = (folder / "script.py").read_text()
+    (folder / "script.py").write_text(
+        text.replace("torch.relu(self.up(x))", "torch.relu(self.up(x) + 1)")
+    )
+    other = debug(folder, "script.py", "--compare", "first.safetensors")
+    assert other.returncode == 0, other.stderr
+    assert "the first that differs:" in other.stdout
+    assert "script.py:16, in forward: h = torch.relu(self.up(x))" in other.stdout
+    assert "steps are only in the second run" in other.stdout
+    wrong = debug(folder, "script.py", "--compare", "script.py")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines()[-1].startswith("GraphError: script.py is no recording")
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +24,13 @@ from plait.executor.compare_eager import EagerRun, EagerSearch
 from plait.executor.debug import Breakpoint, Dump, Listing, check_is_known
 from plait.executor.not_finite import NotFiniteFound, NotFiniteSearch
 from plait.executor.observe import Lookout, Sighting, Watch, observing
+from plait.executor.record import Recording
+from plait.executor.record import compare as compare_recordings
 from plait.executor.statistics import describe_value
 from plait.graph.place import walk
 from plait.graph.schedule import Schedule
 
-
-class Reference(Enum):
-    """What a run can be compared with."""
-
-    EAGER = "eager"
+EAGER = "eager"
 
 
 def debug_command(
@@ -51,9 +48,16 @@ def debug_command(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Steps to dump, such as 'forward/*/addmm*'."),
     ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Keep what every step makes in this file.")
+    ] = None,
     compare: Annotated[
-        Reference | None,
-        typer.Option(help="Run the script with eager PyTorch too; find the first difference."),
+        str | None,
+        typer.Option(
+            metavar="eager|FILE",
+            help="Find the first step that differs from eager PyTorch, which runs the script too, "
+            "or from a run that --record kept.",
+        ),
     ] = None,
 ) -> None:
     """Run a script, and look into what plait.jit or torch.compile(backend="plait") compiles in it.
@@ -70,15 +74,19 @@ def debug_command(
     session = Session()
     if nan:
         session.search_nan()
-    if compare is not None:
+    if compare == EAGER:
         session.search_difference(_eager_run(command))
+    elif compare is not None:
+        session.compare(Recording.load(compare))
+    if record is not None:
+        session.record(record)
     for where in break_at or []:
         session.watches.append(Breakpoint(where, prompt).watch)
     if dump is not None:
         session.dump(dump, tuple(tensors or ("*",)))
     if not session.watches:
         session.watches.append(Listing(show).watch)
-    if compare is not None:
+    if compare is not None or record is not None:
         _seed()
     _watch(command, session)
     for pattern in (*(break_at or ()), *(tensors or ())):
@@ -115,11 +123,28 @@ class Session:
         self.watches.append(search.watch)
         self.reports.append(lambda: str(search))
 
+    def record(self, path: Path) -> None:
+        """Keep what every step makes, and write it at the end."""
+        recording = Recording()
+        self.watches.append(recording.watch)
+        self.reports.append(lambda: _saved(recording, path))
+
+    def compare(self, before: Recording) -> None:
+        """Compare every step with that of another run."""
+        recording = Recording()
+        self.watches.append(recording.watch)
+        self.reports.append(lambda: str(compare_recordings(before, recording)))
+
     def dump(self, folder: Path, patterns: tuple[str, ...]) -> None:
         """Write the steps that a pattern means."""
         dumped = Dump(folder, patterns)
         self.watches.append(dumped.watch)
         self.reports.append(lambda: f"{len(dumped.files)} steps written to {folder}")
+
+
+def _saved(recording: Recording, path: Path) -> str:
+    recording.save(path)
+    return f"{len(recording.records)} steps kept in {path}"
 
 
 def prompt(sighting: Sighting) -> None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plait.errors import GraphError
 from plait.executor.debug import is_meant
 from plait.executor.observe import Lookout, Sighting, tensors_in
 from plait.executor.outcome import outcome_of
@@ -20,14 +21,21 @@ from plait.graph.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a step made. step: the name of its place. run: which run of its program, from 1."""
+    """What a step made. step: the name of its place. run: which run of its program, from 1.
+
+    graph: which of several schedules it is of.
+    """
 
     step: str
     run: int
+    graph: str = ""
     operator: str
     where: str
     source: str
     tensors: tuple[Tensor, ...] = field(repr=False)
+
+
+_NAMES = ("step", "run", "graph", "operator", "where", "source")
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Recording:
             Record(
                 step=place.name,
                 run=sighting.run,
+                graph=sighting.graph,
                 operator=place.step.target,
                 where=place.where,
                 source=place.step.source,
@@ -59,22 +68,27 @@ class Recording:
         tensors, about = {}, []
         for i, each in enumerate(self.records):
             tensors |= {f"{i}.{j}": x for j, x in enumerate(each.tensors)}
-            about.append([each.step, each.run, each.operator, each.where, each.source])
+            about.append([getattr(each, name) for name in _NAMES])
         save_file(tensors, path, {"pattern": self.pattern, "records": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Recording":
-        """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            about = file.metadata()
+        """Read what `save` wrote. Raises GraphError if the file is something else."""
+        try:
+            opened = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise GraphError(f"{path} is no recording: {error}.") from error
+        with opened as file:
+            about = file.metadata() or {}
+            if about.keys() != {"pattern", "records"}:
+                raise GraphError(f"{path} is no recording of `plait debug --record`.")
             tensors: list[list[Tensor]] = [[] for _ in json.loads(about["records"])]
             keys = [tuple(map(int, key.split("."))) for key in file.keys()]  # noqa: SIM118
             for i, j in sorted(keys):
                 tensors[i].append(file.get_tensor(f"{i}.{j}"))
-        names = ("step", "run", "operator", "where", "source")
         rows = zip(json.loads(about["records"]), tensors, strict=True)
         records = [
-            Record(**dict(zip(names, row, strict=True)), tensors=tuple(each)) for row, each in rows
+            Record(**dict(zip(_NAMES, row, strict=True)), tensors=tuple(each)) for row, each in rows
         ]
         return cls(about["pattern"], records)
 
@@ -137,14 +151,14 @@ def record(
 def compare(
     first: Recording, second: Recording, *, rtol: float = 0.0, atol: float = 0.0
 ) -> Comparison:
-    """Compare the steps that both runs have, by the names of their places and the run.
+    """Compare the steps that both runs have, by the names of their places, run and graph.
 
     Bit for bit, or within atol + rtol * (largest element of the first) where one is given.
     """
-    others = {(each.step, each.run): each for each in second.records}
+    others = {(each.graph, each.step, each.run): each for each in second.records}
     differences, num_equal, only_first = [], 0, []
     for each in first.records:
-        other = others.pop((each.step, each.run), None)
+        other = others.pop((each.graph, each.step, each.run), None)
         if other is None:
             only_first.append(each.step)
             continue
