@@ -97,6 +97,14 @@ def test_an_interrupted_search_returns_the_best_so_far(cluster):
     assert 0 < len(got.best) <= 10
 
 
+def test_a_search_that_is_asked_to_stop_ends_before_the_next_plan(cluster):
+    asked = iter(range(1_000_000))
+    got = search(JOB, cluster, micro_batch_sizes=ONE, should_stop=lambda: next(asked) == 12)
+    assert not got.is_complete
+    assert got.num_priced + sum(got.rejected.values()) >= 12
+    assert next(asked) == 13
+
+
 def test_a_cluster_too_small_for_any_plan_says_how_much_is_missing(cluster):
     with pytest.raises(PlanError, match=r"no plan of small fits 4 ranks.*The nearest needs"):
         search(JOB, cluster, memory_bytes=2**29, micro_batch_sizes=ONE)

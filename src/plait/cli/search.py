@@ -6,6 +6,7 @@ import typer
 
 from plait.cli.large_job import large_cluster, large_job, size_of
 from plait.cli.output import say, show, show_json
+from plait.cli.stop import stop_on_interrupt
 from plait.dryrun.job_report import search_json, search_report
 from plait.dryrun.search import search
 from plait.errors import ConfigError
@@ -37,13 +38,16 @@ def search_command(
         raise ConfigError(f"--top must be at least 1, got {top}.")
     if explain is not None and not all(1 <= number <= top for number in explain):
         raise ConfigError(f"--explain compares two of the plans shown, 1 to {top}: {explain}.")
-    result = search(
-        large_job(recipe, settings or []),
-        large_cluster(cluster, world),
-        memory_bytes=None if memory is None else size_of(memory),
-        top=top,
-        on_progress=say,
-    )
+    with stop_on_interrupt("stopping after this plan") as stop:
+        stop.defer()
+        result = search(
+            large_job(recipe, settings or []),
+            large_cluster(cluster, world),
+            memory_bytes=None if memory is None else size_of(memory),
+            top=top,
+            on_progress=say,
+            should_stop=stop.is_set,
+        )
     if as_json:
         show_json(search_json(result))
     else:

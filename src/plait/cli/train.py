@@ -1,14 +1,10 @@
 """`plait train`: run a recipe, show how it goes, measure and sample what came out."""
 
-import contextlib
 import itertools
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +15,7 @@ from plait.checkpoint.json_file import write_text
 from plait.cli.evaluate import score_rows, scoring_progress
 from plait.cli.output import duration, progress_console, say, show, show_json, show_table
 from plait.cli.sample import complete
+from plait.cli.stop import stop_on_interrupt
 from plait.config import override
 from plait.errors import ConfigError, PlaitError
 from plait.recipes.catalog import RECIPES, find_recipe
@@ -53,7 +50,10 @@ def train_command(
     say(f"run folder: {run.path}")
     how_to_resume = f"  plait train {recipe} --resume {shlex.quote(str(run.path))}"
     try:
-        with _stop_on_interrupt() as stop, _Display(job.num_steps) as display:
+        with (
+            stop_on_interrupt("stopping after this step and saving") as stop,
+            _Display(job.num_steps) as display,
+        ):
 
             def on_record(record: Record) -> None:
                 stop.defer()
@@ -170,35 +170,6 @@ def _last(records: list[Record], key: str) -> Record:
 
 def _report(job: Job | TuningJob, run: RunFolder, rows: list[tuple[str, str]], sample: str) -> None:
     write_text(run.report, render_report(job, run.read_metrics(), rows, sample))
-
-
-class _Stop:
-    """Ctrl-C: while steps are made, the first one asks to stop; elsewhere it interrupts at once."""
-
-    def __init__(self) -> None:
-        self._asked = self._deferring = False
-
-    def defer(self) -> None:
-        self._deferring = True
-
-    def is_set(self) -> bool:
-        return self._asked
-
-    def ask(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._asked or not self._deferring:
-            raise KeyboardInterrupt
-        self._asked = True
-        say("stopping after this step and saving; press Ctrl-C again to stop at once")
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = signal.signal(signal.SIGINT, stop.ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Display:

@@ -110,17 +110,19 @@ def search(
     top: int = 10,
     micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
     on_progress: OnProgress = lambda text: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> SearchResult:
     """Search the plans of a job. memory_bytes: of a rank, by default all that the device has.
 
-    KeyboardInterrupt ends it; what was found so far is returned, with is_complete False. Raises
-    PlanError with what is missing if no plan fits.
+    should_stop is asked before each plan. It, or a KeyboardInterrupt, ends the search; what was
+    found so far is returned, with is_complete False. Raises PlanError with what is missing if no
+    plan fits.
     """
     found = source or source_of(job)
     limit = memory_bytes or cluster.device.memory_bytes
     result = SearchResult(job, limit)
     hunt = _Search(job, cluster, found, result, on_progress)
-    hunt.micro_batch_sizes = micro_batch_sizes
+    hunt.micro_batch_sizes, hunt.should_stop = micro_batch_sizes, should_stop
     try:
         hunt.run()
         hunt.refine(top)
@@ -148,6 +150,7 @@ class _Search:
         self.job, self.cluster, self.source, self.result = job, cluster, source, result
         self.on_progress = on_progress
         self.micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
+        self.should_stop: Callable[[], bool] = lambda: False
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
         self.pricer = Pricer(job, limited, source)
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
@@ -219,6 +222,7 @@ class _Search:
         return found
 
     def _price(self, candidate: Candidate) -> None:
+        self._check_stop()
         job = with_plan(self.job, candidate.plan, candidate.micro_batch_size)
         try:
             planned = self.pricer.planned(job)
@@ -269,7 +273,12 @@ class _Search:
                     self.result.best.append(Priced(split, price))
                     self.result.num_priced += 1
 
+    def _check_stop(self) -> None:
+        if self.should_stop():
+            raise KeyboardInterrupt
+
     def _exact(self, candidate: Candidate) -> JobPrice:
+        self._check_stop()
         return self.pricer.price(with_plan(self.job, candidate.plan, candidate.micro_batch_size))
 
 
