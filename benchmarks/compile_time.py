@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.result import ROOT, Row, run_levels
+from benchmarks.result import ROOT, Row, finish, make_on_device, run_levels
 
 MODELS = {"decoder": "plait's Llama", "hugging_face": "Hugging Face's Llama"}
 SHAPE = {
@@ -156,6 +156,7 @@ def _work(*, side: str, model: str, layers: int, started_s: float) -> Child:
     torch.manual_seed(0)
     if side == "capture":
         return _capture_405b(layers)
+    make_on_device()
     step, parameters, blocks = _decoder(layers) if model == "decoder" else _hugging_face(layers)
     tokens = torch.randint(0, SHAPE["vocab_size"], (1, NUM_TOKENS))
     import_s = time.time() - started_s
@@ -170,6 +171,7 @@ def _work(*, side: str, model: str, layers: int, started_s: float) -> Child:
         "whole": lambda: torch.compile(step),
     }[side]()
     compiled(tokens).backward()
+    finish()
     step_s = time.perf_counter() - start_s
     if any(parameter.grad is None for parameter in parameters):
         raise RuntimeError("the step left a parameter without a gradient")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.result import Row, run_levels
+from benchmarks.result import Row, device, finish, make_on_device, run_levels
 from plait.ops.adamw import AdamWSettings, adamw_step_, adamw_work
 from plait.ops.attention import causal_attention, causal_attention_work
 from plait.ops.dropout import dropout, dropout_work
@@ -63,8 +63,7 @@ class Size:
 
 def _sizes() -> tuple[Size, ...]:
     """Those of step_time.py: bfloat16 only where products are not emulated."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    small = torch.bfloat16 if bfloat16_pays(device) else torch.float32
+    small = torch.bfloat16 if bfloat16_pays(device()) else torch.float32
     name = f"stdlib_15m, {str(small).removeprefix('torch.')}"
     return (
         Size(name, small, B=4, T=512, D=320, F=896, N=5, V=16_384),
@@ -250,6 +249,7 @@ def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def measure_cases(cases: Callable[[Size], Iterator[Case]], quick: bool) -> list[Row]:
     """Time all of them at each size."""
+    make_on_device()
     speeds = Speeds()
     rows = []
     for size in SIZES:
@@ -265,6 +265,7 @@ def measure_optimizers(quick: bool) -> list[Row]:
     Muon's rivals multiply in bfloat16, which takes seconds for each matrix on a CPU without units
     for it: fewer matrices and rounds.
     """
+    make_on_device()
     speeds, rows = Speeds(), []
     for size in SIZES:
         attention, inner = (size.D, size.D), (size.F, size.D)
@@ -394,8 +395,10 @@ def _in_turn(
 
 
 def _timed_s(function: Callable[[], object]) -> float:
+    finish()
     start_s = time.perf_counter()
     function()
+    finish()
     return time.perf_counter() - start_s
 
 

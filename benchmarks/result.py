@@ -106,6 +106,23 @@ def print_table(name: str, rows: Sequence[Row]) -> None:
         print(f"  {row.claim}: {row.value:.4g} {row.unit}{spread}{target}: {verdict}")
 
 
+def device() -> str:
+    """Where benchmarks run that have no device of their own: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_on_device() -> None:
+    """Make tensors there from now on."""
+    if device() == "cuda":
+        torch.set_default_device("cuda")
+
+
+def finish() -> None:
+    """Wait for what a GPU was given to do, so that a clock may be read."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
 def hardware() -> str:
     """Name the processor, its cores and the GPU."""
     cpu = platform.machine()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.result import ROOT, Row, run_levels
+from benchmarks.result import ROOT, Row, device, finish, run_levels
 
 LLAMA = {
     "llama_float32": "Llama 0.2B, 512 tokens, float32",
@@ -33,11 +33,9 @@ has in the median."""
 
 def workloads() -> dict[str, str]:
     """What is compared, by what it is called: bfloat16 only where products are not emulated."""
-    import torch
-
     from plait.ops.numerics import bfloat16_pays
 
-    pays = bfloat16_pays("cuda" if torch.cuda.is_available() else "cpu")
+    pays = bfloat16_pays(device())
     chosen = {"stdlib_15m": f"stdlib_15m, {'bfloat16' if pays else 'float32'}"}
     return chosen | {key: name for key, name in LLAMA.items() if pays or "bfloat16" not in key}
 
@@ -120,8 +118,10 @@ def _time(workload: str, quick: bool) -> dict[str, list[float]]:
         for pair in range(pairs):
             for side in SIDES if pair % 2 == 0 else SIDES[::-1]:
                 clear(parameters)
+                finish()
                 start_s = time.perf_counter()
                 sides[side](*batch).backward()
+                finish()
                 times[side].append(time.perf_counter() - start_s)
         timed = {side: seconds[WARM_UP_PAIRS:] for side, seconds in times.items()}
         if quick or len(timed["O0"]) >= MAX_PAIRS or _is_precise(timed):
@@ -176,6 +176,11 @@ def peak_bytes(step: Callable[[], object]) -> float:
     """Bytes that PyTorch's allocator holds at most during a step, above those before it."""
     import torch
 
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -227,7 +232,8 @@ def workload_of(name: str) -> tuple[Callable, tuple, list]:
     torch.manual_seed(0)
     model = Decoder(config)
     model.initialize()
-    tokens = torch.randint(0, config.vocab_size, (batch_size, length + 1))
+    model.to(device())
+    tokens = torch.randint(0, config.vocab_size, (batch_size, length + 1)).to(device())
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
     def loss(inputs_BT, targets_BT):

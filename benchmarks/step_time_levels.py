@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.result import ROOT, Row
+from benchmarks.result import ROOT, Row, finish
 from benchmarks.step_time import clear, interval, peak_bytes, workload_of, workloads
 
 RIVALS = {"O1": {}, "O2": {"mode": "max-autotune"}}
@@ -109,8 +109,10 @@ def _time(level: str, workload: str, rounds: int) -> dict[str, list[float]]:
     for i in range(WARM_UP_ROUNDS + rounds):
         for side in names[i % 3 :] + names[: i % 3]:
             clear(parameters)
+            finish()
             start_s = time.perf_counter()
             sides[side](*batch).backward()
+            finish()
             times[side].append(time.perf_counter() - start_s)
     return {side: seconds[WARM_UP_ROUNDS:] for side, seconds in times.items()}
 
