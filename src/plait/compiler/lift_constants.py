@@ -37,7 +37,14 @@ def lift_constants(graph: Graph) -> Graph:
     groups: dict[tuple, list[tuple[Template, list[float]]]] = {}
     for template in graph.templates.values():
         text, numbers = _text(template.joint or template.forward)
-        key = (template.block, template.arguments, template.threaded, template.differentiable, text)
+        key = (
+            template.block,
+            template.arguments,
+            _tangent_strides(template),
+            template.threaded,
+            template.differentiable,
+            text,
+        )
         groups.setdefault(key, []).append((template, numbers))
     merged: dict[str, tuple[Template, list[float]]] = {}
     for group in groups.values():
@@ -51,6 +58,14 @@ def lift_constants(graph: Graph) -> Graph:
             for template, numbers in group:
                 merged[template.name] = (common, [numbers[i] for i in varying])
     return _call_merged(graph, merged) if merged else graph
+
+
+def _tangent_strides(template: Template) -> tuple[tuple[int, ...], ...]:
+    """How the gradients lie that arrive: where one is expanded, other layouts follow from it."""
+    if template.joint is None:
+        return ()
+    tangents = template.joint.graph.find_nodes(op="placeholder")[len(template.arguments) :]
+    return tuple(node.meta["val"].stride() for node in tangents)
 
 
 def _call_merged(graph: Graph, merged: dict[str, tuple[Template, list[float]]]) -> Graph:
