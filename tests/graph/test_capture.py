@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 import plait
+from plait.compiler.recompute import recompute
 from plait.errors import GraphError, PlanError
 from plait.graph.graph import Role
 from plait.graph.storage import from_json, to_json
 from plait.graph.verify_schedule import verify_schedule
+from plait.plan.parallel_plan import Recompute
 
 
 class Layer(nn.Module):
@@ -156,6 +158,31 @@ def test_more_recomputation_saves_less(step):
         return sum(value.num_bytes for value in schedule.saved if value.role is Role.SAVED)
 
     assert saved_bytes("none") > saved_bytes("selective") > saved_bytes("full")
+
+
+def test_selective_recompute_weighs_cost_against_bytes():
+    """A norm, a sum of rows, a product: the norm is cheap to make again, the others are kept."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return x + self.linear(torch.sin(self.norm(x)) * x.square().mean(-1, keepdim=True))
+
+    model = nn.Sequential(Block(), Block(), Block())
+    graph = plait.capture(model, torch.randn(64, 32), loss=lambda m, x: m(x).square().sum())
+    recomputed = recompute(graph, Recompute.SELECTIVE).templates
+    again = {
+        str(node.target)
+        for template in recomputed.values()
+        if template.block == "Block" and template.backward is not None
+        for node in template.backward.graph.nodes
+    }
+    assert "aten.native_layer_norm.default" in again
+    assert "aten.sin.default" in again
+    assert not {"aten.addmm.default", "aten.mean.dim"} & again
 
 
 def test_dropout_draws_what_eager_draws_also_when_recomputed():

@@ -14,11 +14,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
+from torch.fx.node import map_arg
 
 from plait.compiler.fusible import is_fusible, is_random, writes
+from plait.cost.operations import Cost, cost_of
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.graph import Module, Node
 from plait.graph.island import is_computing, looks_only, root_of
+from plait.graph.schedule import name_of
 
 Groups = list[list[Node]]
 
@@ -111,6 +114,15 @@ def _connected(members: Sequence[Node]) -> Groups:
 def _takes_tensors(members: Sequence[Node]) -> bool:
     inside = set(members)
     return any(source not in inside for node in members for source in sources(node))
+
+
+def cost_of_node(node: Node) -> Cost | None:
+    """What an operator does, from the forms of its operands; None of what is none."""
+    name = name_of(node.target)
+    if name is None:
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
+    return cost_of(name, args, kwargs, node.meta["val"])
 
 
 def num_bytes(nodes: Iterable[Node]) -> int:

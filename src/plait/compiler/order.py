@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from plait.compiler.group import num_bytes
+from plait.compiler.group import cost_of_node, num_bytes
 from plait.compiler.replicate_joint import PLACE, REPLICA
 from plait.cost.clusters import Cluster, Link
 from plait.cost.collectives import collective_of, collective_s
-from plait.cost.operations import cost_of, operation_s
+from plait.cost.operations import operation_s
 from plait.cost.simulate import COMPUTE, Host, Operation, Simulation, communication
 from plait.cost.skewed_schedule import Lane, skewed_schedule
 from plait.graph.collectives import group_of, is_collective, is_wait
 from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of, module_of
 from plait.graph.partition import is_view
-from plait.graph.schedule import name_of
 
 FILLER_SHARE = 1 / 64
 """Of a device's memory: what waiting weight gradients may keep alive. On an H200 it is 2 GiB, the
@@ -145,13 +144,8 @@ class _Problem:
         )
 
     def _compute_s(self, node: Node) -> float:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])  # type: ignore[misc]
-        name = name_of(node.target)
-        if name is None:
-            return 0.0
-        return operation_s(
-            cost_of(name, args, kwargs, node.meta["val"]), self.machine.cluster.device
-        )
+        cost = cost_of_node(node)
+        return 0.0 if cost is None else operation_s(cost, self.machine.cluster.device)
 
     def _chain_random(self) -> None:
         """Random operators draw in their order."""

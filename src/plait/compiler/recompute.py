@@ -1,7 +1,9 @@
 """Recompute: what the backward of a block computes again instead of keeping it from the forward.
 
-The same kernels run on the same values, so the numbers keep their bits. Random operators are never
-run again: what they drew is kept. "alternate" is what torchtitan's per-operator checkpointing does
+"selective" weighs cost against bytes: it computes again what is bound by memory and moves few bytes
+for each that need not be kept; products and attention are kept. The same kernels run on the same
+values, so the numbers keep their bits. Random operators are never run again: what they drew is
+kept. "alternate" is what torchtitan's per-operator checkpointing does
 [torchtitan/parallelisms/parallelize_llama.py at 004b3148, _get_custom_policy].
 """
 
@@ -13,7 +15,9 @@ import operator
 import torch
 from torch import fx
 
+from plait.compiler.group import cost_of_node, num_bytes
 from plait.compiler.rewrite import part_again, pass_saved
+from plait.cost.operations import Kind
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.cut import BETWEEN
 from plait.graph.graph import Graph, Node
@@ -49,6 +53,9 @@ def _chosen(joint: fx.GraphModule, policy: Recompute) -> set[str]:
     return chosen
 
 
+_MOVED = 4
+"""Bytes that an operator may move for each byte of its result: a pointwise one with three operands
+does, or a norm, and a sum over rows moves many more."""
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
@@ -66,8 +73,10 @@ def _must_keep(node: Node) -> bool:
 
 
 def _is_cheap(node: Node) -> bool:
-    """Pointwise operators read and write each value once: the cheapest bytes to get back."""
+    """Whether it costs little to make the bytes of a result again."""
     if node.target is operator.getitem:
         return _is_cheap(node.args[0])
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or node.target is torch.ops.aten._to_copy.default
+    cost = cost_of_node(node)
+    if cost is None or cost.kind is not Kind.MEMORY:
+        return False
+    return cost.bytes <= _MOVED * num_bytes([node])
