@@ -292,7 +292,8 @@ class _Replicator:
     def choose_parts(self) -> None:
         """Values that their users take in parts, and no one else sees, pass in parts."""
         for node in self.nodes:
-            if node.target is not operator.getitem or self.tokens.get(node) is None:
+            tokens = self.tokens.get(node)
+            if node.target is not operator.getitem or tokens is None:
                 continue
             producer = call_of(node.args[0])
             if producer is None or producer[1] == BACKWARD:
@@ -304,7 +305,7 @@ class _Replicator:
             if not is_split or any(user is None for user in users):
                 continue
             if any(self.parts[user] != self.parts[node.args[0]] for user in node.users):
-                if not self.tokens[node].is_natural:
+                if not tokens.is_natural:
                     raise NotSplit(
                         f"{node.name} is a share of the tokens, and layers that pass such to each "
                         "other need one number of replicas."

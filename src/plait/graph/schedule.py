@@ -148,7 +148,7 @@ class Schedule:
 
     def certificate_lines(self) -> list[str]:
         """Of each piece that was split, what was proven of it; `certificates` has all of it."""
-        found = []
+        found: list[str] = []
         for name, text in self.certificates.items():
             heads = (line for line in text.splitlines() if not line.startswith(" "))
             found.append(f"certificate of {name}: {'; '.join(heads)}")
