@@ -42,6 +42,8 @@ def figures_page() -> str:
     for result in results():
         lines += ["", f"## {result['benchmark']}", ""]
         lines += [f"{result['hardware']}; {_versions(result['versions'])}; {result['commit']}.", ""]
+        if "note" in result:
+            lines += [f"Note: {result['note']}.", ""]
         lines += ["| claim | figure | target | holds |", "|---|---|---|---|"]
         lines += [_line(row) for row in result["rows"]]
     return "\n".join([*lines, ""])
