@@ -95,10 +95,10 @@ def disagree_on_the_weights(rank):
 
 
 def disagree_on_one_axis_of_two(rank):
-    """The ranks of dp or fsdp differ in a norm's weight, and those of tp do not; or the reverse."""
+    """The ranks of one axis differ in a norm's weight, or one rank alone from its neighbours."""
     case = Case("our_llama", tp=2)
     name = "layers.1.input_layernorm.weight"
-    for axis, differs in (("dp", "dp"), ("fsdp", "tp")):
+    for axis, differs in (("dp", "dp"), ("fsdp", "tp"), ("dp", "only rank 3")):
         plan = plait.ParallelPlan(tp=2, replicas=2, **{axis: 2})
         graph = plait.capture(case.model(), case.tokens(), plan, loss=loss)
         schedule = plait.compile(graph, plan)
@@ -106,9 +106,13 @@ def disagree_on_one_axis_of_two(rank):
             model = parallelize(case.model(), plan, mesh)
         if axis == "fsdp":
             shard_parameters(model, mesh)
+        is_alone = differs == "only rank 3"
+        added = float(rank == 3) if is_alone else mesh[differs].get_local_rank()
         with torch.no_grad():
-            local_part(dict(model.named_parameters())[name])[0] += mesh[differs].get_local_rank()
-        said = rf"axis '{differs}' disagree:\n  parameter {name}: rank"
+            local_part(dict(model.named_parameters())[name])[0] += added
+        said = rf"axis '{'.*' if is_alone else differs}' disagree:\n  parameter {name}: rank"
+        if is_alone and rank == 0:  # which has the weight of both its neighbours
+            said = f"^other ranks of this schedule stop: the ranks of the {said}"
         with pytest.raises(PlanError, match=said):
             plait.run(schedule, model, case.tokens(), mesh=mesh)
         dist.barrier()

@@ -46,32 +46,37 @@ def check_agreement(
     """
     if not groups or not dist.is_initialized() or dist.get_backend() in _ALONE:
         return
+    ranks_of = {
+        axis: dist.get_process_group_ranks(_group(group.name)) for axis, group in groups.items()
+    }
+    ranks_of = {axis: ranks for axis, ranks in ranks_of.items() if len(ranks) > 1}
     mine = _of_schedule(schedule)
-    keys: dict[str, dict[int, str]] = {}
-    # Said for all axes before any is compared: a rank that stops at one has answered the others.
-    for axis, group in groups.items():
-        ranks = dist.get_process_group_ranks(_group(group.name))
-        if len(ranks) > 1:
-            keys[axis] = _publish(ranks, {**mine, **_of_parameters(parameters, axis)})
-    for axis, of_ranks in keys.items():
-        _compare(axis, of_ranks, time_limit_s)
+    found = {
+        axis: _said(axis, ranks, mine | _of_parameters(parameters, axis), time_limit_s)
+        for axis, ranks in ranks_of.items()
+    }
+    differences = (_difference(axis, ranks, found[axis]) for axis, ranks in ranks_of.items())
+    own = known = next(filter(None, differences), "")
+    # Axis by axis each rank tells what it knows: in the end all ranks of the mesh do.
+    for axis, ranks in ranks_of.items():
+        told = _said(axis, ranks, {"difference": known}, time_limit_s)
+        known = known or next((x["difference"] for x in told if x["difference"]), "")
+    if known:
+        raise PlanError(own or f"other ranks of this schedule stop: {known}")
 
 
 def _group(name: Any) -> Any:
     return _resolve_process_group(name)
 
 
-def _publish(ranks: list[int], mine: dict[str, str]) -> dict[int, str]:
-    """Say what this rank has; returns the keys under which each rank says it."""
+def _said(
+    axis: str, ranks: list[int], mine: dict[str, str], time_limit_s: float
+) -> list[dict[str, str]]:
+    """Say something to the ranks of an axis, and hear what each of them says."""
     place = f"plait/agree/{'-'.join(map(str, ranks))}"
     _counts[place] += 1
-    keys = {rank: f"{place}/{_counts[place]}/{rank}" for rank in ranks}
-    _get_default_store().set(keys[dist.get_rank()], json.dumps(mine))
-    return keys
-
-
-def _compare(axis: str, key_of: Mapping[int, str], time_limit_s: float) -> None:
-    store, ranks, keys = _get_default_store(), list(key_of), list(key_of.values())
+    store, keys = _get_default_store(), [f"{place}/{_counts[place]}/{rank}" for rank in ranks]
+    store.set(keys[ranks.index(dist.get_rank())], json.dumps(mine))
     try:
         store.wait(keys, timedelta(seconds=time_limit_s))
     except RuntimeError as error:  # DistStoreError, whose kinds differ between releases
@@ -80,18 +85,23 @@ def _compare(axis: str, key_of: Mapping[int, str], time_limit_s: float) -> None:
             f"ranks {missing} of the axis {axis!r} did not begin this schedule within "
             f"{time_limit_s:g} s. Look at what they raised; all ranks must run the same schedules."
         ) from error
-    found = [json.loads(store.get(key)) for key in keys]
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def _difference(axis: str, ranks: list[int], found: list[dict[str, str]]) -> str:
+    """In what the ranks of an axis differ, as text; empty if in nothing."""
     different = [name for name in _names(found) if len({x.get(name) for x in found}) > 1]
-    if different:
-        lines = [_line(name, ranks, found) for name in different[:_NUM_SHOWN]]
-        more = len(different) - len(lines)
-        raise PlanError(
-            f"the ranks of the axis {axis!r} disagree:\n"
-            + "\n".join(lines)
-            + (f"\nand {more} more" if more > 0 else "")
-            + "\nCapture and compile with the same plan, inputs and software on every rank, and "
-            "give each the same weights and the same seed."
-        )
+    if not different:
+        return ""
+    lines = [_line(name, ranks, found) for name in different[:_NUM_SHOWN]]
+    more = len(different) - len(lines)
+    return (
+        f"the ranks of the axis {axis!r} disagree:\n"
+        + "\n".join(lines)
+        + (f"\nand {more} more" if more > 0 else "")
+        + "\nCapture and compile with the same plan, inputs and software on every rank, and "
+        "give each the same weights and the same seed."
+    )
 
 
 def _names(found: Iterable[Mapping[str, str]]) -> list[str]:
