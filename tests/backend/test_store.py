@@ -143,3 +143,24 @@ def test_an_entry_that_cannot_be_stored_leaves_nothing_behind(folder):
     entry.mkdir()
     assert any("not kept in the compile cache" in note for note in run(folder)["notes"])
     assert list((folder / "cache").iterdir()) == [entry]
+
+
+def test_a_length_after_the_second_is_not_captured_also_where_the_first_was_stored(tmp_path):
+    (tmp_path / "program.py").write_text("""
+import json
+import torch
+import plait
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+compiled = plait.jit(model)
+counts = []
+for length in (5, 6, 7, 8):
+    x = torch.randn(length, 8)
+    assert torch.equal(compiled(x), model(x))
+    counts.append(len(compiled.report().graphs))
+print(json.dumps({"counts": counts, "from_cache": compiled.report().from_cache}))
+""")
+    assert run_program(tmp_path) == {"counts": [1, 2, 2, 2], "from_cache": False}
+    assert run_program(tmp_path) == {"counts": [1, 2, 2, 2], "from_cache": True}

@@ -101,6 +101,7 @@ class Jitted:
         self._folder = cache_folder() if cache and not is_collecting() else None
         self._found: Fingerprint | None = None
         self._stored: dict[str, _Stored] = {}
+        self._stored_sizes: list[torch.Size | None] = []  # of the last call that was run from disk
         self._captured: set[str] = set()  # forms of calls that Dynamo knows in this process
         self._has_run = False
         name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -212,8 +213,20 @@ class Jitted:
         assert self._found is not None
         return key_of(self._found, text, self._backend.level, self._dynamic)
 
+    def _mark_other_sizes(self, leaves: list) -> None:
+        """A size that a stored call had otherwise is any size, as for Dynamo at its second call."""
+        if self._dynamic is False:
+            return
+        for before, leaf in zip(self._stored_sizes, leaves, strict=False):
+            if before is None or not isinstance(leaf, Tensor) or len(before) != leaf.dim():
+                continue
+            for dim, (old, new) in enumerate(zip(before, leaf.shape, strict=True)):
+                if old != new:
+                    torch._dynamo.maybe_mark_dynamic(leaf, dim)
+
     def _run_stored(self, stored: "_Stored", leaves: list):
         assert self._found is not None
+        self._stored_sizes = [x.shape if isinstance(x, Tensor) else None for x in leaves]
         entry, runnable = stored.entry, stored.runnable
         known = {"t": self._found.values(), "a": leaves}
         outputs = runnable(*(known[source[0]][int(source[1:])] for source in entry.sources))
@@ -229,6 +242,7 @@ class Jitted:
         num_graphs, watch = report.num_graphs, Watch()
         self._backend.frames.clear()
         self._captured.add(text)
+        self._mark_other_sizes(leaves)
         key = self._key(text)
         self._backend.storing = self._found
         try:
