@@ -75,7 +75,7 @@ def muon_step_(
 def orthogonalize(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Bring a matrix's singular values near 1 (0.7 to 1.2), in `dtype` (None = the fastest)."""
     _check((x,))
-    return torch.ops.plait.orthogonalize(x, _dtype(x, dtype))
+    return torch.ops.plait.orthogonalize(x, _dtype(x, dtype)).to(x.dtype)
 
 
 def reference_orthogonalize(x: Tensor) -> Tensor:
@@ -130,21 +130,22 @@ def _dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
 
 @torch.library.custom_op("plait::orthogonalize", mutates_args=())
 def _orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the products: what it is subtracted from has its own."""
     is_tall = x.shape[0] > x.shape[1]
-    x_rc = (x.mT if is_tall else x).to(dtype)
-    x_rc = x_rc / x_rc.norm().clamp(min=1e-7)
+    x_rc = (x.mT if is_tall else x).to(dtype, copy=True)
+    x_rc.div_(x_rc.norm().clamp(min=1e-7))
     # In bfloat16 the small eigenvalues of a Gram matrix are lost in its rounding.
     if dtype != torch.bfloat16 and x_rc.shape[1] >= _GRAM_RATIO * x_rc.shape[0]:
         x_rc = _factor(x_rc @ x_rc.mT) @ x_rc
     else:
         for _ in range(_NUM_ITERATIONS):
             x_rc = torch.addmm(x_rc, _polynomial(x_rc @ x_rc.mT), x_rc, beta=_COEFFICIENTS[0])
-    return (x_rc.mT if is_tall else x_rc).to(x.dtype).contiguous()
+    return (x_rc.mT if is_tall else x_rc).contiguous()
 
 
 @_orthogonalize.register_fake
 def _(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _polynomial(gram_rr: Tensor) -> Tensor:
