@@ -224,9 +224,10 @@ class _Display:
         self._mean_tokens_per_s = (
             0.9 * self._mean_tokens_per_s + 0.1 * speed if self._mean_tokens_per_s else speed
         )
-        left_s = (num_steps - step) * self._mean_step_s
         speed = f"{self._mean_tokens_per_s:,.0f} tokens/s"
-        facts = f"loss {record['loss']:.3f}  {speed}  {duration(left_s)} left"
+        facts = f"loss {record['loss']:.3f}  {speed}"
+        if self._mean_step_s:  # which the first step alone does not tell
+            facts += f"  {duration((num_steps - step) * self._mean_step_s)} left"
         if self._live:
             self._progress.update(
                 self._task,
