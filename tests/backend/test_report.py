@@ -280,3 +280,50 @@ def test_the_report_as_json_holds_everything_that_is_printed():
     assert found["num_guards"] > 0
     assert set(found["phases_s"]) == {"read", "trace", "generate"}
     assert sum(graph["num_operators"] for graph in found["graphs"]) > 0
+
+
+class Passing(torch.nn.Module):
+    """A layer that returns what it was given beside what it made."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)), x
+
+
+class Stack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Passing() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            made, given = layer(x)
+            x = made + given
+        return x
+
+
+FLAT = "a layer returns what it was given, or one tensor twice; to avoid it: let it return new"
+
+
+def test_blocks_that_cannot_be_shared_are_named_with_the_reason():
+    model, x = Stack(), torch.randn(2, 4)
+    compiled = plait.jit(model, cache=False)
+    assert torch.equal(compiled(x), model(x))
+    assert compiled.report().flat_blocks["Passing"].startswith(FLAT)
+    assert f"repeated blocks captured one by one:\n  Passing: {FLAT}" in str(compiled.report())
+    schedule = plait.compile(plait.capture(model, x))
+    assert f"capture: left Passing (root): each captured by itself: {FLAT}" in schedule.report()
+
+
+def test_a_graph_that_is_captured_as_a_whole_is_named_with_the_reason():
+    layers = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(3))
+    model, x = torch.nn.Sequential(*layers), torch.randn(3, 4)
+    compiled = plait.jit(model, dynamic=True, cache=False)
+    assert torch.equal(compiled(x), model(x))
+    assert set(compiled.report().whole_graphs.values()) == {"its shapes are dynamic"}
+    assert "as a whole, without templates:\n  a graph of library code: its" in str(
+        compiled.report()
+    )

@@ -111,6 +111,11 @@ _BREAKS = [
         "keep the value a tensor, or read it after the compiled function has returned",
     ),
     (
+        r"do not support aliasing",
+        "a layer returns what it was given, or one tensor twice",
+        "let it return new tensors only",
+    ),
+    (
         r"generic_jump|[Dd]ata-dependent (branching|jump|control flow)",
         "Python decides by the value of a tensor",
         "use torch.where or torch.cond, or decide outside of the compiled function",

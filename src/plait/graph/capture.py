@@ -110,11 +110,11 @@ def _capture(
         _fake_part(x, fake_mode, plan.num_micro_batches) if isinstance(x, Tensor) else x
         for x in inputs
     ]
-    program = _Whole(fake_model, loss)
+    program, blocks = _Whole(fake_model, loss), Blocks(takes_hooks=True)
     try:
         with (
             _saying_errors_once(),
-            marking_blocks(Blocks(takes_hooks=True)),
+            marking_blocks(blocks),
             torch._dynamo.config.patch(
                 automatic_dynamic_shapes=False, inline_single_use_invoke_subgraph=False
             ),
@@ -141,16 +141,19 @@ def _capture(
             )
         except NotATemplate as error:
             graph = compose_whole(module, captured.fake_mode, names)
-            graph.notes = (*graph.notes, _one_piece(str(error)))
+            graph.notes = (_note("graph", f"captured as one piece: {error}"),)
+    graph.notes += tuple(
+        _note(block.__name__, f"each captured by itself: {reason}")
+        for block, reason in blocks.refused.items()
+    )
     name_groups(graph, [*meshes, *([] if mesh is None else [mesh])])
     graph.is_step = loss is not None
     graph.arguments = tuple(describe_argument(x) for x in inputs)
     return graph
 
 
-def _one_piece(reason: str) -> Note:
-    text = f"captured as one piece: {reason}"
-    return Note(by=CAPTURE, operator="graph", node="root", text=text, is_refusal=True)
+def _note(what: str, text: str) -> Note:
+    return Note(by=CAPTURE, operator=what, node="root", text=text, is_refusal=True)
 
 
 def num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 CAPTURE = "capture"
-"""Who notes why a model is captured as one piece."""
+"""Who notes what is not captured block by block, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch._guards import ChainedSource
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
+from plait.graph.breaks import explain_break
 from plait.graph.modes import Modes, current_modes
 from plait.graph.torch_release import attribute_of
 
@@ -57,8 +58,9 @@ class Blocks:
     takes_hooks: bool = False  # hooks are traced; that none is added later is nobody's concern
 
     def refuse(self, block: type, reason: str) -> None:
-        """Capture this class flat from now on."""
-        self.refused.setdefault(block, reason)
+        """Capture this class flat from now on. reason: TorchDynamo's, kept in plain words."""
+        plain, advice = explain_break(reason)
+        self.refused.setdefault(block, f"{plain}; to avoid it: {advice}" if advice else plain)
 
 
 _marking: ContextVar[Blocks | None] = ContextVar("marking", default=None)
