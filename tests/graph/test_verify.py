@@ -12,7 +12,7 @@ from plait.compiler.recompute import recompute
 from plait.errors import GraphError
 from plait.graph.capture import capture
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Shard, call_of
-from plait.graph.schedule import Program, Ref, Schedule
+from plait.graph.schedule import Program, Ref, Schedule, refs_in
 from plait.graph.verify import verify, verify_pass
 from plait.graph.verify_schedule import verify_schedule
 from plait.plan.parallel_plan import Recompute
@@ -448,3 +448,20 @@ def test_a_schedule_without_its_backward_is_named(graph):
     del schedule.programs["backward"]
     with pytest.raises(GraphError, match="no program 'backward'"):
         verify_schedule(schedule)
+
+
+def test_each_value_is_freed_where_it_is_used_last():
+    schedule = compile_graph(captured_step())
+    num_freed = 0
+    for program in (*schedule.programs.values(), *schedule.templates.values()):
+        made = {step.name for step in program.steps}
+        kept = set(refs_in(program.results))
+        last = {}
+        for step in program.steps:
+            for name in (step.name, *refs_in((step.args, dict(step.kwargs)))):
+                last[name] = step.name
+        freed = {name: step.name for step in program.steps for name in step.frees}
+        for name in made:
+            assert freed.get(name) == (None if name in kept else last[name]), (program.name, name)
+        num_freed += len(freed)
+    assert num_freed
