@@ -59,11 +59,8 @@ TARGETS = {
 }
 CAUSAL_TARGETS = {("forward", 0.5): 0.85}
 REPLICAS = (1, 2, 3, 4)
-
-
-def any_link() -> Link:
-    """A link for a group whose messages are not timed yet."""
-    return Link(latency_s=0.0, bandwidth_bytes_per_s=1.0)
+ANY_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1.0)
+"""Of a group whose messages are not timed yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +128,7 @@ class Bench:
                 free_s.append(sum(self.unsplit().values()))
             self.free_s = statistics.median(free_s)
             self.link_of = {ratio: link_for(group, self.free_s, ratio) for ratio in RATIOS}
-            self.cluster = calibrated_cluster(base, self.inputs, {"tp": any_link()}, TP)
+            self.cluster = calibrated_cluster(base, self.inputs, {"tp": ANY_LINK}, TP)
 
     def step(self, runnable: Runnable) -> Step:
         """A program of it."""
@@ -243,7 +240,7 @@ def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) ->
     rows: list[Row] = []
     if quick:
         size, num_rounds = Size(width=512, layers=2, tokens=256), 2
-    group = DelayedProcessGroup(0, TP, any_link())
+    group = DelayedProcessGroup(0, TP, ANY_LINK)
     for kind, dtype in list(DTYPES.items())[: 1 if quick else 2]:
         name = f"{kind}, {size.tokens} tokens"
         bench = Bench(size, dtype, group, num_rounds)

@@ -10,7 +10,7 @@ import statistics
 
 import torch
 
-from benchmarks.overlap import DTYPES, TP, Bench, Size, any_link, row, say
+from benchmarks.overlap import ANY_LINK, DTYPES, TP, Bench, Size, row, say
 from benchmarks.result import Row
 from plait.compiler.compile import compile
 from plait.executor.delayed_process_group import DelayedProcessGroup, registered
@@ -31,7 +31,7 @@ def measure_level(level: str, quick: bool, size: Size, num_rounds: int) -> list[
     torch.manual_seed(0)
     if quick:
         size, num_rounds = Size(width=512, layers=2, tokens=256), 2
-    group = DelayedProcessGroup(0, TP, any_link())
+    group = DelayedProcessGroup(0, TP, ANY_LINK)
     rows: list[Row] = []
     for kind, dtype in DTYPES.items():
         if kind == "bf16" and (quick or not bfloat16_pays("cpu")):
