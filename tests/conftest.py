@@ -15,8 +15,10 @@ def no_compile_cache(monkeypatch):
 def verified_passes(monkeypatch):
     """A graph that breaks a rule fails the test in which a pass made it."""
 
+    unverified = Pass.__call__
+
     def run(self, graph, plan, cluster):
-        after = self.run(graph, plan, cluster)
+        after = unverified(self, graph, plan, cluster)
         if self.moves:
             verify(after)
         else:

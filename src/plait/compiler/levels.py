@@ -47,7 +47,8 @@ class Pass:
     exact: the numbers keep their bits. Else each value of the graph lies within `tolerance` of what
     it was, in units of the dtype's spacing at 1, relative to the largest of its tensor. moves: it
     splits, merges or moves collectives or random operators, or takes constants out of them; others
-    keep them as they are, in their order.
+    keep them as they are, in their order. if_strict: what runs instead on a strict graph, whose
+    rows' bits the pass would change.
     """
 
     name: str
@@ -55,10 +56,18 @@ class Pass:
     exact: bool = True
     tolerance: float = 0.0
     moves: bool = False
+    if_strict: Callable[[Graph], Graph] | None = None
 
     def __call__(self, graph: Graph, plan: ParallelPlan, cluster: Cluster) -> Graph:
         """Run the pass. Its graph is the caller's from now on, as it was or rewritten."""
+        if self.if_strict is not None and is_strict(graph):
+            return self.if_strict(graph)
         return self.run(graph, plan, cluster)
+
+
+def as_it_is(graph: Graph) -> Graph:
+    """What a pass does that does nothing."""
+    return graph
 
 
 TOLERANCE = 64.0
@@ -80,29 +89,30 @@ STRICT = Pass(
 
 LOSS = Pass(
     "loss without logits",
-    lambda graph, plan, cluster: graph if is_strict(graph) else fuse_loss(graph),
+    lambda graph, plan, cluster: fuse_loss(graph),
     False,
     TOLERANCE,
+    if_strict=as_it_is,
 )
 SAVE_LESS = Pass(
     "save less",
-    lambda graph, plan, cluster: graph if is_strict(graph) else save_less(graph, plan.recompute),
+    lambda graph, plan, cluster: save_less(graph, plan.recompute),
+    if_strict=as_it_is,
 )
 ISLANDS = Pass(
     "islands",
-    lambda graph, plan, cluster: refuse_islands(graph) if is_strict(graph) else fuse(graph),
+    lambda graph, plan, cluster: fuse(graph),
     False,
     TOLERANCE,
+    if_strict=refuse_islands,
 )
 WHOLE = Pass(
     "whole programs",
-    lambda graph, plan, cluster: (
-        refuse_islands(graph) if is_strict(graph) else whole_programs(graph, plan)
-    ),
+    lambda graph, plan, cluster: whole_programs(graph, plan),
     False,
     TOLERANCE,
+    if_strict=refuse_islands,
 )
-NO_ISLANDS = Pass("islands", lambda graph, plan, cluster: refuse_islands(graph))
 
 NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
@@ -131,8 +141,6 @@ LEVELS: dict[str, tuple[Pass, ...]] = {
         WHOLE,
     ),
 }
-EXACT_INSTEAD = {LOSS: None, SAVE_LESS: None, ISLANDS: NO_ISLANDS, WHOLE: NO_ISLANDS}
-"""What strict numerics run in place of passes that would change a row's bits."""
 HIDING = (SEPARATE, MERGE, REPLICAS, ORDER)
 """Those that run only where the plan wants replicas."""
 
@@ -150,8 +158,6 @@ def passes_of(
         raise GraphError(f"there are no numerics {numerics!r}. {nearest_name(numerics, NUMERICS)}")
     hides = plan is not None and plan.replicas != 1
     passes = NUMERICS[numerics] + LEVELS[level]
-    if numerics == "strict":
-        passes = tuple(filter(None, (EXACT_INSTEAD.get(each, each) for each in passes)))
     return tuple(each for each in passes if hides or each not in HIDING)
 
 

@@ -43,7 +43,9 @@ _UNKNOWN = "nobody measured whether a row's result depends on the others"
 
 
 def is_strict(graph: Graph) -> bool:
-    """Whether the graph has row-exact operators: its model is strict, or the pass below ran."""
+    """Whether the pass below ran, or the model is strict itself: it has row-exact operators."""
+    if graph.is_strict:
+        return True
     modules = [graph.root, *(each.joint or each.forward for each in graph.templates.values())]
     return any(has_strict_operators(module) for module in modules)
 
@@ -67,6 +69,7 @@ def strict_numerics(graph: Graph) -> Graph:
     roles = [value.role in _WEIGHTS for value in graph.inputs]
     notes += _Rewriter(graph.root, roles, "root").run()
     graph.notes += gathered(notes)
+    graph.is_strict = True
     return graph
 
 

@@ -148,6 +148,7 @@ class Graph:
     notes: tuple[Note, ...] = ()  # what passes did, and what they could not do
     islands: dict[str, Any] = field(default_factory=dict[str, Any])  # see `graph/island.py`
     is_whole: bool = False  # each program is to be one island
+    is_strict: bool = False  # a row's result does not depend on the other rows
     arguments: tuple[str, ...] | None = None  # what was captured: see `describe_argument`
 
     def values(self, role: Role) -> list[Value]:
