@@ -1,7 +1,8 @@
 """One rank of several gloo processes: steps in replicas beside the same steps unsplit.
 
 Run as: python -m tests.compiler.replica_worker RANK WORLD STORE_FILE TASK; raises if anything is
-not as it should be. TASK: cases separated by commas (see CASES), a disagreement, or "compiled".
+not as it should be. TASK: cases separated by commas (see CASES), a disagreement, "compiled", or
+"spread by PyTorch".
 """
 
 import hashlib
@@ -11,6 +12,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional
 
 import plait
 from plait.errors import PlanError
@@ -143,6 +151,36 @@ def compile_in_one_line(rank):
         plait.jit(model, replicas=2 + rank)(case.tokens())
 
 
+class Gated(nn.Module):
+    """Two projections and a third, with the residual around them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return x + self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+def compile_what_pytorch_spread(rank):
+    """A model that the user spread with PyTorch's own `parallelize_module`, in replicas."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Gated(64), Gated(64)), torch.randn(1, 128, 64)
+    split = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    rules = {f"{i}.{name}": rule for i in range(2) for name, rule in split.items()}
+    with plan_mesh(plait.ParallelPlan(tp=2)) as mesh:
+        model = parallelize_module(model, mesh["tp"], rules)
+    expected = step(model, model, x)
+    jitted = plait.jit(model, replicas=2)
+    found = step(model, jitted, x)
+    for each, other in zip(found, expected, strict=True):
+        assert (each - other).abs().max() <= 2e-5 * other.abs().max()
+    report = str(jitted.report())
+    assert "split in 2 along the token" in report, report
+    assert "all_reduce" in report, report
+
+
 def main(rank, world, store_file, task):
     torch.set_num_threads(1)
     store = dist.FileStore(store_file, world)
@@ -158,6 +196,8 @@ def main(rank, world, store_file, task):
             disagree_on_one_axis_of_two(rank)
         elif task == "compiled":
             compile_in_one_line(rank)
+        elif task == "spread by PyTorch":
+            compile_what_pytorch_spread(rank)
         else:
             for name in task.split(","):
                 check(Case(**{**CASES[name], "tp": world}))

@@ -30,3 +30,7 @@ def test_ranks_that_disagree_all_stop_and_say_how(world, what, tmp_path):
 
 def test_a_spread_model_is_compiled_in_replicas_by_one_line(tmp_path):
     run(2, "compiled", tmp_path)
+
+
+def test_a_model_that_pytorch_spread_is_compiled_in_replicas(tmp_path):
+    run(2, "spread by PyTorch", tmp_path)

@@ -33,6 +33,22 @@ def test_with_a_residual_both_results_send_gradients_back(dtype):
     check_exact(partial(add_rms_norm, eps=1e-6), reference, operands)
 
 
+@pytest.mark.parametrize("used", [0, 1], ids=["the norm alone", "the sum alone"])
+def test_a_result_that_nobody_uses_has_no_say_in_the_gradients(used):
+    operands = [draw(21, 24, dtype=torch.float64, seed=i).requires_grad_() for i in (0, 5)]
+    weight = draw(24, dtype=torch.float64).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(
+            function(*operands, weight, eps=1e-6)[used].square().sum(),
+            (*operands, weight),
+            materialize_grads=True,
+        )
+        for function in (add_rms_norm, lambda x, r, w, eps: _reference_with_sum(x, r, w, eps=eps))
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_compiled_kernels_are_the_formulas_too(dtype):

@@ -40,6 +40,7 @@ _SETTINGS = {
 }
 SMALLEST = 2**15
 """Elements of the largest operand below which operators one by one are as fast as a kernel."""
+_VECTORIZE = "-ftree-loop-vectorize"
 _FIRST_MANY = 2  # PyTorch takes sizes of 0 and 1 for constants, all others for any size
 
 
@@ -122,8 +123,9 @@ class FusedKernel:
 class CppKernel:
     """A kernel in C++ where what Inductor writes is slow, and the function that it stands for.
 
-    The source has `extern "C"` functions that take addresses, then sizes, then a double. A machine
-    without a working compiler is told so once.
+    The source has `extern "C"` functions that take addresses, then sizes, then a double; a sum that
+    may be vectorized says so (`omp simd reduction`). A machine without a working compiler is told
+    so once.
     """
 
     def __init__(self, function: Callable, source: str) -> None:
@@ -139,7 +141,8 @@ class CppKernel:
             from torch._inductor.codecache import CppCodeCache
 
             try:
-                self._library = CppCodeCache.load(self.source)
+                # Inductor writes vectors itself and forbids the compiler to find any.
+                self._library = CppCodeCache.load(self.source, extra_flags=[_VECTORIZE])
             except Exception as error:  # what the C++ compiler raises: there is none that works
                 _warn(self.function, error)
                 self._library = False

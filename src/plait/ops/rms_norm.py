@@ -22,8 +22,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, offset: float = 0.0) ->
     Raises ModelError where the weight does not fit, or dtypes or devices differ.
     """
     _check(x, weight_D)
-    x_MD = x.reshape(-1, x.shape[-1])
-    return torch.ops.plait.rms_norm(x_MD, None, weight_D, eps, offset)[0].view(x.shape)
+    normed_MD, _, _ = torch.ops.plait.rms_norm(_rows(x), None, weight_D, eps, offset)
+    return normed_MD if x.dim() == 2 else normed_MD.view(x.shape)
 
 
 def add_rms_norm(
@@ -31,9 +31,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return the norm of x + residual, and that sum."""
     _check(x, weight_D, residual)
-    x_MD, residual_MD = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    normed, total, _ = torch.ops.plait.rms_norm(x_MD, residual_MD, weight_D, eps, offset)
-    return normed.view(x.shape), total.view(x.shape)
+    normed, total, _ = torch.ops.plait.rms_norm(_rows(x), _rows(residual), weight_D, eps, offset)
+    return (normed, total) if x.dim() == 2 else (normed.view(x.shape), total.view(x.shape))
 
 
 def reference_rms_norm(
@@ -50,6 +49,11 @@ def rms_norm_work(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -
     sums = () if residual is None else (x,)
     forward = pointwise_work(4 + len(sums), x, x, residual, weight_D, x, *sums)
     return forward, pointwise_work(10 + len(sums), x, x, x, *sums, weight_D, x, weight_D)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As a matrix, without a view that autograd would go through for nothing."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _check(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -> None:
@@ -109,7 +113,6 @@ _gradients_kernel = CppKernel(
 #include <cstring>
 #include <vector>
 #include <omp.h>
-// Inductor's flags let the compiler vectorize all loops, sums too.
 static inline float wide(float x) { return x; }
 static inline float wide(uint16_t x) {  // bfloat16: the upper half of a float32
   uint32_t bits = uint32_t(x) << 16;
@@ -141,6 +144,7 @@ static void gradients(const T* dnormed, const T* dsum, const T* total, const flo
       T* __restrict dx = dtotal + m * D;
       const float s = scale[m];
       float dot = 0;
+#pragma omp simd reduction(+ : dot)
       for (int64_t d = 0; d < D; ++d) {
         const float product = wide(dn[d]) * wide(x[d]) * s;
         sum[d] += product;
@@ -149,9 +153,11 @@ static void gradients(const T* dnormed, const T* dsum, const T* total, const flo
       const float mean = dot / D * s;
       if (dsum) {
         const T* ds = dsum + m * D;
+#pragma omp simd
         for (int64_t d = 0; d < D; ++d)
           narrow((wide(dn[d]) * f[d] - wide(x[d]) * mean) * s + wide(ds[d]), dx + d);
       } else {
+#pragma omp simd
         for (int64_t d = 0; d < D; ++d)
           narrow((wide(dn[d]) * f[d] - wide(x[d]) * mean) * s, dx + d);
       }
@@ -246,9 +252,12 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.has_residual = residual_MD is not None
     ctx.save_for_backward(total_MD if ctx.has_residual else x_MD, scale_M, weight_D)
     ctx.mark_non_differentiable(scale_M)
+    ctx.set_materialize_grads(False)  # a sum that nobody else uses has no zeros to be read
 
 
-def _backward(ctx, dnormed_MD: Tensor, dsum_MD: Tensor, _: Tensor) -> tuple:
+def _backward(ctx, dnormed_MD: Tensor | None, dsum_MD: Tensor | None, _: None) -> tuple:
+    if dnormed_MD is None:  # the sum alone was used
+        return dsum_MD, dsum_MD, None, None, None
     dx, dweight = torch.ops.plait.rms_norm_backward(
         dnormed_MD, dsum_MD if ctx.has_residual else None, *ctx.saved_tensors, ctx.offset
     )
