@@ -10,7 +10,7 @@ import statistics
 
 import torch
 
-from benchmarks.overlap import ANY_LINK, DTYPES, TP, Bench, Size, row, say
+from benchmarks.overlap import ANY_LINK, TP, Bench, Size, dtypes, row, say
 from benchmarks.result import Row
 from plait.compiler.compile import compile
 from plait.executor.delayed_process_group import DelayedProcessGroup, registered
@@ -33,7 +33,7 @@ def measure_level(level: str, quick: bool, size: Size, num_rounds: int) -> list[
         size, num_rounds = Size(width=512, layers=2, tokens=256), 2
     group = DelayedProcessGroup(0, TP, ANY_LINK)
     rows: list[Row] = []
-    for kind, dtype in DTYPES.items():
+    for kind, dtype in dtypes().items():
         if kind == "bf16" and (quick or not bfloat16_pays("cpu")):
             continue
         name = f"{kind}, {size.tokens} tokens, ratio {RATIO:g}, token axis"
