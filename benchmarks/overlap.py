@@ -9,8 +9,8 @@ that of each round.
     python -m benchmarks.overlap --price        the paper machine instead (overlap_price)
     python -m benchmarks.overlap --level O1     what a level hides beside O0 (overlap_levels)
 
---short leaves out ratio 1, local batch 4, and rivals and batches in bf16. bf16 is measured where the
-machine has such products.
+--short leaves out ratio 1, local batch 4, and rivals and batches in bf16. Without units for bf16
+nothing is measured in it.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Each time is a process of its own, and the best of several that take turns, as other processes only
 ever add time. Memory is what PyTorch's allocator counts in a step of rank 0 with free
-communication.
+communication, and what the dry run says of the same schedule.
 """
 
 import json
@@ -44,11 +44,14 @@ def measure(quick: bool) -> list[Row]:
 
 
 def _memory_rows() -> list[Row]:
-    peaks = {n: _child(model="memory", layers=4, replicas=n) for n in (1, 2, 4)}
-    return [
-        _row(f"step of width 1,024: peak memory, R={n} / unsplit", "x", 1.03, [peaks[n] / peaks[1]])
-        for n in (2, 4)
-    ]
+    rows: list[Row] = []
+    for model, name in (("memory", "peak memory"), ("price", "priced peak memory")):
+        peaks = {n: _child(model=model, layers=4, replicas=n) for n in (1, 2, 4)}
+        for n in (2, 4):
+            claim = f"step of width 1,024: {name}, R={n} / unsplit"
+            rows.append(_row(claim, "x", 1.03, [peaks[n] / peaks[1]]))
+        rows.append(_row(f"step of width 1,024: {name}, unsplit", "MB", None, [peaks[1] * 1e-6]))
+    return rows
 
 
 def _row(claim: str, unit: str, target: float | None, samples: list[float]) -> Row:
@@ -72,8 +75,8 @@ def _work(*, model: str, layers: int, replicas: int) -> float:
     from plait.models.decoder import Decoder, DecoderConfig
 
     torch.set_num_threads(1)
-    if model == "memory":
-        return _peak(replicas)
+    if model in ("memory", "price"):
+        return _peak(replicas, is_priced=model == "price")
     if model == "405b":
         decoder, tokens = llama_405b(layers)
     else:
@@ -99,12 +102,14 @@ def _loss(model: Any, tokens: Any) -> Any:
     return model.loss(model(tokens), tokens)
 
 
-def _peak(replicas: int) -> float:
+def _peak(replicas: int, *, is_priced: bool) -> float:
+    """Bytes above the weights at the peak of a step."""
     import torch
 
     import plait
     from plait.cost import clusters
     from plait.cost.clusters import Link
+    from plait.dryrun.memory_trace import Kind
     from plait.executor.delayed_process_group import delayed_groups
     from plait.executor.overlap_forms import forms_of, prepared
     from plait.executor.run import Runnable
@@ -125,6 +130,9 @@ def _peak(replicas: int) -> float:
     plan = plait.ParallelPlan(tp=4, replicas=max(replicas, 2))
     graph = prepared(plait.capture(model, tokens, plan, loss=_loss))
     forms = forms_of(graph, replicas, clusters.cpu(4))
+    if is_priced:
+        ledger = plait.price(forms.overlapped, clusters.cpu(4), fragments=False).memory
+        return ledger.peak_bytes - ledger.by_kind[Kind.PARAMETERS]
     runnable = Runnable(forms.overlapped)
     inputs = example_inputs(forms.overlapped, vocab_size=512)
     with delayed_groups({"tp": 4}, Link(latency_s=0.0, bandwidth_bytes_per_s=1e12), scale=0.0):

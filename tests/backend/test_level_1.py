@@ -140,8 +140,26 @@ def torch_value(value):
     return replace(value, shape=(7, *value.shape), stride=(1, *value.stride))
 
 
-def test_without_a_compiler_o1_runs_o0s_kernels_with_one_warning(tmp_path):
-    script = tmp_path / "script.py"
+BROKEN_COMPILERS = {
+    "missing": None,
+    "fails": "echo 'internal compiler error' >&2; exit 1",
+    "writes nothing": "exit 0",
+    "writes what is no library": """
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then echo nothing > "$2"; fi
+  shift
+done
+""",
+}
+
+
+@pytest.mark.parametrize("does", BROKEN_COMPILERS.values(), ids=BROKEN_COMPILERS)
+def test_without_a_compiler_that_works_o1_runs_o0s_kernels_with_one_warning(does, tmp_path):
+    compiler, script = tmp_path / "g++", tmp_path / "script.py"
+    if does is not None:
+        version = 'if [ "$1" = --version ]; then echo "g++ (GCC) 12.2.0"; exit 0; fi'
+        compiler.write_text(f"#!/bin/sh\n{version}\n{does}\n")
+        compiler.chmod(0o755)
     script.write_text(
         "import json, warnings, torch, plait\n"
         "torch.manual_seed(0)\n"
@@ -158,7 +176,7 @@ def test_without_a_compiler_o1_runs_o0s_kernels_with_one_warning(tmp_path):
         "ours = [str(w.message) for w in caught if 'CompilerWarning' in str(w.category)]\n"
         "print(json.dumps([same, ours, str(compiled.report())]))\n"
     )
-    env = {"PATH": "", "CXX": "/nowhere/g++", "HOME": str(tmp_path)}
+    env = {"PATH": "", "CXX": str(compiler), "HOME": str(tmp_path)}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_VEC_ISA_OK": "1"}
     done = subprocess.run(
         [sys.executable, str(script)], env=env, capture_output=True, text=True, check=False
