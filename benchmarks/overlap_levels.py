@@ -18,7 +18,6 @@ from plait.executor.measure_overlap import link_for
 from plait.executor.overlap_forms import DIRECTIONS
 from plait.executor.run import Runnable
 from plait.executor.timed_rounds import Samples, Step, measure_rounds, net_hidden, with_twin
-from plait.ops.numerics import bfloat16_pays
 from plait.plan.parallel_plan import ParallelPlan
 
 RATIO = 0.5
@@ -34,7 +33,7 @@ def measure_level(level: str, quick: bool, size: Size, num_rounds: int) -> list[
     group = DelayedProcessGroup(0, TP, ANY_LINK)
     rows: list[Row] = []
     for kind, dtype in dtypes().items():
-        if kind == "bf16" and (quick or not bfloat16_pays("cpu")):
+        if kind == "bf16" and quick:
             continue
         name = f"{kind}, {size.tokens} tokens, ratio {RATIO:g}, token axis"
         say(name)

@@ -40,7 +40,6 @@ _SETTINGS = {
 }
 SMALLEST = 2**15
 """Elements of the largest operand below which operators one by one are as fast as a kernel."""
-_VECTORIZE = "-ftree-loop-vectorize"
 _FIRST_MANY = 2  # PyTorch takes sizes of 0 and 1 for constants, all others for any size
 
 
@@ -141,8 +140,9 @@ class CppKernel:
             from torch._inductor.codecache import CppCodeCache
 
             try:
-                # Inductor writes vectors itself and forbids the compiler to find any.
-                self._library = CppCodeCache.load(self.source, extra_flags=[_VECTORIZE])
+                # Inductor writes vectors itself, and forbids the compiler to find any.
+                flags = ["-ftree-loop-vectorize"]
+                self._library = CppCodeCache.load(self.source, extra_flags=flags)
             except Exception as error:  # what the C++ compiler raises: there is none that works
                 _warn(self.function, error)
                 self._library = False
