@@ -7,13 +7,15 @@ best number of replicas of the level and the best of O0, round by round.
 
 import gc
 import statistics
+from dataclasses import replace
 
 import torch
 
-from benchmarks.overlap import ANY_LINK, TP, Bench, Size, dtypes, row, say
+from benchmarks.overlap import ANY_LINK, TP, WIDTHS, Bench, Size, dtypes, row, say
 from benchmarks.result import Row
 from plait.compiler.compile import compile
 from plait.executor.delayed_process_group import DelayedProcessGroup, registered
+from plait.executor.host_memory import keep_freed_memory
 from plait.executor.measure_overlap import link_for
 from plait.executor.overlap_forms import DIRECTIONS
 from plait.executor.run import Runnable
@@ -28,6 +30,7 @@ def measure_level(level: str, quick: bool, size: Size, num_rounds: int) -> list[
     """Net hidden of both levels and their difference, by dtype and direction."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_freed_memory()
     if quick:
         size, num_rounds = Size(width=512, layers=2, tokens=256), 2
     group = DelayedProcessGroup(0, TP, ANY_LINK)
@@ -35,6 +38,8 @@ def measure_level(level: str, quick: bool, size: Size, num_rounds: int) -> list[
     for kind, dtype in dtypes().items():
         if kind == "bf16" and quick:
             continue
+        if not quick:
+            size = replace(size, width=WIDTHS[kind])
         name = f"{kind}, {size.tokens} tokens, ratio {RATIO:g}, token axis"
         say(name)
         samples = _samples(level, Bench(size, dtype, group, num_rounds))

@@ -7,6 +7,7 @@ from torch import nn
 import plait
 from plait.compiler.fuse_loss import fuse_loss
 from plait.graph.verify import verify
+from plait.ops import linear_cross_entropy as module
 
 VOCABULARY, WIDTH, ROWS = 256, 16, 96
 
@@ -83,7 +84,27 @@ def test_another_loss_is_left_as_it_is_and_a_note_says_why(of, reason):
     assert not holds(plait.compile(graph), "linear_cross_entropy")
 
 
-def test_a_loss_whose_gradients_are_larger_than_its_logits_is_left():
+def test_a_weight_larger_than_the_logits_gets_its_gradient_in_the_backward():
+    exact_model, (x, targets) = Head(torch.float64), batch(torch.float64)
+    exact_model.load_state_dict(Head().state_dict())
+    loss()(exact_model, x[:4], targets[:4]).backward()
+    model, (x, targets) = Head(), batch()
+    graph = fuse_loss(plait.capture(model, x[:4], targets[:4], loss=loss()))
+    verify(graph)
+    schedule = plait.compile(graph)
+    assert holds(schedule, "linear_cross_entropy")
+    assert not holds(schedule, "_log_softmax")
+    saved = [value.shape for t in graph.templates.values() for value in t.computed_saved]
+    assert (4, VOCABULARY) in saved
+    assert (VOCABULARY, WIDTH) not in saved
+    plait.run(schedule, model, x[:4], targets[:4])
+    for p, q in zip(model.parameters(), exact_model.parameters(), strict=True):
+        # Float32 sums over 4 rows and 256 classes.
+        assert ((p.grad - q.grad).norm() / q.grad.norm()).item() < 1e-5
+
+
+def test_a_loss_whose_gradients_are_larger_than_its_logits_is_left(monkeypatch):
+    monkeypatch.setattr(module, "GROUP_ELEMENTS", 3 * VOCABULARY)  # so few may be kept
     model, (x, targets) = Head(), batch()
     graph = fuse_loss(plait.capture(model, x[:4], targets[:4], loss=loss()))
     assert "larger than the logits" in str(graph.notes[0])

@@ -25,7 +25,7 @@ with warnings.catch_warnings(record=True) as caught:
         torch.testing.assert_close(swiglu(x, x), reference_gated(x, x, "silu"))
         rms_norm(x, weight, eps=1e-6).sum().backward()
     told = [str(each.message) for each in caught if each.category is CompilerWarning]
-assert len(told) == 3, told  # of the gate, the norm, and the norm's gradients
+assert len(told) == 2, told  # of the gate and the norm, which have two kernels each
 assert all("runs operator by operator" in text and "CXX" in text for text in told), told
 """
 

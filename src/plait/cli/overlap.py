@@ -15,6 +15,7 @@ from plait.cli.output import say, show
 from plait.cost.clusters import Link
 from plait.cost.overlap_picture import direction_picture, page
 from plait.errors import ConfigError, nearest_name
+from plait.executor.host_memory import keep_freed_memory
 from plait.executor.measure_overlap import Meter
 from plait.executor.overlap_forms import CANDIDATES
 from plait.graph.capture import capture
@@ -89,6 +90,7 @@ def overlap_command(
     if threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {threads}.")
     torch.set_num_threads(threads)
+    keep_freed_memory()  # else what is alive at a time would be in the times, on a CPU alone
     plan = ParallelPlan(tp=tp, sp=sp, replicas=meter.replicas, causal_split=causal_split)
     say("capturing")
     graph = _captured(config, (batch, tokens), _DTYPES[_known(dtype, "dtype", _DTYPES)], plan)

@@ -18,6 +18,7 @@ from plait.cli.sample import complete
 from plait.cli.stop import stop_on_interrupt
 from plait.config import override
 from plait.errors import ConfigError, PlaitError
+from plait.executor.host_memory import keep_freed_memory
 from plait.recipes.catalog import RECIPES, find_recipe
 from plait.serve.sampling import Sampling
 from plait.train.job import Job
@@ -48,6 +49,7 @@ def train_command(
     """
     job, run = _open_run(recipe, settings or [], out, resume)
     say(f"run folder: {run.path}")
+    keep_freed_memory()
     how_to_resume = f"  plait train {recipe} --resume {shlex.quote(str(run.path))}"
     try:
         with (

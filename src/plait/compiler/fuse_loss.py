@@ -2,7 +2,7 @@
 
 Looks for the last product, its log-softmax and its negative log-likelihood in the joint graph of a
 template, forward and backward, and puts `plait::linear_cross_entropy` in their place, which works
-on some rows at a time and has the gradients ready when the forward ends.
+on some rows at a time and has the gradients ready when the forward ends, or all but the weight's.
 """
 
 # pyright: basic
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
-import plait.ops.linear_cross_entropy  # noqa: F401  # registers the operator
 from plait.compiler.group import num_bytes
 from plait.compiler.rewrite import part_again, pass_saved
 from plait.graph.graph import Graph, Node, Template
 from plait.graph.island import looks_only
 from plait.graph.note import Note
+from plait.ops.linear_cross_entropy import pays_to_wait
 
 _aten = torch.ops.aten
 _MEAN, _SUM = 1, 2  # of aten's reductions
@@ -47,7 +47,10 @@ def fuse_loss(graph: Graph) -> Graph:
 
 @dataclass(frozen=True)
 class _Loss:
-    """The nodes of a loss. gradient: of the logits, as the two products of the backward take it."""
+    """The nodes of a loss; the two products of its backward.
+
+    waits: the one for the weight stays there.
+    """
 
     loss: Node
     product: Node
@@ -57,6 +60,7 @@ class _Loss:
     backward: Node
     to_hidden: Node | None
     to_weight: Node | None
+    waits: bool
 
 
 def _losses(template: Template) -> list[Node]:
@@ -97,12 +101,13 @@ def _match(node: Node) -> _Loss | str:
         else:
             return "the gradient of the logits has other uses"
     hidden, weight = product.args[0], product.args[1].args[0]
+    values = (hidden.meta["val"], weight.meta["val"], product.meta["val"].dtype)
+    waits = to_weight is not None and pays_to_wait(*values)
     kept = num_bytes([hidden, weight] if to_weight is not None else [hidden])
-    if kept >= num_bytes([log_p]):
+    if not waits and kept >= num_bytes([log_p]):
         return "the gradients that it would keep are larger than the logits"
-    return _Loss(
-        node, product, targets, reduction == _MEAN, ignored, backward[0], to_hidden, to_weight
-    )
+    gradients = (to_hidden, to_weight, waits)
+    return _Loss(node, product, targets, reduction == _MEAN, ignored, backward[0], *gradients)
 
 
 def _replace(template: Template, found: _Loss) -> None:
@@ -114,9 +119,9 @@ def _replace(template: Template, found: _Loss) -> None:
         whole = _add(
             graph,
             torch.ops.plait.linear_cross_entropy.default,
-            (*args, found.to_weight is not None),
+            (*args, found.to_weight is not None, found.waits),
         )
-        loss, to_hidden, to_weight = (_add(graph, operator.getitem, (whole, i)) for i in range(3))
+        loss, to_hidden, kept = (_add(graph, operator.getitem, (whole, i)) for i in range(3))
         counted = _add(graph, _aten.ne.Scalar, (found.targets, found.ignored))
         count = _add(graph, _aten.sum.default, (counted,), {"dtype": torch.float32})
         result = _add(graph, _aten.div.Tensor, (loss, count)) if found.is_mean else loss
@@ -126,9 +131,14 @@ def _replace(template: Template, found: _Loss) -> None:
         scale = found.backward.args[0]
         if found.is_mean:
             scale = _add(graph, _aten.div.Tensor, (scale, count))
-        for gradient, old in ((to_hidden, found.to_hidden), (to_weight, found.to_weight)):
-            if old is not None:
-                old.replace_all_uses_with(_add(graph, _aten.mul.Tensor, (gradient, scale)))
+        if found.to_hidden is not None:
+            found.to_hidden.replace_all_uses_with(_add(graph, _aten.mul.Tensor, (to_hidden, scale)))
+        if found.to_weight is not None and found.waits:
+            scaled = _add(graph, _aten.mul.Tensor, (hidden, scale))
+            dlogits = _add(graph, _aten.t.default, (kept,))
+            found.to_weight.replace_all_uses_with(_add(graph, _aten.mm.default, (dlogits, scaled)))
+        elif found.to_weight is not None:
+            found.to_weight.replace_all_uses_with(_add(graph, _aten.mul.Tensor, (kept, scale)))
     graph.eliminate_dead_code()
 
 

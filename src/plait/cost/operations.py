@@ -263,12 +263,15 @@ def _orthogonalize(packet: str, named: Mapping[str, object]) -> _Work:
 
 
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
-    """The logits, and with gradients the two products of their backward."""
+    """The logits, and with gradients those products of their backward that do not wait for it."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
     (rows, inner), columns = hidden.shape, weight.shape[0]
+    products = 1
+    if named["with_gradients"]:
+        products += 1 if not named.get("with_weight", True) or named.get("weight_waits") else 2
     return _Work(
         kind=Kind.MATRIX,
-        flops=2 * rows * inner * columns * (3 if named["with_gradients"] else 1),
+        flops=2 * rows * inner * columns * products,
         dtype=cast("torch.dtype", named["dtype"]),
         sizes=(rows, inner, columns),
     )

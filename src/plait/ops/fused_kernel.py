@@ -119,38 +119,80 @@ class FusedKernel:
             return lambda operands: function(*operands)
 
 
+_CPP = r"""
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+static inline float wide(float x) { return x; }
+static inline float wide(uint16_t x) {  // bfloat16: the upper half of a float32
+  uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+static inline void narrow(float x, float* y) { *y = x; }
+static inline void narrow(float x, uint16_t* y) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  *y = is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+"""
+
+
 class CppKernel:
     """A kernel in C++ where what Inductor writes is slow, and the function that it stands for.
 
-    The source has `extern "C"` functions that take addresses, then sizes, then a double; a sum that
-    may be vectorized says so (`omp simd reduction`). A machine without a working compiler is told
-    so once.
+    The source has `extern "C"` functions, one for each dtype, that take addresses, then sizes, then
+    a double; a loop that may be vectorized says so (`omp simd`). Before it stand `wide` and
+    `narrow`, from a dtype to float and back. A machine without a working compiler is told so once.
     """
 
     def __init__(self, function: Callable, source: str) -> None:
         """Wait for the first use."""
-        self.function, self.source = function, source
+        self.function, self.source = function, _CPP + source
         self._library: Any = None
 
+    def takes(self, first: Tensor) -> bool:
+        """Whether there is a function for the first tensor's dtype and device, and it pays."""
+        return first.device.type == "cpu" and first.dtype in _CPP_DTYPES and pays(first)
+
     def run(
-        self, name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], number: float
+        self,
+        name: str,
+        tensors: Sequence[Tensor | None],
+        sizes: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        number: float = 0.0,
     ) -> bool:
-        """Call a function of the source, compiled at the first call; False if that fails."""
+        """Call the function `name_dtype` of the source, compiled at the first call.
+
+        False if it cannot be compiled.
+        """
+        if not self._is_loaded():
+            return False
+        addresses = (c_void_p(None if x is None else x.data_ptr()) for x in tensors)
+        function = getattr(self._library, f"{name}_{_CPP_DTYPES[dtype]}")
+        function(*addresses, *map(c_int64, sizes), c_double(number))
+        return True
+
+    def _is_loaded(self) -> bool:
         if self._library is None:
             from torch._inductor.codecache import CppCodeCache
 
             try:
-                # Inductor writes vectors itself, and forbids the compiler to find any.
-                flags = ["-ftree-loop-vectorize"]
+                # Inductor writes vectors itself, and forbids the compiler to find any, or to fuse.
+                flags = ["-ftree-loop-vectorize", "-ffp-contract=fast"]
                 self._library = CppCodeCache.load(self.source, extra_flags=flags)
             except Exception as error:  # what the C++ compiler raises: there is none that works
                 _warn(self.function, error)
                 self._library = False
-        if self._library is False:
-            return False
-        addresses = (c_void_p(None if x is None else x.data_ptr()) for x in tensors)
-        getattr(self._library, name)(*addresses, *map(c_int64, sizes), c_double(number))
-        return True
+        return self._library is not False
+
+
+_CPP_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @cache
@@ -160,7 +202,14 @@ def triton_kernels() -> Any:
     return import_module("plait.ops.triton_kernels") if find_spec("triton") else None
 
 
+_told: set[str] = set()
+
+
 def _warn(function: Callable, error: Exception) -> None:
+    """Once for each module, whatever kernels it has."""
+    if function.__module__ in _told:
+        return
+    _told.add(function.__module__)
     lines = str(error).strip().splitlines() or [""]
     warnings.warn(
         f"{function.__module__} runs operator by operator, as its kernel cannot be "
@@ -179,7 +228,14 @@ def pays(*operands: Tensor) -> bool:
 
 def _lies_in_rows(x: Tensor) -> bool:
     """Whether rows are contiguous and follow each other, with or without gaps."""
-    return x.dim() == 0 or (x[0].is_contiguous() and x.stride(0) >= x[0].numel())
+    if x.is_contiguous():
+        return True
+    return x[0].is_contiguous() and x.stride(0) >= x[0].numel()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """As a matrix of its last dim, without a view that autograd would go through for nothing."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _fake(x: Tensor, mode: FakeTensorMode, is_rows: bool) -> Tensor:

@@ -2,16 +2,19 @@
 
 The rows are handled in chunks; the gradients with respect to the hidden states and the weight are
 computed in the forward pass, where the logits of a chunk are at hand, as in Liger Kernel's fused
-loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2].
+loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2]. Where one chunk holds all rows and is smaller
+than the gradient of the weight, that product waits for the backward, and the chunk is kept for it.
 """
 
 # Shapes: M rows (tokens), D model width, V vocabulary, m rows of one chunk.
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from plait.errors import ModelError
 from plait.ops.fused_kernel import triton_kernels
+from plait.ops.numerics import autocast_dtype
 from plait.ops.work import Work, num_bytes
 
 GROUP_ELEMENTS = 32 * 2**20
@@ -31,21 +34,17 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the rows, float32 scalar [nats].
 
-    The products run in `dtype` (default: that of `hidden_MD`), the softmax in float32. The weight
-    keeps its own dtype, and so does its gradient. Targets below 0 are left out. soft_cap: take
-    cap * tanh(logits / cap) for the logits. Raises ModelError for shapes that do not fit.
+    The products run in `dtype` (default: that of the enclosing `torch.autocast`, else that of
+    `hidden_MD`), the softmax in float32. The weight keeps its own dtype, and so does its gradient.
+    Targets below 0 are left out. soft_cap: take cap * tanh(logits / cap) for the logits. Raises
+    ModelError for shapes that do not fit.
     """
     _check(hidden_MD, weight_VD, targets_M)
-    dtype = dtype or hidden_MD.dtype
-    loss, _, _ = torch.ops.plait.linear_cross_entropy(
-        hidden_MD,
-        weight_VD,
-        targets_M,
-        dtype,
-        torch.is_grad_enabled(),
-        soft_cap or 0.0,
-        weight_VD.requires_grad,
-    )
+    dtype = dtype or autocast_dtype(hidden_MD.device.type) or hidden_MD.dtype
+    with_gradients, with_weight = torch.is_grad_enabled(), weight_VD.requires_grad
+    waits = with_gradients and with_weight and pays_to_wait(hidden_MD, weight_VD, dtype)
+    switches = (dtype, with_gradients, soft_cap or 0.0, with_weight, waits)
+    loss, _, _ = torch.ops.plait.linear_cross_entropy(hidden_MD, weight_VD, targets_M, *switches)
     return loss
 
 
@@ -62,12 +61,35 @@ def reference_linear_cross_entropy(
 
 
 def linear_cross_entropy_work(hidden_MD: Tensor, weight_VD: Tensor) -> tuple[Work, Work]:
-    """Three products forward, as the gradients are made there; backward both are scaled."""
+    """Three products forward, as the gradients are made there; backward both are scaled.
+
+    Or two, and the third backward.
+    """
     (rows, width), columns = hidden_MD.shape, weight_VD.shape[0]
     gradients = hidden_MD.numel() + weight_VD.numel()
     moved = num_bytes(hidden_MD, weight_VD)
-    forward = Work(flops=6 * rows * width * columns, bytes=2 * moved)
-    return forward, Work(flops=gradients, bytes=2 * moved)
+    product = 2 * rows * width * columns
+    waits = int(pays_to_wait(hidden_MD, weight_VD, hidden_MD.dtype))
+    forward = Work(flops=(3 - waits) * product, bytes=2 * moved)
+    return forward, Work(flops=gradients + waits * product, bytes=2 * moved)
+
+
+def pays_to_wait(hidden_MD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all logits are one chunk, smaller than the gradient of the weight.
+
+    Then the chunk is kept, and that gradient is made in the backward.
+    """
+    num_logits = hidden_MD.shape[0] * weight_VD.shape[0]
+    smaller = num_logits * dtype.itemsize < weight_VD.numel() * weight_VD.element_size()
+    # A number of rows that is not known, while a graph is traced for many, pays for none.
+    return all(map(statically_known_true, (num_logits > 0, num_logits <= GROUP_ELEMENTS, smaller)))
+
+
+def weight_gradient(
+    dlogits_MV: Tensor, hidden_MD: Tensor, dloss: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of the weight, in its dtype, from what was kept for it."""
+    return (dlogits_MV.t() @ (hidden_MD * dloss).to(dlogits_MV.dtype)).to(dtype)
 
 
 def _check(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
@@ -93,11 +115,29 @@ def _forward(
     with_gradients: bool,
     soft_cap: float = 0.0,
     with_weight: bool = True,
+    weight_waits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the gradient of the hidden states, and what the weight's is made of."""
+    with torch.autocast(hidden_MD.device.type, enabled=False):  # the dtype is given
+        switches = (dtype, with_gradients, soft_cap, with_weight, weight_waits)
+        return _by_groups(hidden_MD, weight_VD, targets_M, *switches)
+
+
+def _by_groups(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    dtype: torch.dtype,
+    with_gradients: bool,
+    soft_cap: float,
+    with_weight: bool,
+    weight_waits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
-    num_rows = max(1, GROUP_ELEMENTS // weight.shape[0])
+    sums = with_gradients and with_weight and not weight_waits
+    dhidden_MD, kept = _empty_gradients(hidden_MD, weight_VD, with_gradients, sums)
+    num_rows = hidden_MD.shape[0] if weight_waits else max(1, GROUP_ELEMENTS // weight.shape[0])
     for start in range(0, hidden_MD.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         hidden_mD = hidden_MD[rows].to(dtype)
@@ -105,12 +145,17 @@ def _forward(
         loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
         if with_gradients:
             dhidden_MD[rows] = logits_mV @ weight
-        if with_gradients and with_weight:
-            if start == 0:
-                dweight_VD.copy_(logits_mV.T @ hidden_mD)
-            else:
-                dweight_VD += logits_mV.T @ hidden_mD
-    return loss, dhidden_MD, dweight_VD
+        if weight_waits:
+            kept = logits_mV
+        elif not sums:
+            continue
+        elif kept.dtype == dtype:
+            kept.addmm_(logits_mV.T, hidden_mD, beta=float(start > 0))
+        elif start == 0:
+            kept.copy_(logits_mV.T @ hidden_mD)
+        else:
+            kept += logits_mV.T @ hidden_mD
+    return loss, dhidden_MD, kept
 
 
 def _losses_to_gradients(
@@ -152,34 +197,42 @@ def _(
     with_gradients: bool,
     soft_cap: float = 0.0,
     with_weight: bool = True,
+    weight_waits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
-    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
+    sums = with_gradients and with_weight and not weight_waits
+    dhidden_MD, kept = _empty_gradients(hidden_MD, weight_VD, with_gradients, sums)
+    if weight_waits:
+        kept = hidden_MD.new_empty((hidden_MD.shape[0], weight_VD.shape[0]), dtype=dtype)
+    return loss, dhidden_MD, kept
 
 
 def _empty_gradients(
-    hidden_MD: Tensor, weight_VD: Tensor, wanted: bool, with_weight: bool
+    hidden_MD: Tensor, weight_VD: Tensor, of_hidden: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(hidden_MD) if wanted else hidden_MD.new_empty(0),
-        torch.empty_like(weight_VD) if wanted and with_weight else weight_VD.new_empty(0),
+        torch.empty_like(hidden_MD) if of_hidden else hidden_MD.new_empty(0),
+        torch.empty_like(weight_VD) if of_weight else weight_VD.new_empty(0),
     )
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, dhidden_MD, dweight_VD = output
-    ctx.save_for_backward(dhidden_MD, dweight_VD)
-    ctx.with_weight = inputs[-1]
-    ctx.mark_non_differentiable(dhidden_MD, dweight_VD)
+    hidden_MD, weight_VD, *_, ctx.with_weight, ctx.weight_waits = inputs
+    _, dhidden_MD, kept = output
+    ctx.save_for_backward(dhidden_MD, kept, hidden_MD if ctx.weight_waits else None)
+    ctx.dtype = weight_VD.dtype
+    ctx.mark_non_differentiable(dhidden_MD, kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx, dloss: Tensor, *_: Tensor | None
-) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
-    dhidden_MD, dweight_VD = ctx.saved_tensors
-    dweight = dweight_VD * dloss if ctx.with_weight else None
-    return dhidden_MD * dloss, dweight, None, None, None, None, None
+def _backward(ctx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dhidden_MD, kept, hidden_MD = ctx.saved_tensors
+    dweight_VD = None
+    if ctx.weight_waits:
+        dweight_VD = weight_gradient(kept, hidden_MD, dloss, ctx.dtype)
+    elif ctx.with_weight:
+        dweight_VD = kept * dloss
+    return dhidden_MD * dloss, dweight_VD, *[None] * 6
 
 
 _forward.register_autograd(_backward, setup_context=_save)

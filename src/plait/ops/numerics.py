@@ -30,11 +30,15 @@ def bfloat16_pays(device_type: str) -> bool:
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Convert to the dtype of the enclosing `torch.autocast`, as PyTorch does for its products."""
-    device_type = tensors[0].device.type
+    dtype = autocast_dtype(tensors[0].device.type)
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the products of the enclosing `torch.autocast`, None outside of any."""
     if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

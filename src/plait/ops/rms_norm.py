@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ModelError
-from plait.ops.fused_kernel import CppKernel, FusedKernel, pays, triton_kernels
+from plait.ops.fused_kernel import CppKernel, FusedKernel, rows_of, triton_kernels
 from plait.ops.numerics import check_alike
 from plait.ops.work import Work, pointwise_work, wide
 
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float, offset: float = 0.0) ->
     Raises ModelError where the weight does not fit, or dtypes or devices differ.
     """
     _check(x, weight_D)
-    normed_MD, _, _ = torch.ops.plait.rms_norm(_rows(x), None, weight_D, eps, offset)
+    normed_MD, _, _ = torch.ops.plait.rms_norm(rows_of(x), None, weight_D, eps, offset)
     return normed_MD if x.dim() == 2 else normed_MD.view(x.shape)
 
 
@@ -31,7 +31,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return the norm of x + residual, and that sum."""
     _check(x, weight_D, residual)
-    normed, total, _ = torch.ops.plait.rms_norm(_rows(x), _rows(residual), weight_D, eps, offset)
+    rows = rows_of(x), rows_of(residual)
+    normed, total, _ = torch.ops.plait.rms_norm(*rows, weight_D, eps, offset)
     return (normed, total) if x.dim() == 2 else (normed.view(x.shape), total.view(x.shape))
 
 
@@ -49,11 +50,6 @@ def rms_norm_work(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -
     sums = () if residual is None else (x,)
     forward = pointwise_work(4 + len(sums), x, x, residual, weight_D, x, *sums)
     return forward, pointwise_work(10 + len(sums), x, x, x, *sums, weight_D, x, weight_D)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """As a matrix, without a view that autograd would go through for nothing."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _check(x: Tensor, weight_D: Tensor, residual: Tensor | None = None) -> None:
@@ -109,24 +105,6 @@ _added_kernel = FusedKernel(_added)
 _gradients_kernel = CppKernel(
     _gradients,
     r"""
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#include <omp.h>
-static inline float wide(float x) { return x; }
-static inline float wide(uint16_t x) {  // bfloat16: the upper half of a float32
-  uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-static inline void narrow(float x, float* y) { *y = x; }
-static inline void narrow(float x, uint16_t* y) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  *y = is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 // One pass over the rows. Each thread sums the gradient of the weight over its own rows.
 template <typename T>
 static void gradients(const T* dnormed, const T* dsum, const T* total, const float* scale,
@@ -174,8 +152,8 @@ static void gradients(const T* dnormed, const T* dsum, const T* total, const flo
                        T* dw, int64_t M, int64_t D, double offset) {                          \
     gradients<T>(dn, ds, x, s, w, dx, dw, M, D, offset);                                      \
   }
-DEFINE(torch_float32, float)
-DEFINE(torch_bfloat16, uint16_t)
+DEFINE(gradients_float32, float)
+DEFINE(gradients_bfloat16, uint16_t)
 """,
 )
 
@@ -223,13 +201,12 @@ def _rms_norm_backward(
             # Four programs for each multiprocessor keep it busy; each sums its own rows.
             num_programs=4 * torch.cuda.get_device_properties().multi_processor_count,
         )
-    is_covered = total_MD.device.type == "cpu" and total_MD.dtype in (torch.float32, torch.bfloat16)
-    if is_covered and pays(total_MD):
-        dtotal_MD, dweight_D = (torch.empty(t.shape, dtype=t.dtype) for t in (total_MD, weight_D))
+    if _gradients_kernel.takes(total_MD):
+        dtotal_MD, dweight_D = (t.new_empty(t.shape) for t in (total_MD, weight_D))
         read = [None if t is None else t.contiguous() for t in (dnormed_MD, dsum_MD, total_MD)]
         tensors = (*read, scale_M, weight_D.contiguous(), dtotal_MD, dweight_D)
-        name = str(total_MD.dtype).replace(".", "_")
-        if _gradients_kernel.run(name, tensors, total_MD.shape, offset):
+        sizes, dtype = total_MD.shape, total_MD.dtype
+        if _gradients_kernel.run("gradients", tensors, sizes, dtype=dtype, number=offset):
             return dtotal_MD, dweight_D
     return _gradients(dnormed_MD, dsum_MD, total_MD, scale_M, weight_D, offset)
 
