@@ -156,11 +156,13 @@ def _run_plait(job, folder: Path, steps: int) -> tuple[float, list[float], float
     import shutil
     from dataclasses import replace
 
+    from plait.executor.host_memory import keep_freed_memory
     from plait.train.loop import train
     from plait.train.run_folder import RunFolder
     from plait.train.watch import Watch
 
     start = _resident_bytes()
+    keep_freed_memory()  # as `plait train` does
     run = RunFolder(folder / f"plait-{time.time_ns()}")
     optimizer = replace(job.optimizer, kind="adamw", warmup_steps=0, final_fraction=1.0)
     # From noise: `initial` holds the weights of that start, and the rival begins with them.
