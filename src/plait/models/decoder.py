@@ -126,7 +126,7 @@ class Decoder(nn.Module):
     def loss(
         self, hidden_BTD: Tensor, targets_BT: Tensor, *, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Sum the cross-entropies of `logits` [nats], without ever holding all of them.
+        """Sum the cross-entropies of `logits` [nats], holding 2^25 of them at most.
 
         Targets below 0 are left out; products run in `dtype` (default: that of the hidden states).
         """

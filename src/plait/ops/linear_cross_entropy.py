@@ -1,12 +1,12 @@
-"""Cross-entropy of a linear layer's outputs, without ever holding all the logits.
+"""Cross-entropy of a linear layer's outputs, holding no more than a group of the logits.
 
-The rows are handled in chunks; the gradients with respect to the hidden states and the weight are
-computed in the forward pass, where the logits of a chunk are at hand, as in Liger Kernel's fused
-loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2]. Where one chunk holds all rows and is smaller
-than the gradient of the weight, that product waits for the backward, and the chunk is kept for it.
+The rows are handled in groups; the gradients with respect to the hidden states and the weight are
+computed in the forward pass, where the logits of a group are at hand, as in Liger Kernel's fused
+loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2]. Where one group holds all rows and is smaller
+than the gradient of the weight, that product waits for the backward, and the group is kept for it.
 """
 
-# Shapes: M rows (tokens), D model width, V vocabulary, m rows of one chunk.
+# Shapes: M rows (tokens), D model width, V vocabulary, m rows of one group.
 
 import torch
 from torch import Tensor
@@ -75,9 +75,9 @@ def linear_cross_entropy_work(hidden_MD: Tensor, weight_VD: Tensor) -> tuple[Wor
 
 
 def pays_to_wait(hidden_MD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all logits are one chunk, smaller than the gradient of the weight.
+    """Whether all logits are one group, smaller than the gradient of the weight.
 
-    Then the chunk is kept, and that gradient is made in the backward.
+    Then the group is kept, and that gradient is made in the backward.
     """
     num_logits = hidden_MD.shape[0] * weight_VD.shape[0]
     smaller = num_logits * dtype.itemsize < weight_VD.numel() * weight_VD.element_size()
