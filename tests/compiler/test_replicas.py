@@ -16,6 +16,9 @@ from tests.compiler.replica_models import NAMES, Case, both, differing, schedule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Dynamo detected a call to a `functools.lru_cache:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
 ]
 
@@ -105,6 +108,10 @@ def test_the_cases_hold_every_pair_of_values():
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_loss_and_every_gradient_have_the_bits_of_the_unsplit_step(case):
     check(case)
+
+
+def test_as_many_tokens_as_a_head_is_wide_are_told_from_its_features():
+    check(Case("gpt2_dropout", num_tokens=16))
 
 
 @pytest.mark.exhaustive

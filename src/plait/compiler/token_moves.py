@@ -10,7 +10,7 @@ a concatenation, or why they are nowhere (`Stop`). `token_rules.py` has the rule
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Tokens:
     total: how many there are in all; the dim may be folded with what follows, then length is a
     multiple. is_shard: the rank's share of the tokens under sequence parallelism. is_gathered: the
     shards of all ranks stand side by side along an outer dim. num_copies: the dim holds so many
-    sets of tokens one after the other, one for each rank.
+    sets of tokens one after the other, one for each rank. is_square: the last other dim counts
+    tokens too, the keys of scores of attention.
     """
 
     dim: int
@@ -36,6 +37,7 @@ class Tokens:
     is_shard: bool = False
     is_gathered: bool = False
     num_copies: int = 1
+    is_square: bool = field(default=False, compare=False)
 
     @property
     def is_natural(self) -> bool:

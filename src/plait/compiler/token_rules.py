@@ -232,12 +232,16 @@ def _bmm(node: Node, tokens: Known, region: set[Node]) -> Result:
     if left is not None and right is not None and (left.dim, right.dim) == (0, 0):
         return left if left == right else Stop("its operands are folded differently")
     if left is not None and left.dim == 1 and (right is None or right.is_natural):
-        return left  # rows of the left operand, against all of the right
-    # The gradient of keys or values, or of their transpose: by size, one dim has their tokens.
-    for dim in (1, 2):
+        # Rows of the left operand, against all of the right: scores, if its columns are tokens.
+        return replace(left, is_square=right is not None and right.dim == 2)
+    # The gradient of keys or values, or of their transpose: the dim that comes from the scores has
+    # their tokens, or where those are not known as such, the one of that size.
+    sides = ((1, left), (2, right))
+    known = [dim for dim, x in sides if x is not None and x.is_square]
+    for dim in known if len(known) == 1 else (1, 2):
         for x in (left, right):
             if x is not None and x.is_natural and x.length == node.meta["val"].shape[dim]:
-                return Stop("it sums over tokens", replace(x, dim=dim))
+                return Stop("it sums over tokens", replace(x, dim=dim, is_square=False))
     return Stop("it sums over tokens")
 
 
