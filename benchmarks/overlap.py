@@ -63,7 +63,7 @@ TARGETS = {
 CAUSAL_TARGETS = {("forward", 0.5): 0.85}
 REPLICAS = (1, 2, 3, 4)
 WIDTHS = {"fp32": 1024, "bf16": 2048}
-"""With which a step takes a second: a core of 2025 multiplies bfloat16 four times as fast."""
+"""With which a step takes at least a second: units for bfloat16 are several times as fast."""
 ANY_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1.0)
 """Of a group whose messages are not timed yet."""
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs becomes one operator, so that logits are never whole.
+"""Cross-entropy of a linear layer's outputs becomes one operator that holds a group of logits.
 
 Looks for the last product, its log-softmax and its negative log-likelihood in the joint graph of a
 template, forward and backward, and puts `plait::linear_cross_entropy` in their place, which works
@@ -39,7 +39,7 @@ def fuse_loss(graph: Graph) -> Graph:
                 continue
             _replace(template, found)
             part_again(template)
-            notes.append(_note(node, "never holds all logits", is_refusal=False))
+            notes.append(_note(node, "holds a group of logits at a time", is_refusal=False))
     pass_saved(graph)
     graph.notes = (*graph.notes, *notes)
     return graph

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from plait.errors import CompilerWarning
+from plait.ops.numerics import without_autocast
 
 # Inductor takes a second to import, and most programs do without it: it is imported where needed.
 
@@ -112,7 +113,7 @@ class FusedKernel:
 
         # One kernel is built here, not by the pool of processes that Inductor keeps for many.
         try:
-            with torch.autocast(operands[0].device.type, enabled=False):
+            with without_autocast(operands[0].device.type):
                 return compile_kernel(function, fakes, settings={"compile_threads": 1})
         except Exception as error:  # Inductor raises what its parts raise, here in one warning
             _warn(self.function, error)

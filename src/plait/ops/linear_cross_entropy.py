@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from plait.errors import ModelError
 from plait.ops.fused_kernel import triton_kernels
-from plait.ops.numerics import autocast_dtype
+from plait.ops.numerics import autocast_dtype, without_autocast
 from plait.ops.work import Work, num_bytes
 
 GROUP_ELEMENTS = 32 * 2**20
@@ -61,9 +61,9 @@ def reference_linear_cross_entropy(
 
 
 def linear_cross_entropy_work(hidden_MD: Tensor, weight_VD: Tensor) -> tuple[Work, Work]:
-    """Three products forward, as the gradients are made there; backward both are scaled.
+    """Three products forward, as the gradients are made there, or two and one backward.
 
-    Or two, and the third backward.
+    Backward the gradients are scaled.
     """
     (rows, width), columns = hidden_MD.shape, weight_VD.shape[0]
     gradients = hidden_MD.numel() + weight_VD.numel()
@@ -83,13 +83,6 @@ def pays_to_wait(hidden_MD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> bo
     smaller = num_logits * dtype.itemsize < weight_VD.numel() * weight_VD.element_size()
     # A number of rows that is not known, while a graph is traced for many, pays for none.
     return all(map(statically_known_true, (num_logits > 0, num_logits <= GROUP_ELEMENTS, smaller)))
-
-
-def weight_gradient(
-    dlogits_MV: Tensor, hidden_MD: Tensor, dloss: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The gradient of the weight, in its dtype, from what was kept for it."""
-    return (dlogits_MV.t() @ (hidden_MD * dloss).to(dlogits_MV.dtype)).to(dtype)
 
 
 def _check(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
@@ -118,44 +111,34 @@ def _forward(
     weight_waits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the gradient of the hidden states, and what the weight's is made of."""
-    with torch.autocast(hidden_MD.device.type, enabled=False):  # the dtype is given
-        switches = (dtype, with_gradients, soft_cap, with_weight, weight_waits)
-        return _by_groups(hidden_MD, weight_VD, targets_M, *switches)
-
-
-def _by_groups(
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    targets_M: Tensor,
-    dtype: torch.dtype,
-    with_gradients: bool,
-    soft_cap: float,
-    with_weight: bool,
-    weight_waits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
     sums = with_gradients and with_weight and not weight_waits
     dhidden_MD, kept = _empty_gradients(hidden_MD, weight_VD, with_gradients, sums)
     num_rows = hidden_MD.shape[0] if weight_waits else max(1, GROUP_ELEMENTS // weight.shape[0])
-    for start in range(0, hidden_MD.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        hidden_mD = hidden_MD[rows].to(dtype)
-        logits_mV = torch.nn.functional.linear(hidden_mD, weight)
-        loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
-        if with_gradients:
-            dhidden_MD[rows] = logits_mV @ weight
-        if weight_waits:
-            kept = logits_mV
-        elif not sums:
-            continue
-        elif kept.dtype == dtype:
-            kept.addmm_(logits_mV.T, hidden_mD, beta=float(start > 0))
-        elif start == 0:
-            kept.copy_(logits_mV.T @ hidden_mD)
-        else:
-            kept += logits_mV.T @ hidden_mD
+    with without_autocast(hidden_MD.device.type):  # the dtype is given
+        for start in range(0, hidden_MD.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            hidden_mD = hidden_MD[rows].to(dtype)
+            logits_mV = torch.nn.functional.linear(hidden_mD, weight)
+            loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
+            if with_gradients:
+                dhidden_MD[rows] = logits_mV @ weight
+            if weight_waits:
+                kept = logits_mV
+            elif sums:
+                _add_product(kept, logits_mV.T, hidden_mD, is_first=start == 0)
     return loss, dhidden_MD, kept
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """Add a product to the sum of those before it; the first writes what has no value yet."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0.0 if is_first else 1.0)
+    elif is_first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
 
 
 def _losses_to_gradients(
@@ -229,7 +212,7 @@ def _backward(ctx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...
     dhidden_MD, kept, hidden_MD = ctx.saved_tensors
     dweight_VD = None
     if ctx.weight_waits:
-        dweight_VD = weight_gradient(kept, hidden_MD, dloss, ctx.dtype)
+        dweight_VD = (kept.t() @ (hidden_MD * dloss).to(kept.dtype)).to(ctx.dtype)
     elif ctx.with_weight:
         dweight_VD = kept * dloss
     return dhidden_MD * dloss, dweight_VD, *[None] * 6

@@ -6,6 +6,7 @@ their neighbours.
 """
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -39,6 +40,13 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtypes of their operands; nothing is done outside of `torch.autocast`."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
