@@ -19,8 +19,7 @@ def touched():
     del x
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-touched()
-print(touched())
+print(min(touched() for _ in range(8)))
 """
 
 
@@ -33,5 +32,6 @@ def _faults(how: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the switch is the GNU C library's")
 def test_pages_of_a_freed_tensor_are_used_again_without_a_fault():
+    # At its fewest: small blocks taken in between may lie where the next one would have fitted.
     # 64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB.
     assert _faults("kept") == 0 < _faults("given back")
