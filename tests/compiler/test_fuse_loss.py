@@ -84,7 +84,7 @@ def test_another_loss_is_left_as_it_is_and_a_note_says_why(of, reason):
     assert not holds(plait.compile(graph), "linear_cross_entropy")
 
 
-def test_a_weight_larger_than_the_logits_gets_its_gradient_in_the_backward():
+def test_of_logits_that_are_kept_the_weight_gets_its_gradient_in_the_backward():
     exact_model, (x, targets) = Head(torch.float64), batch(torch.float64)
     exact_model.load_state_dict(Head().state_dict())
     loss()(exact_model, x[:4], targets[:4]).backward()

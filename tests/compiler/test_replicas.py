@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from plait.errors import PlanError
+from plait.ops import linear_cross_entropy
 from tests.compiler.replica_models import NAMES, Case, both, differing, schedules
 
 pytestmark = [
@@ -141,6 +142,22 @@ def test_each_piece_may_have_its_own_number_of_replicas(case):
 def test_a_number_of_replicas_for_each_piece_must_be_given():
     with pytest.raises(PlanError, match="2 pieces communicate, and there are 3 numbers"):
         schedules(Case("our_llama", replicas=(2, 3, 2)))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_loss_whose_logits_are_kept_is_split_by_its_rows(batch, monkeypatch):
+    def losses():
+        split, _ = schedules(Case("our_llama", batch=batch, numerics="fast"))
+        steps = [step.target for t in split.templates.values() for step in t.steps]
+        refused = [note for note in split.notes if note.by == "replicas" and note.is_refusal]
+        return [x for x in steps if "cross_entropy" in x], "\n".join(map(str, refused))
+
+    made, _ = losses()
+    assert made == 2 * ["plait.linear_cross_entropy_rows.default"]
+    monkeypatch.setattr(linear_cross_entropy, "GROUP_ELEMENTS", 1000)
+    made, reasons = losses()
+    assert made == ["plait.linear_cross_entropy.default"]
+    assert "holds the logits of a group at a time" in reasons
 
 
 # In fast numerics a product of fewer rows may be summed otherwise, in another kernel.

@@ -28,8 +28,8 @@ def loss_errors(dtype: torch.dtype, soft_cap: float) -> list[float]:
     targets[2] = -100
     exact = logits.double().requires_grad_()
     capped = soft_cap * torch.tanh(exact / soft_cap) if soft_cap else exact
-    loss = torch.nn.functional.cross_entropy(capped, targets, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, exact)
+    loss = torch.nn.functional.cross_entropy(capped, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), exact)
     without = triton_kernels.losses_to_gradients(logits, targets, False, soft_cap)
     found = triton_kernels.losses_to_gradients(logits, targets, True, soft_cap)
     return [_error(without, loss), _error(found, loss), _error(logits, gradient)]

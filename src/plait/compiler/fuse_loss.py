@@ -20,9 +20,9 @@ from plait.compiler.rewrite import part_again, pass_saved
 from plait.graph.graph import Graph, Node, Template
 from plait.graph.island import looks_only
 from plait.graph.note import Note
-from plait.ops.linear_cross_entropy import pays_to_wait
+from plait.ops.linear_cross_entropy import is_one_group
 
-_aten = torch.ops.aten
+_aten, _plait = torch.ops.aten, torch.ops.plait
 _MEAN, _SUM = 1, 2  # of aten's reductions
 _BY = "loss without logits"
 
@@ -49,7 +49,7 @@ def fuse_loss(graph: Graph) -> Graph:
 class _Loss:
     """The nodes of a loss; the two products of its backward.
 
-    waits: the one for the weight stays there.
+    is_one_group: the one for the weight stays there.
     """
 
     loss: Node
@@ -60,7 +60,7 @@ class _Loss:
     backward: Node
     to_hidden: Node | None
     to_weight: Node | None
-    waits: bool
+    is_one_group: bool
 
 
 def _losses(template: Template) -> list[Node]:
@@ -101,12 +101,11 @@ def _match(node: Node) -> _Loss | str:
         else:
             return "the gradient of the logits has other uses"
     hidden, weight = product.args[0], product.args[1].args[0]
-    values = (hidden.meta["val"], weight.meta["val"], product.meta["val"].dtype)
-    waits = to_weight is not None and pays_to_wait(*values)
+    in_one = is_one_group(hidden.meta["val"], weight.meta["val"])
     kept = num_bytes([hidden, weight] if to_weight is not None else [hidden])
-    if not waits and kept >= num_bytes([log_p]):
+    if not in_one and kept >= num_bytes([log_p]):
         return "the gradients that it would keep are larger than the logits"
-    gradients = (to_hidden, to_weight, waits)
+    gradients = (to_hidden, to_weight, in_one)
     return _Loss(node, product, targets, reduction == _MEAN, ignored, backward[0], *gradients)
 
 
@@ -116,12 +115,12 @@ def _replace(template: Template, found: _Loss) -> None:
     hidden, weight = found.product.args[0], found.product.args[1].args[0]
     with graph.inserting_before(found.loss):
         args = (hidden, weight, found.targets, hidden.meta["val"].dtype, True, 0.0)
-        whole = _add(
-            graph,
-            torch.ops.plait.linear_cross_entropy.default,
-            (*args, found.to_weight is not None, found.waits),
-        )
+        in_one, in_many = _plait.linear_cross_entropy_rows, _plait.linear_cross_entropy
+        fused = (in_one if found.is_one_group else in_many).default
+        whole = _add(graph, fused, (*args, found.to_weight is not None))
         loss, to_hidden, kept = (_add(graph, operator.getitem, (whole, i)) for i in range(3))
+        if found.is_one_group:
+            loss = _add(graph, _aten.sum.default, (loss,))
         counted = _add(graph, _aten.ne.Scalar, (found.targets, found.ignored))
         count = _add(graph, _aten.sum.default, (counted,), {"dtype": torch.float32})
         result = _add(graph, _aten.div.Tensor, (loss, count)) if found.is_mean else loss
@@ -133,7 +132,7 @@ def _replace(template: Template, found: _Loss) -> None:
             scale = _add(graph, _aten.div.Tensor, (scale, count))
         if found.to_hidden is not None:
             found.to_hidden.replace_all_uses_with(_add(graph, _aten.mul.Tensor, (to_hidden, scale)))
-        if found.to_weight is not None and found.waits:
+        if found.to_weight is not None and found.is_one_group:
             scaled = _add(graph, _aten.mul.Tensor, (hidden, scale))
             dlogits = _add(graph, _aten.t.default, (kept,))
             found.to_weight.replace_all_uses_with(_add(graph, _aten.mm.default, (dlogits, scaled)))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg as _map_arg
 
+import plait.ops.linear_cross_entropy as _registers_loss  # noqa: F401
 import plait.ops.strict_linear as _registers_linear  # noqa: F401
 import plait.ops.strict_pointwise as _registers_pointwise  # noqa: F401
 from plait.compiler import strict_operators as known
@@ -32,6 +33,7 @@ map_arg: Any = _map_arg
 NAME = "strict numerics"
 _aten, _plait = torch.ops.aten, torch.ops.plait
 _WEIGHTS = (Role.PARAMETER, Role.BUFFER)
+_IS_STRICT = 7  # of the arguments of a loss by rows
 _CONTIGUOUS = torch.contiguous_format
 _MEASURED = known.POINTWISE | known.ROWS | known.MOVES | known.OVER_TOKENS
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default)
@@ -39,6 +41,7 @@ _TWO_TOKENS = "rows on both sides: a weight gradient or attention, which stays o
 _ATTENTION = "whole on the token dim; each element of the batch has its own sums"
 _COLLECTIVE = "the order in which ranks are summed is the backend's"
 _DRAWS = "random numbers are drawn for the whole tensor"
+_WHOLE_LOSS = "one sum over all tokens, of more logits than are held at a time"
 _UNKNOWN = "nobody measured whether a row's result depends on the others"
 
 
@@ -145,6 +148,9 @@ class _Rewriter:
             return
         if node.target in _PRODUCTS:
             self.product(node)
+        elif node.target is _plait.linear_cross_entropy_rows.default:
+            node.args = (*node.args[:_IS_STRICT], True)
+            self.note(node, "now with row-exact products", is_refusal=False)
         elif _needs_vectors(node, name):
             self.in_whole_vectors(node)
         elif reason := _reason_to_leave(node, name, space):
@@ -258,6 +264,8 @@ def _reason_to_leave(node: Node, name: str, space: str) -> str:
         return _ATTENTION
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return _DRAWS
+    if node.target is _plait.linear_cross_entropy.default:
+        return _WHOLE_LOSS
     if "c10d" in space:
         return _COLLECTIVE if "reduce" in name else ""
     if space == "plait" and name.startswith("strict_"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import plait.graph.exchange as _own_part_operator  # noqa: F401
 import plait.ops.attention as _attention_operators  # noqa: F401
+import plait.ops.linear_cross_entropy as _loss_operators  # noqa: F401
 import plait.ops.strict_attention as _strict_attention_operators  # noqa: F401
 import plait.ops.strict_linear as _strict_linear_operators  # noqa: F401
 import plait.ops.strict_pointwise as _strict_pointwise_operators  # noqa: F401
@@ -265,6 +266,18 @@ def _rows(node: Node, tokens: Known, region: set[Node]) -> Result:
     return left
 
 
+def _row_losses(node: Node, tokens: Known, region: set[Node]) -> Result:
+    """Of each row its loss, and its gradients where there are any."""
+    given = operand_tokens(node, tokens)
+    if given is None or given.dim != 0 or not given.is_natural:
+        return Stop("its rows are not those of the targets")
+    return tuple(given if value.shape[0] == given.length else None for value in node.meta["val"])
+
+
+def _grouped_loss(node: Node, tokens: Known, region: set[Node]) -> Result:
+    return Stop("it sums over tokens, of which it holds the logits of a group at a time")
+
+
 def _embedding(node: Node, tokens: Known, region: set[Node]) -> Result:
     given = operand_tokens(node, tokens, 1)
     return given if given is not None else Stop("its table has tokens")
@@ -423,6 +436,8 @@ _RULES: dict[object, Rule] = {
     _aten.topk.default: _sort,
     _aten.sort.default: _sort,
     _aten.mean.dim: _reduce,
+    _aten.mean.default: _reduce,
+    _aten.sum.default: _reduce,
     _aten.sum.dim_IntList: _reduce,
     _aten.amax.default: _reduce,
     _aten.amin.default: _reduce,
@@ -437,6 +452,8 @@ _RULES: dict[object, Rule] = {
     _c10d.reduce_scatter_tensor.default: _reduce_scatter,
     _plait.own_part.default: moves.own_part,
     _plait.strict_linear.default: _rows,
+    _plait.linear_cross_entropy.default: _grouped_loss,
+    _plait.linear_cross_entropy_rows.default: _row_losses,
     _plait.strict_pointwise.default: _pointwise,
     _plait.strict_silu.default: _pointwise,
     _plait.strict_silu_backward.default: _pointwise,
@@ -480,6 +497,8 @@ def part_dim(node: Node, operand: Node, tokens: Known) -> int | None:
         return dim if operand is node.args[1] else None
     if target is _plait.strict_linear.default:
         return dim if operand is node.args[0] else None
+    if target is _plait.linear_cross_entropy_rows.default:
+        return None if operand is node.args[1] else 0
     if target is _aten.embedding.default:
         return dim if operand is node.args[1] else None
     if target is _aten.index_put.default:

@@ -263,12 +263,14 @@ def _orthogonalize(packet: str, named: Mapping[str, object]) -> _Work:
 
 
 def _linear_cross_entropy(packet: str, named: Mapping[str, object]) -> _Work:
-    """The logits, and with gradients those products of their backward that do not wait for it."""
+    """The logits and, with gradients, those of the hidden states and of the weight."""
     hidden, weight = _named(named, "hidden_MD", "weight_VD")
     (rows, inner), columns = hidden.shape, weight.shape[0]
     products = 1
     if named["with_gradients"]:
-        products += 1 if not named.get("with_weight", True) or named.get("weight_waits") else 2
+        # Of one group of rows, the weight's is a product of its own in the backward.
+        is_whole = packet == "plait.linear_cross_entropy" and named.get("with_weight", True)
+        products += 2 if is_whole else 1
     return _Work(
         kind=Kind.MATRIX,
         flops=2 * rows * inner * columns * products,
@@ -323,6 +325,7 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.grouped_linear": _grouped_linear,
     "plait.grouped_linear_backward": _grouped_linear,
     "plait.linear_cross_entropy": _linear_cross_entropy,
+    "plait.linear_cross_entropy_rows": _linear_cross_entropy,
     "aten._grouped_mm": _grouped_mm,
     "transformers.grouped_mm_fallback": _grouped_mm,
     "transformers.grouped_mm_fallback_backward": _grouped_mm,

@@ -136,6 +136,7 @@ class Decoder(nn.Module):
             targets_BT.flatten(),
             dtype=dtype,
             soft_cap=self.config.logit_soft_cap,
+            numerics=self.config.numerics,
         )
 
     def make_cache(

@@ -2,8 +2,9 @@
 
 The rows are handled in groups; the gradients with respect to the hidden states and the weight are
 computed in the forward pass, where the logits of a group are at hand, as in Liger Kernel's fused
-loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2]. Where one group holds all rows and is smaller
-than the gradient of the weight, that product waits for the backward, and the group is kept for it.
+loss [Hsu et al. 2024, arXiv:2410.10989, section 3.2]. Where one group holds all rows, each row has
+its loss and its gradients apart from the others: then the group is kept, and the gradient of the
+weight, a sum over rows, is made of it in the backward.
 """
 
 # Shapes: M rows (tokens), D model width, V vocabulary, m rows of one group.
@@ -14,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from plait.errors import ModelError
 from plait.ops.fused_kernel import triton_kernels
-from plait.ops.numerics import autocast_dtype, without_autocast
+from plait.ops.numerics import Numerics, autocast_dtype, without_autocast
+from plait.ops.row_exact import multiply_rows
 from plait.ops.work import Work, num_bytes
 
 GROUP_ELEMENTS = 32 * 2**20
@@ -31,19 +33,23 @@ def linear_cross_entropy(
     *,
     dtype: torch.dtype | None = None,
     soft_cap: float | None = None,
+    numerics: Numerics = "fast",
 ) -> Tensor:
     """Sum of -log softmax(hidden @ weight.T)[target] over the rows, float32 scalar [nats].
 
     The products run in `dtype` (default: that of the enclosing `torch.autocast`, else that of
     `hidden_MD`), the softmax in float32. The weight keeps its own dtype, and so does its gradient.
-    Targets below 0 are left out. soft_cap: take cap * tanh(logits / cap) for the logits. Raises
-    ModelError for shapes that do not fit.
+    Targets below 0 are left out. soft_cap: take cap * tanh(logits / cap) for the logits. numerics:
+    "strict" makes each row's share independent of the others, where all logits are one group.
+    Raises ModelError for shapes that do not fit.
     """
     _check(hidden_MD, weight_VD, targets_M)
     dtype = dtype or autocast_dtype(hidden_MD.device.type) or hidden_MD.dtype
-    with_gradients, with_weight = torch.is_grad_enabled(), weight_VD.requires_grad
-    waits = with_gradients and with_weight and pays_to_wait(hidden_MD, weight_VD, dtype)
-    switches = (dtype, with_gradients, soft_cap or 0.0, with_weight, waits)
+    switches = (dtype, torch.is_grad_enabled(), soft_cap or 0.0, weight_VD.requires_grad)
+    if is_one_group(hidden_MD, weight_VD):
+        operator, is_strict = torch.ops.plait.linear_cross_entropy_rows, numerics == "strict"
+        losses_M, _, _ = operator(hidden_MD, weight_VD, targets_M, *switches, is_strict)
+        return losses_M.sum()
     loss, _, _ = torch.ops.plait.linear_cross_entropy(hidden_MD, weight_VD, targets_M, *switches)
     return loss
 
@@ -69,20 +75,18 @@ def linear_cross_entropy_work(hidden_MD: Tensor, weight_VD: Tensor) -> tuple[Wor
     gradients = hidden_MD.numel() + weight_VD.numel()
     moved = num_bytes(hidden_MD, weight_VD)
     product = 2 * rows * width * columns
-    waits = int(pays_to_wait(hidden_MD, weight_VD, hidden_MD.dtype))
+    waits = int(is_one_group(hidden_MD, weight_VD))
     forward = Work(flops=(3 - waits) * product, bytes=2 * moved)
     return forward, Work(flops=gradients + waits * product, bytes=2 * moved)
 
 
-def pays_to_wait(hidden_MD: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all logits are one group, smaller than the gradient of the weight.
+def is_one_group(hidden_MD: Tensor, weight_VD: Tensor) -> bool:
+    """Whether all logits are held at a time, and kept for the gradient of the weight.
 
-    Then the group is kept, and that gradient is made in the backward.
+    Of a number of rows that is not known, while a graph is traced for many, they are not.
     """
     num_logits = hidden_MD.shape[0] * weight_VD.shape[0]
-    smaller = num_logits * dtype.itemsize < weight_VD.numel() * weight_VD.element_size()
-    # A number of rows that is not known, while a graph is traced for many, pays for none.
-    return all(map(statically_known_true, (num_logits > 0, num_logits <= GROUP_ELEMENTS, smaller)))
+    return all(map(statically_known_true, (num_logits > 0, num_logits <= GROUP_ELEMENTS)))
 
 
 def _check(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
@@ -100,7 +104,7 @@ def _check(hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> None:
 
 
 @torch.library.custom_op("plait::linear_cross_entropy", mutates_args=())
-def _forward(
+def _in_groups(
     hidden_MD: Tensor,
     weight_VD: Tensor,
     targets_M: Tensor,
@@ -108,27 +112,50 @@ def _forward(
     with_gradients: bool,
     soft_cap: float = 0.0,
     with_weight: bool = True,
-    weight_waits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the gradient of the hidden states, and what the weight's is made of."""
+    """The summed loss and its gradients."""
     weight = weight_VD.to(dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-    sums = with_gradients and with_weight and not weight_waits
-    dhidden_MD, kept = _empty_gradients(hidden_MD, weight_VD, with_gradients, sums)
-    num_rows = hidden_MD.shape[0] if weight_waits else max(1, GROUP_ELEMENTS // weight.shape[0])
+    with_weight = with_gradients and with_weight
+    dhidden_MD, dweight_VD = _empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
+    num_rows = max(1, GROUP_ELEMENTS // weight.shape[0])
     with without_autocast(hidden_MD.device.type):  # the dtype is given
         for start in range(0, hidden_MD.shape[0], num_rows):
             rows = slice(start, start + num_rows)
             hidden_mD = hidden_MD[rows].to(dtype)
             logits_mV = torch.nn.functional.linear(hidden_mD, weight)
-            loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap)
+            loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap).sum()
             if with_gradients:
                 dhidden_MD[rows] = logits_mV @ weight
-            if weight_waits:
-                kept = logits_mV
-            elif sums:
-                _add_product(kept, logits_mV.T, hidden_mD, is_first=start == 0)
-    return loss, dhidden_MD, kept
+            if with_weight:
+                _add_product(dweight_VD, logits_mV.T, hidden_mD, is_first=start == 0)
+    return loss, dhidden_MD, dweight_VD
+
+
+@torch.library.custom_op("plait::linear_cross_entropy_rows", mutates_args=())
+def _of_rows(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    dtype: torch.dtype,
+    with_gradients: bool,
+    soft_cap: float = 0.0,
+    with_weight: bool = True,
+    is_strict: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each row, float32, and its gradients to the hidden states and the logits.
+
+    The latter are kept only if something asks for the gradient of the weight.
+    """
+    weight, hidden = weight_VD.to(dtype), hidden_MD.to(dtype)
+    multiply = multiply_rows if is_strict else torch.mm
+    with without_autocast(hidden_MD.device.type):  # the dtype is given
+        logits_MV = multiply(hidden, weight.t())
+        losses_M = _losses_to_gradients(logits_MV, targets_M, with_gradients, soft_cap)
+        if not with_gradients:
+            return losses_M, hidden_MD.new_empty(0), hidden.new_empty(0)
+        dhidden_MD = multiply(logits_MV, weight).to(hidden_MD.dtype)
+    return losses_M, dhidden_MD, logits_MV if with_weight else hidden.new_empty(0)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
@@ -142,18 +169,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
 
 
 def _losses_to_gradients(
-    logits_mV: Tensor, targets_m: Tensor, with_gradients: bool, soft_cap: float
+    logits_MV: Tensor, targets_M: Tensor, with_gradients: bool, soft_cap: float
 ) -> Tensor:
-    """Return the summed loss; with gradients, overwrite the logits by its gradient."""
-    if logits_mV.is_cuda and (kernels := triton_kernels()):
-        return kernels.losses_to_gradients(logits_mV, targets_m, with_gradients, soft_cap)
-    loss = torch.zeros((), dtype=torch.float32, device=logits_mV.device)
-    num_rows = max(1, _BLOCK_ELEMENTS // logits_mV.shape[1])
-    for start in range(0, logits_mV.shape[0], num_rows):
+    """Return each row's loss; with gradients, overwrite the logits by theirs."""
+    if logits_MV.is_cuda and (kernels := triton_kernels()):
+        return kernels.losses_to_gradients(logits_MV, targets_M, with_gradients, soft_cap)
+    losses_M = torch.empty(logits_MV.shape[0], dtype=torch.float32, device=logits_MV.device)
+    num_rows = max(1, _BLOCK_ELEMENTS // logits_MV.shape[1])
+    for start in range(0, logits_MV.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        is_counted_b1 = (targets_m[rows] >= 0)[:, None]
-        index_b1 = targets_m[rows].clamp(min=0)[:, None]
-        logits_bV = logits_mV[rows].float()
+        is_counted_b = targets_M[rows] >= 0
+        index_b1 = targets_M[rows].clamp(min=0)[:, None]
+        logits_bV = logits_MV[rows].float()
         if soft_cap:
             logits_bV = torch.tanh_(logits_bV / soft_cap).mul_(soft_cap)
         p_bV = torch.softmax(logits_bV, dim=-1)
@@ -161,17 +188,18 @@ def _losses_to_gradients(
         # A probability below float32's range asks for the slower formula. (On a GPU always: looking
         # would make the host wait for the device.)
         if p_bV.is_cuda or logp_b1.isinf().any():
-            logp_b1 = torch.log_softmax(logits_bV, dim=-1).gather(1, index_b1)
-        loss -= torch.where(is_counted_b1, logp_b1, 0.0).sum()
+            slower_b1 = torch.log_softmax(logits_bV, dim=-1).gather(1, index_b1)
+            logp_b1 = torch.where(logp_b1.isinf(), slower_b1, logp_b1)
+        losses_M[rows] = torch.where(is_counted_b, -logp_b1[:, 0], 0.0)
         if with_gradients:
             p_bV.scatter_add_(1, index_b1, p_bV.new_full((), -1.0).expand(index_b1.shape))
             if soft_cap:  # the derivative of the tanh
                 p_bV.mul_(1 - (logits_bV / soft_cap).square_())
-            logits_mV[rows] = p_bV.mul_(is_counted_b1)
-    return loss
+            logits_MV[rows] = p_bV.mul_(is_counted_b[:, None])
+    return losses_M
 
 
-@_forward.register_fake
+@_in_groups.register_fake
 def _(
     hidden_MD: Tensor,
     weight_VD: Tensor,
@@ -180,14 +208,29 @@ def _(
     with_gradients: bool,
     soft_cap: float = 0.0,
     with_weight: bool = True,
-    weight_waits: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty((), dtype=torch.float32, device=hidden_MD.device)
-    sums = with_gradients and with_weight and not weight_waits
-    dhidden_MD, kept = _empty_gradients(hidden_MD, weight_VD, with_gradients, sums)
-    if weight_waits:
-        kept = hidden_MD.new_empty((hidden_MD.shape[0], weight_VD.shape[0]), dtype=dtype)
-    return loss, dhidden_MD, kept
+    with_weight = with_gradients and with_weight
+    return loss, *_empty_gradients(hidden_MD, weight_VD, with_gradients, with_weight)
+
+
+@_of_rows.register_fake
+def _(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    dtype: torch.dtype,
+    with_gradients: bool,
+    soft_cap: float = 0.0,
+    with_weight: bool = True,
+    is_strict: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = hidden_MD.shape[0]
+    losses_M = torch.empty(num_rows, dtype=torch.float32, device=hidden_MD.device)
+    dhidden = hidden_MD.new_empty(hidden_MD.shape if with_gradients else (0,))
+    is_kept = with_gradients and with_weight
+    kept = (num_rows, weight_VD.shape[0]) if is_kept else (0,)
+    return losses_M, dhidden, hidden_MD.new_empty(kept, dtype=dtype)
 
 
 def _empty_gradients(
@@ -199,23 +242,38 @@ def _empty_gradients(
     )
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden_MD, weight_VD, *_, ctx.with_weight, ctx.weight_waits = inputs
-    _, dhidden_MD, kept = output
-    ctx.save_for_backward(dhidden_MD, kept, hidden_MD if ctx.weight_waits else None)
-    ctx.dtype = weight_VD.dtype
-    ctx.mark_non_differentiable(dhidden_MD, kept)
+def _save_groups(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.with_weight = inputs[6]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    dhidden_MD, kept, hidden_MD = ctx.saved_tensors
-    dweight_VD = None
-    if ctx.weight_waits:
-        dweight_VD = (kept.t() @ (hidden_MD * dloss).to(kept.dtype)).to(ctx.dtype)
-    elif ctx.with_weight:
-        dweight_VD = kept * dloss
-    return dhidden_MD * dloss, dweight_VD, *[None] * 6
+def _through_groups(ctx, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dhidden_MD, dweight_VD = ctx.saved_tensors
+    return dhidden_MD * dloss, dweight_VD * dloss if ctx.with_weight else None, *[None] * 5
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+_in_groups.register_autograd(_through_groups, setup_context=_save_groups)
+
+
+def _save_rows(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden_MD, weight_VD, *_, ctx.with_weight, _is_strict = inputs
+    _, dhidden_MD, dlogits_MV = output
+    kept = (hidden_MD, dlogits_MV) if ctx.with_weight else (None, None)
+    ctx.save_for_backward(dhidden_MD, *kept)
+    ctx.dtype = weight_VD.dtype
+    ctx.mark_non_differentiable(dhidden_MD, dlogits_MV)
+    ctx.set_materialize_grads(False)
+
+
+def _through_rows(ctx, dlosses_M: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dhidden_MD, hidden_MD, dlogits_MV = ctx.saved_tensors
+    scale_M1, dweight_VD = dlosses_M[:, None], None
+    if ctx.with_weight:
+        scaled_MD = (hidden_MD * scale_M1).to(dlogits_MV.dtype)
+        dweight_VD = (dlogits_MV.t() @ scaled_MD).to(ctx.dtype)
+    return (dhidden_MD * scale_M1).to(dhidden_MD.dtype), dweight_VD, *[None] * 6
+
+
+_of_rows.register_autograd(_through_rows, setup_context=_save_rows)

@@ -138,7 +138,10 @@ def is_row_exact(product: Product, num_rows: int) -> bool:
 def _telling_values(
     product: Product, num_rows: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Make x and w whose products are zero but for rounding: x = (a, -a), w = (b, b)."""
+    """Make x and w whose products are zero but for rounding: x = (a, -a), w = (b, b), shuffled.
+
+    In order, a kernel that sums one half after the other would leave nothing of its rounding.
+    """
     num_matrices, half = product.num_matrices or 1, product.inner // 2
     a_XRh = torch.randn(num_matrices, num_rows, half, generator=generator, device="cpu")
     a_XRh *= 2.0 ** torch.randint(-4, 5, (half,), generator=generator, device="cpu")
@@ -148,6 +151,8 @@ def _telling_values(
     b_XhN = b_XhN.repeat(1, -(-half // part), 1)[:, :half]
     w_XKN = torch.nn.functional.pad(torch.cat((b_XhN, b_XhN), 1), (0, 0, 0, product.inner % 2))
     x_XRK = torch.nn.functional.pad(torch.cat((a_XRh, -a_XRh), 2), (0, product.inner % 2))
+    order_K = torch.randperm(product.inner, generator=generator, device="cpu")
+    x_XRK, w_XKN = x_XRK[:, :, order_K], w_XKN[:, order_K]
     x_XRK, w_XKN = (values.to(product.device, product.dtype) for values in (x_XRK, w_XKN))
     return x_XRK, w_XKN.mT.contiguous().mT if product.is_transposed else w_XKN
 

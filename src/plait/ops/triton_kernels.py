@@ -61,7 +61,7 @@ def losses_to_gradients(
 ) -> Tensor:
     """What `linear_cross_entropy._losses_to_gradients` does: logits are read twice, written once.
 
-    Returns the summed loss; with gradients, the logits are overwritten by its gradient.
+    Returns each row's loss; with gradients, the logits are overwritten by theirs.
     """
     losses_M = torch.empty(logits_MV.shape[0], dtype=torch.float32, device=logits_MV.device)
     _losses[(logits_MV.shape[0],)](  # pyright: ignore[reportIndexIssue]
@@ -74,7 +74,7 @@ def losses_to_gradients(
         WITH_GRADIENTS=with_gradients,
         BLOCK=min(_BLOCK_COLUMNS, triton.next_power_of_2(logits_MV.shape[1])),
     )
-    return losses_M.sum()
+    return losses_M
 
 
 @triton.jit
