@@ -31,6 +31,9 @@ _OUT = {
     _aten.silu.default: _aten.silu.out,
     _aten.gelu.default: _aten.gelu.out,
     _aten.tanh.default: _aten.tanh.out,
+    _aten.silu_backward.default: _aten.silu_backward.grad_input,
+    _aten.gelu_backward.default: _aten.gelu_backward.grad_input,
+    _aten.tanh_backward.default: _aten.tanh_backward.grad_input,
 }
 
 
@@ -86,7 +89,8 @@ def _assemble(cat: Any, makers: list[Any]) -> None:
             place = graph.call_function(_aten.as_strided.default, args)
             place.meta = dict(maker.meta)
         maker.target = _OUT[maker.target]
-        maker.kwargs = {**maker.kwargs, "out": place}
+        name = next(x.name for x in maker.target._schema.arguments if x.is_out)
+        maker.kwargs = {**maker.kwargs, name: place}
         offset += made.numel()
     cat.replace_all_uses_with(buffer)
     graph.erase_node(cat)
