@@ -15,6 +15,9 @@ WRITTEN = {
     ),
     "sums and products": lambda x, w: torch.cat([x[:2] + 1.5, x[2:] @ w]),
     "activations": lambda x, w: torch.cat([torch.nn.functional.silu(x[:2]), torch.tanh(x[2:])]),
+    "gradients of an activation": lambda x, w: torch.cat(
+        [torch.ops.aten.silu_backward(x[:2] + 1, x[:2]), x[2:] @ w]
+    ),
     "one row, along its columns": lambda x, w: torch.cat([x[:1] @ w, x[1:2] @ w], 1),
 }
 KEPT = {
