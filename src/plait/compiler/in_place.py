@@ -1,8 +1,8 @@
 """Write a result over an operand that dies with it, as autograd does where it sums gradients.
 
-The same kernel computes the same bits; a buffer less is allocated and touched. Only arithmetic
-qualifies whose first operand was made by an operator of the same program and is seen by nobody
-else.
+The same kernel computes the same bits; a buffer less is allocated and touched. Only arithmetic and
+sums over ranks qualify whose first operand was made by an operator of the same program and is seen
+by nobody else.
 """
 
 # pyright: basic
@@ -13,12 +13,13 @@ from torch import Tensor, fx
 
 from plait.graph.graph import Node
 
-_aten = torch.ops.aten
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 _IN_PLACE = {
     _aten.add.Tensor: _aten.add_.Tensor,
     _aten.sub.Tensor: _aten.sub_.Tensor,
     _aten.mul.Tensor: _aten.mul_.Tensor,
     _aten.div.Tensor: _aten.div_.Tensor,
+    _c10d.all_reduce.default: _c10d.all_reduce_.default,
 }
 NOT_IN_PLACE = {str(written): str(made) for made, written in _IN_PLACE.items()}
 """The operator that makes a new value, by name, for one that was chosen here."""

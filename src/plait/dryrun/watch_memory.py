@@ -217,7 +217,10 @@ def _with_values(x: Any) -> Any:
 
 
 def _is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    """Whether it is made of other operators, and has no kernel (as silu_backward has)."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    is_composite = has_kernel(func.name(), "CompositeImplicitAutograd")
+    return is_composite and not has_kernel(func.name(), "CPU")
 
 
 def _local(x: Any) -> Any:
