@@ -19,16 +19,30 @@ _IN_PLACE = {
     _aten.sub.Tensor: _aten.sub_.Tensor,
     _aten.mul.Tensor: _aten.mul_.Tensor,
     _aten.div.Tensor: _aten.div_.Tensor,
+    _aten.add.Scalar: _aten.add_.Scalar,
+    _aten.mul.Scalar: _aten.mul_.Scalar,
+    _aten.div.Scalar: _aten.div_.Scalar,
     _c10d.all_reduce.default: _c10d.all_reduce_.default,
 }
+_COMMUTE = (_aten.add.Tensor, _aten.mul.Tensor)
 NOT_IN_PLACE = {str(written): str(made) for made, written in _IN_PLACE.items()}
 """The operator that makes a new value, by name, for one that was chosen here."""
 
 
-def in_place_target(node: Node) -> object | None:
-    """The in-place form of the node's operator, if nobody can tell the difference."""
-    in_place = _IN_PLACE.get(node.target)
-    return in_place if in_place is not None and _can_take_over(node, node.args[0]) else None
+def in_place(node: Node) -> tuple[object, tuple]:
+    """What to call, and with what: the in-place form, if nobody can tell the difference.
+
+    Of a sum or product of two tensors either may be written over; the order of both is free.
+    """
+    written = _IN_PLACE.get(node.target)
+    if written is not None:
+        orders = [node.args]
+        if node.target in _COMMUTE and len(node.args) == 2 and not node.kwargs:
+            orders.append(node.args[::-1])
+        for first, *others in orders:
+            if _can_take_over(node, first, others):
+                return written, (first, *others)
+    return node.target, node.args
 
 
 def is_sum(node: Node) -> bool:
@@ -46,8 +60,8 @@ def _form(x: object) -> tuple | None:
     return (value.shape, value.dtype, value.device)
 
 
-def _can_take_over(node: Node, operand: object) -> bool:
-    if not isinstance(operand, fx.Node) or node.args[1] is operand:
+def _can_take_over(node: Node, operand: object, others: list) -> bool:
+    if not isinstance(operand, fx.Node) or operand in others:
         return False
     before, after = operand.meta.get("val"), node.meta.get("val")
     return (

@@ -2,7 +2,7 @@
 
 | level | passes | numbers |
 |---|---|---|
-| O0 | lift constants, recompute by the plan; kernel by kernel in captured order | eager's bits |
+| O0 | lift constants, identities, recompute by the plan; kernels in captured order | eager's bits |
 | O1 | O0's order; loss without logits, save less, islands, each compiled once | `TOLERANCE` |
 | O2 | as O1, but each program is one graph for Inductor, where its order is free | `TOLERANCE` |
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from plait.compiler.choose_replicas import choose_replicas
 from plait.compiler.fuse import fuse, refuse_islands
 from plait.compiler.fuse_loss import fuse_loss
+from plait.compiler.identities import drop_identities
 from plait.compiler.lift_constants import lift_constants
 from plait.compiler.merge import merge
 from plait.compiler.order import order
@@ -75,6 +76,7 @@ TOLERANCE = 64.0
 LIFT_CONSTANTS = Pass(
     "lift constants", lambda graph, plan, cluster: lift_constants(graph), moves=True
 )
+IDENTITIES = Pass("identities", lambda graph, plan, cluster: drop_identities(graph))
 RECOMPUTE = Pass("recompute", lambda graph, plan, cluster: recompute(graph, plan.recompute))
 
 SEPARATE = Pass("separate", lambda graph, plan, cluster: separate(graph), moves=True)
@@ -117,9 +119,10 @@ WHOLE = Pass(
 NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
-    "O0": (LIFT_CONSTANTS, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
+    "O0": (LIFT_CONSTANTS, IDENTITIES, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
     "O1": (
         LIFT_CONSTANTS,
+        IDENTITIES,
         SEPARATE,
         MERGE,
         REPLICAS,
@@ -131,6 +134,7 @@ LEVELS: dict[str, tuple[Pass, ...]] = {
     ),
     "O2": (
         LIFT_CONSTANTS,
+        IDENTITIES,
         SEPARATE,
         MERGE,
         REPLICAS,

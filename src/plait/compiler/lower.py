@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from plait.compiler.assemble import assemble
-from plait.compiler.in_place import in_place_target, is_sum
+from plait.compiler.in_place import in_place, is_sum
 from plait.graph.graph import BACKWARD, FORWARD, Template, call_of
 from plait.graph.island import Island, island_of
 from plait.graph.schedule import (
@@ -38,15 +38,15 @@ class Lowering:
         """Lower an island, once."""
         if island.name not in self.islands:
             # Written over nothing: Inductor finds by itself which memory it may use again.
-            program = self.program(island.name, island.module, in_place=False)
+            program = self.program(island.name, island.module, overwrites=False)
             self.islands[island.name] = IslandProgram(
                 program=program, takes=island.takes, mode=island.mode
             )
 
-    def program(self, name: str, module: fx.GraphModule, *, in_place: bool = True) -> Program:
+    def program(self, name: str, module: fx.GraphModule, *, overwrites: bool = True) -> Program:
         """Lower a module of operators and calls; its outputs become the results.
 
-        in_place: operators write over operands that die there.
+        overwrites: operators write over operands that die there.
         """
         inputs: list[str] = []
         steps: list[Step] = []
@@ -61,7 +61,7 @@ class Lowering:
             elif node.op == "get_attr":
                 steps.append(self._attribute(module, node))
             else:
-                steps.append(self._step(node, in_place))
+                steps.append(self._step(node, overwrites))
         return Program(
             name=name,
             inputs=tuple(inputs),
@@ -80,15 +80,14 @@ class Lowering:
             for name in [program_name(template.name, part)]
         }
 
-    def _step(self, node: fx.Node, in_place: bool) -> Step:
+    def _step(self, node: fx.Node, overwrites: bool) -> Step:
         call, island = call_of(node), island_of(node)
         if island is not None:
             target, args = ISLAND + island, node.args[1:]
         elif call is not None:
             target, args = CALL + program_name(*call), node.args[2:]
         else:
-            args = node.args
-            chosen = (in_place_target(node) if in_place else None) or node.target
+            chosen, args = in_place(node) if overwrites else (node.target, node.args)
             target = name_of(chosen) or self._object(chosen)
         return Step(
             name=node.name,

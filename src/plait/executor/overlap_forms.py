@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from plait.compiler.choose_replicas import best_split, noted
 from plait.compiler.compile import compile
+from plait.compiler.identities import drop_identities
 from plait.compiler.merge import merge
 from plait.compiler.order import Machine, Ordered, machine_of, order_pieces
 from plait.compiler.separate import separate
@@ -44,11 +45,11 @@ class Forms:
 
 
 def prepared(graph: Graph) -> Graph:
-    """The graph on which all forms rest: operators put apart, redundant collectives merged.
+    """The graph on which all forms rest: what comes before replicas, at O0.
 
     Raises GraphError if nothing is communicated, or if it has no backward.
     """
-    graph = merge(separate(graph))
+    graph = merge(separate(drop_identities(graph)))
     if not graph.groups:
         raise GraphError("nothing is communicated, so nothing can be hidden. Choose tp above 1.")
     if all(template.backward is None for template in graph.templates.values()):
