@@ -1,4 +1,4 @@
-"""Results written over operands that die there, and copies left out: fewer buffers, eager's bits."""
+"""Results written over operands that die there, copies left out: fewer buffers, eager's bits."""
 
 import pytest
 import torch
