@@ -51,6 +51,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.overlap --price
 	$(BIN)/python -m benchmarks.dryrun_scale
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.overlap --batches
 	$(BIN)/python -m benchmarks.overlap --level O1
 	$(BIN)/python -m benchmarks.dryrun_accuracy
 	$(BIN)/python -m benchmarks.train_throughput

@@ -7,11 +7,11 @@ that of each round. Memory that one step frees is kept for the next, on all side
 the C library gives back costs a fault for each page, more for a program that holds more at a time.
 
     python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N] [--short]
+    python -m benchmarks.overlap --batches      local batches above 1 (overlap_batches)
     python -m benchmarks.overlap --price        the paper machine instead (overlap_price)
     python -m benchmarks.overlap --level O1     what a level hides beside O0 (overlap_levels)
 
---short leaves out ratio 1, local batch 4, and rivals and batches in bf16. Without units for bf16
-nothing is measured in it.
+--short leaves out ratio 1, and rivals in bf16. Without units for bf16 nothing is measured in it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import overlap_price
-from benchmarks.overlap_rivals import HalfBatches, Placed, alone, aot_eager, compiled, forget
+from benchmarks.overlap_rivals import Placed, alone, aot_eager, compiled, forget
 from benchmarks.result import Row, run_benchmark
 from plait.cost.clusters import Cluster, Link
 from plait.errors import PlanError
@@ -203,7 +203,7 @@ class Hiding:
     def best_of_step(self) -> int:
         """The number of replicas with which the step as a whole is shortest."""
         numbers = [each.num_replicas for each in self.forms]
-        return min(numbers, key=lambda n: statistics.median(_steps(self.samples, _name(n))))
+        return min(numbers, key=lambda n: statistics.median(steps_of(self.samples, name_of(n))))
 
     def ratio(self, direction: str) -> list[float]:
         """Communication over compute of one direction, round by round."""
@@ -236,16 +236,18 @@ def dtypes() -> dict[str, torch.dtype]:
     return known if bfloat16_pays("cpu") else {"fp32": known["fp32"]}
 
 
-def _name(number: int) -> str:
+def name_of(number: int) -> str:
+    """Name of the program in so many replicas."""
     return f"overlapped {number}"
 
 
-def _steps(samples: Samples, name: str) -> list[float]:
+def steps_of(samples: Samples, name: str) -> list[float]:
+    """What each round of a program took, forward and backward together."""
     return [sum(seconds.values()) for seconds in samples.by_name[name]]
 
 
 def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) -> list[Row]:
-    """Hiding by ratio and dtype; batch axis; rivals. quick: a small size, fewer of each."""
+    """Hiding by ratio and dtype; rivals. quick: a small size, fewer of each."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     keep_freed_memory()
@@ -263,20 +265,15 @@ def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) ->
             where = f"{name}, ratio {ratio:g}, token axis"
             say(where)
             hiding = bench.hiding(ratio, "token")
-            rows += _hiding_rows(where, hiding, quick, ratio, TARGETS)
+            rows += hiding_rows(where, hiding, quick, ratio, TARGETS)
             if ratio == RATIOS[0]:
                 where += ", causal split"
                 say(where)
                 causal = bench.hiding(ratio, "token", causal_split=True)
-                rows += _hiding_rows(where, causal, quick, ratio, CAUSAL_TARGETS)
+                rows += hiding_rows(where, causal, quick, ratio, CAUSAL_TARGETS)
             if ratio == RATIOS[0] and not (is_short and kind != "fp32"):
                 say(f"{name}: rivals")
                 rows += _rival_rows(name, size, dtype, bench, hiding.best_of_step(), quick)
-        batches = (2,) if quick or is_short else (2, 4)
-        for batch in () if is_short and kind != "fp32" else batches:
-            say(f"{name}, batch {batch}")
-            smaller = replace(size, batch=batch, tokens=size.tokens // batch)
-            rows += _batch_rows(name, smaller, dtype, group, num_rounds, quick)
         del bench
         gc.collect()
     load = os.getloadavg()[1]
@@ -286,13 +283,14 @@ def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) ->
     return [*rows, row(title, "", [load], quick, 1.5, "lower")]
 
 
-def _hiding_rows(
+def hiding_rows(
     where: str,
     hiding: Hiding,
     quick: bool,
     ratio: float = 0.0,
     targets: Mapping[tuple[str, float], float] | None = None,
 ) -> list[Row]:
+    """What was hidden in each direction, by the best number of replicas and by each."""
     rows: list[Row] = []
     for direction in DIRECTIONS:
         best = hiding.best(direction)
@@ -338,10 +336,10 @@ def _rival_rows(
     forget()
     where = f"{name}, ratio {RATIOS[0]:g}, local batch 1"
     rows = [
-        _against(f"{name}: T0 / aot_eager of the placed model, free", samples, "unsplit" + FREE,
+        against(f"{name}: T0 / aot_eager of the placed model, free", samples, "unsplit" + FREE,
                  "aot_eager" + FREE, quick, 1.02, "lower"),
         *(
-            _against(f"{where}: step of {rival} / ours (R = {number})", samples, rival, "ours",
+            against(f"{where}: step of {rival} / ours (R = {number})", samples, rival, "ours",
                      quick, 1.0, "higher")
             for rival in ("aot_eager", "Inductor", "Inductor with overlap")
         ),
@@ -360,44 +358,7 @@ def _bound(placed: Placed, function: Callable[[Tensor], Tensor], tokens_BT: Tens
     return lambda: placed.step(function, tokens_BT)
 
 
-def _batch_rows(
-    name: str,
-    size: Size,
-    dtype: torch.dtype,
-    group: DelayedProcessGroup,
-    num_rounds: int,
-    quick: bool,
-) -> list[Row]:
-    bench = Bench(size, dtype, group, num_rounds)
-    ratio = RATIOS[0]
-    link = bench.link_of[ratio]
-    halves = HalfBatches(size.config, TP, dtype, size.drawn())
-    programs = with_twin("unsplit", bench.unsplit, group, link)
-    programs |= with_twin("Domino", lambda: halves.step(group), group, link)
-    forms = bench.forms(ratio, "batch", tuple(n for n in REPLICAS if n <= size.batch))
-    for each in forms:
-        program = with_twin(
-            _name(each.num_replicas), bench.step(Runnable(each.overlapped)), group, link
-        )
-        programs[_name(each.num_replicas)] = program[_name(each.num_replicas)]
-        if each.num_replicas > 1:
-            split = f"split {each.num_replicas}"
-            twin = with_twin(split, bench.step(Runnable(each.split)), group, link)
-            programs[split + FREE] = twin[split + FREE]
-    with registered({"tp": group}):
-        hiding = Hiding(forms, measure_rounds(programs, num_rounds))
-    where = f"{name}, ratio {ratio:g}, batch axis, local batch {size.batch}"
-    best = hiding.best_of_step()
-    title = f"{where}: step of half batches by hand / ours (R = {best})"
-    rows = [_against(title, hiding.samples, "Domino", _name(best), quick, 1.0, "higher")]
-    title = f"{where}: half batches by hand / T0, free"
-    rows.append(
-        _against(title, hiding.samples, "Domino" + FREE, "unsplit" + FREE, quick, None, "lower")
-    )
-    return rows + _hiding_rows(where, hiding, quick)
-
-
-def _against(
+def against(
     claim: str,
     samples: Samples,
     above: str,
@@ -406,7 +367,10 @@ def _against(
     target: float | None,
     better: Literal["higher", "lower"],
 ) -> Row:
-    ratios = [a / b for a, b in zip(_steps(samples, above), _steps(samples, below), strict=True)]
+    """One program's step over another's, round by round."""
+    ratios = [
+        a / b for a, b in zip(steps_of(samples, above), steps_of(samples, below), strict=True)
+    ]
     return row(claim, "x", ratios, quick, target, better)
 
 
@@ -432,7 +396,8 @@ def say(text: str) -> None:
 def _main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--price", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", action="store_true")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--level", choices=("O1", "O2"))
@@ -442,15 +407,21 @@ def _main() -> None:
         run_benchmark("overlap_price", overlap_price.measure)
         return
     size = Size(tokens=chosen.tokens)
+    if chosen.batches:
+        from benchmarks.overlap_batches import measure_batches  # which uses this module
+
+        num_rounds = chosen.rounds or 11
+        run_benchmark("overlap_batches", lambda quick: measure_batches(quick, size, num_rounds))
+        return
     if chosen.level is not None:
         from benchmarks.overlap_levels import measure_level  # which uses this module
 
-        level, rounds = chosen.level, chosen.rounds
+        level, rounds = chosen.level, chosen.rounds or 5
         run_benchmark(
             f"overlap_{level.lower()}", lambda quick: measure_level(level, quick, size, rounds)
         )
         return
-    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds, chosen.short))
+    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds or 5, chosen.short))
 
 
 if __name__ == "__main__":
