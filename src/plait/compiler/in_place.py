@@ -1,8 +1,8 @@
 """Write a result over an operand that dies with it, as autograd does where it sums gradients.
 
 The same kernel computes the same bits; a buffer less is allocated and touched. Only arithmetic and
-sums over ranks qualify whose first operand was made by an operator of the same program and is seen
-by nobody else.
+sums over ranks qualify, and only an operand that was made by an operator of the same program and is
+seen by nobody else.
 """
 
 # pyright: basic
