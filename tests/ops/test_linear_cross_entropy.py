@@ -1,5 +1,6 @@
 """Fused linear cross-entropy against PyTorch's two steps."""
 
+import math
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from torch.library import opcheck
 
 from plait.errors import ModelError
 from plait.ops import linear_cross_entropy as module
+from plait.ops import row_losses
 from plait.ops.linear_cross_entropy import (
     is_one_group,
     linear_cross_entropy,
@@ -20,7 +22,7 @@ def sizes(request, monkeypatch):
     """Rows, width and vocabulary; the second time with groups and blocks of a few rows."""
     if request.param == "many-groups":
         monkeypatch.setattr(module, "GROUP_ELEMENTS", 40 * 97)
-        monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 7 * 97)
+        monkeypatch.setattr(row_losses, "_BLOCK_ELEMENTS", 7 * 97)
     return 133, 24, 97
 
 
@@ -79,6 +81,50 @@ def test_each_row_of_a_group_has_a_gradient_of_its_own(dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 5e-2
     for mine, truth in zip((losses, *found), (exact, *expected), strict=True):
         assert (mine.double() - truth).norm() / truth.norm() < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_the_compiled_kernel_is_the_formula_too(dtype, soft_cap, monkeypatch):
+    monkeypatch.setattr(row_losses, "_SMALLEST_COMPILED", 0)
+    hidden, weight, targets = _inputs((133, 24, 1003), dtype)  # whole vectors and a rest
+    targets[::7] = -100
+    loss, gradients = _run(
+        partial(linear_cross_entropy, soft_cap=soft_cap), (hidden, weight, targets)
+    )
+    assert row_losses._kernel._library, "no compiler"
+
+    def in_double(hidden, weight, targets):
+        logits = hidden @ weight.T
+        logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact, expected = _run(in_double, (*wide, targets))
+    # A rounded logit of size 10 moves a probability by 1e-6, in bfloat16 by 4 %.
+    tolerance = 1e-6 if dtype is torch.float32 else 5e-2
+    assert abs(loss.double() - exact) / exact < tolerance
+    for mine, truth in zip(gradients, expected, strict=True):
+        assert (mine.double() - truth).norm() / truth.norm() < tolerance
+    with torch.no_grad():
+        without = linear_cross_entropy(hidden, weight, targets, soft_cap=soft_cap)
+    assert torch.equal(without, loss)
+
+
+@pytest.mark.slow
+def test_the_compiled_kernel_takes_logits_that_underflow_and_that_are_none(monkeypatch):
+    monkeypatch.setattr(row_losses, "_SMALLEST_COMPILED", 0)
+    logits = torch.zeros(3, 40)
+    logits[0, 0], logits[1, 7], logits[2, 3] = 300.0, -torch.inf, torch.nan
+    targets = torch.tensor([1, 0, 0])
+    losses = module.losses_to_gradients(logits, targets, True, 0.0)
+    assert losses[0].item() == pytest.approx(300.0)
+    assert losses[1].item() == pytest.approx(math.log(39))
+    assert logits[1, 7] == 0
+    assert losses[2].isnan()
+    with pytest.raises(ModelError, match="target 40 is none of 40 classes"):
+        module.losses_to_gradients(logits, torch.tensor([1, 40, 0]), True, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,6 +7,7 @@ What Inductor makes it keeps in its own cache on disk, so that the next process 
 # pyright: basic
 # (TorchInductor is not typed.)
 
+import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_double, c_int64, c_void_p
@@ -139,6 +140,24 @@ static inline void narrow(float x, uint16_t* y) {  // to the nearest, ties to ev
   const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
   *y = is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+// Within 2^-22 of it, infinite from 88.73 on: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], with
+// the coefficients of expf in the Cephes library (S. L. Moshier).
+static inline float exponential(float x) {
+  x = 88.8f < x ? 88.8f : x;  // not a number stays so
+  x = -87.3f > x ? -87.3f : x;
+  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded, by the lost bits
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return (p * r * r + r + 1.0f) * power;
+}
 """
 
 
@@ -147,7 +166,8 @@ class CppKernel:
 
     The source has `extern "C"` functions, one for each dtype, that take addresses, then sizes, then
     a double; a loop that may be vectorized says so (`omp simd`). Before it stand `wide` and
-    `narrow`, from a dtype to float and back. A machine without a working compiler is told so once.
+    `narrow`, from a dtype to float and back, and `exponential`. A machine without a working
+    compiler is told so once.
     """
 
     def __init__(self, function: Callable, source: str) -> None:
@@ -157,7 +177,11 @@ class CppKernel:
 
     def takes(self, first: Tensor) -> bool:
         """Whether there is a function for the first tensor's dtype and device, and it pays."""
-        return first.device.type == "cpu" and first.dtype in _CPP_DTYPES and pays(first)
+        return self.serves(first) and pays(first)
+
+    def serves(self, first: Tensor) -> bool:
+        """Whether there is a function for the first tensor's dtype and device."""
+        return first.device.type == "cpu" and first.dtype in _CPP_DTYPES
 
     def run(
         self,
@@ -186,6 +210,8 @@ class CppKernel:
             try:
                 # Inductor writes vectors itself, and forbids the compiler to find any, or to fuse.
                 flags = ["-ftree-loop-vectorize", "-ffp-contract=fast"]
+                if platform.machine() in ("x86_64", "AMD64"):  # where they are that wide
+                    flags.append("-mprefer-vector-width=512")
                 self._library = CppCodeCache.load(self.source, extra_flags=flags)
             except Exception as error:  # what the C++ compiler raises: there is none that works
                 _warn(self.function, error)

@@ -82,24 +82,6 @@ _forward_kernel, _backward_kernel = FusedKernel(_forward), FusedKernel(_gradient
 _gelu_kernel = CppKernel(
     _forward,
     r"""
-// Within 2^-22 of it, infinite from 88.73 on: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], with
-// the coefficients of expf in the Cephes library (S. L. Moshier).
-static inline float exponential(float x) {
-  x = 88.8f < x ? 88.8f : x;  // not a number stays so
-  x = -87.3f > x ? -87.3f : x;
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded, by the lost bits
-  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return (p * r * r + r + 1.0f) * power;
-}
 struct gelu {  // the normal distribution by Abramowitz & Stegun 1964, 7.1.26
   static inline void at(float x, float* value, float* slope) {
     const float e = exponential(-0.5f * x * x);

@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from plait.errors import ModelError
-from plait.ops.fused_kernel import triton_kernels
 from plait.ops.numerics import Numerics, autocast_dtype, without_autocast
 from plait.ops.row_exact import multiply_rows
+from plait.ops.row_losses import losses_to_gradients
 from plait.ops.work import Work, num_bytes
 
 GROUP_ELEMENTS = 32 * 2**20
 """Logits held at a time in the dtype of the products: 64 MiB in bfloat16. Larger groups mean
 fewer and larger products; beyond this nothing is gained."""
-_BLOCK_ELEMENTS = 2**20
-"""Logits whose softmax is taken at a time: 4 MiB in float32, so that they stay in cache."""
 
 
 def linear_cross_entropy(
@@ -124,7 +122,7 @@ def _in_groups(
             rows = slice(start, start + num_rows)
             hidden_mD = hidden_MD[rows].to(dtype)
             logits_mV = torch.nn.functional.linear(hidden_mD, weight)
-            loss += _losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap).sum()
+            loss += losses_to_gradients(logits_mV, targets_M[rows], with_gradients, soft_cap).sum()
             if with_gradients:
                 dhidden_MD[rows] = logits_mV @ weight
             if with_weight:
@@ -151,7 +149,9 @@ def _of_rows(
     multiply = multiply_rows if is_strict else torch.mm
     with without_autocast(hidden_MD.device.type):  # the dtype is given
         logits_MV = multiply(hidden, weight.t())
-        losses_M = _losses_to_gradients(logits_MV, targets_M, with_gradients, soft_cap)
+        losses_M = losses_to_gradients(
+            logits_MV, targets_M, with_gradients, soft_cap, is_strict=is_strict
+        )
         if not with_gradients:
             return losses_M, hidden_MD.new_empty(0), hidden.new_empty(0)
         dhidden_MD = multiply(logits_MV, weight).to(hidden_MD.dtype)
@@ -166,37 +166,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
         total.copy_(left @ right)
     else:
         total += left @ right
-
-
-def _losses_to_gradients(
-    logits_MV: Tensor, targets_M: Tensor, with_gradients: bool, soft_cap: float
-) -> Tensor:
-    """Return each row's loss; with gradients, overwrite the logits by theirs."""
-    if logits_MV.is_cuda and (kernels := triton_kernels()):
-        return kernels.losses_to_gradients(logits_MV, targets_M, with_gradients, soft_cap)
-    losses_M = torch.empty(logits_MV.shape[0], dtype=torch.float32, device=logits_MV.device)
-    num_rows = max(1, _BLOCK_ELEMENTS // logits_MV.shape[1])
-    for start in range(0, logits_MV.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        is_counted_b = targets_M[rows] >= 0
-        index_b1 = targets_M[rows].clamp(min=0)[:, None]
-        logits_bV = logits_MV[rows].float()
-        if soft_cap:
-            logits_bV = torch.tanh_(logits_bV / soft_cap).mul_(soft_cap)
-        p_bV = torch.softmax(logits_bV, dim=-1)
-        logp_b1 = p_bV.gather(1, index_b1).log()
-        # A probability below float32's range asks for the slower formula. (On a GPU always: looking
-        # would make the host wait for the device.)
-        if p_bV.is_cuda or logp_b1.isinf().any():
-            slower_b1 = torch.log_softmax(logits_bV, dim=-1).gather(1, index_b1)
-            logp_b1 = torch.where(logp_b1.isinf(), slower_b1, logp_b1)
-        losses_M[rows] = torch.where(is_counted_b, -logp_b1[:, 0], 0.0)
-        if with_gradients:
-            p_bV.scatter_add_(1, index_b1, p_bV.new_full((), -1.0).expand(index_b1.shape))
-            if soft_cap:  # the derivative of the tanh
-                p_bV.mul_(1 - (logits_bV / soft_cap).square_())
-            logits_MV[rows] = p_bV.mul_(is_counted_b[:, None])
-    return losses_M
 
 
 @_in_groups.register_fake

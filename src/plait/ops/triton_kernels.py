@@ -59,7 +59,7 @@ def norm_gradients(
 def losses_to_gradients(
     logits_MV: Tensor, targets_M: Tensor, with_gradients: bool, soft_cap: float
 ) -> Tensor:
-    """What `linear_cross_entropy._losses_to_gradients` does: logits are read twice, written once.
+    """What `row_losses.losses_to_gradients` does: logits are read twice, written once.
 
     Returns each row's loss; with gradients, the logits are overwritten by theirs.
     """
