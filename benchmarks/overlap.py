@@ -246,15 +246,20 @@ def steps_of(samples: Samples, name: str) -> list[float]:
     return [sum(seconds.values()) for seconds in samples.by_name[name]]
 
 
-def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) -> list[Row]:
-    """Hiding by ratio and dtype; rivals. quick: a small size, fewer of each."""
+def begin(quick: bool, size: Size, num_rounds: int) -> tuple[DelayedProcessGroup, Size, int]:
+    """One thread, one seed, memory kept; the group, and what is measured: quick, a small size."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     keep_freed_memory()
-    rows: list[Row] = []
     if quick:
         size, num_rounds = Size(width=512, layers=2, tokens=256), 2
-    group = DelayedProcessGroup(0, TP, ANY_LINK)
+    return DelayedProcessGroup(0, TP, ANY_LINK), size, num_rounds
+
+
+def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) -> list[Row]:
+    """Hiding by ratio and dtype; rivals. quick: a small size, fewer of each."""
+    group, size, num_rounds = begin(quick, size, num_rounds)
+    rows: list[Row] = []
     for kind, dtype in list(dtypes().items())[: 1 if quick else 2]:
         if not quick:
             size = replace(size, width=WIDTHS[kind])
@@ -337,10 +342,10 @@ def _rival_rows(
     where = f"{name}, ratio {RATIOS[0]:g}, local batch 1"
     rows = [
         against(f"{name}: T0 / aot_eager of the placed model, free", samples, "unsplit" + FREE,
-                 "aot_eager" + FREE, quick, 1.02, "lower"),
+                "aot_eager" + FREE, quick, 1.02, "lower"),
         *(
             against(f"{where}: step of {rival} / ours (R = {number})", samples, rival, "ours",
-                     quick, 1.0, "higher")
+                    quick, 1.0, "higher")
             for rival in ("aot_eager", "Inductor", "Inductor with overlap")
         ),
     ]  # fmt: skip

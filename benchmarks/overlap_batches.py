@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from benchmarks.overlap import (
-    ANY_LINK,
     RATIOS,
     REPLICAS,
     TP,
@@ -19,6 +18,7 @@ from benchmarks.overlap import (
     Hiding,
     Size,
     against,
+    begin,
     dtypes,
     hiding_rows,
     name_of,
@@ -27,7 +27,6 @@ from benchmarks.overlap import (
 from benchmarks.overlap_rivals import HalfBatches
 from benchmarks.result import Row
 from plait.executor.delayed_process_group import DelayedProcessGroup, registered
-from plait.executor.host_memory import keep_freed_memory
 from plait.executor.run import Runnable
 from plait.executor.timed_rounds import FREE, measure_rounds, with_twin
 
@@ -36,12 +35,7 @@ BATCHES = (2, 4)
 
 def measure_batches(quick: bool, size: Size, num_rounds: int) -> list[Row]:
     """Steps of both, and what replicas hide, by dtype and local batch."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    keep_freed_memory()
-    if quick:
-        size, num_rounds = Size(width=512, layers=2, tokens=256), 2
-    group = DelayedProcessGroup(0, TP, ANY_LINK)
+    group, size, num_rounds = begin(quick, size, num_rounds)
     rows: list[Row] = []
     for kind, dtype in list(dtypes().items())[: 1 if quick else 2]:
         width = size.width if quick else WIDTHS[kind]

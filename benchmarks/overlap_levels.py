@@ -9,13 +9,10 @@ import gc
 import statistics
 from dataclasses import replace
 
-import torch
-
-from benchmarks.overlap import ANY_LINK, TP, WIDTHS, Bench, Size, dtypes, row, say
+from benchmarks.overlap import TP, WIDTHS, Bench, Size, begin, dtypes, row, say
 from benchmarks.result import Row
 from plait.compiler.compile import compile
 from plait.executor.delayed_process_group import DelayedProcessGroup, registered
-from plait.executor.host_memory import keep_freed_memory
 from plait.executor.measure_overlap import link_for
 from plait.executor.overlap_forms import DIRECTIONS
 from plait.executor.run import Runnable
@@ -28,12 +25,7 @@ REPLICAS = (2, 3, 4)
 
 def measure_level(level: str, quick: bool, size: Size, num_rounds: int) -> list[Row]:
     """Net hidden of both levels and their difference, by dtype and direction."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    keep_freed_memory()
-    if quick:
-        size, num_rounds = Size(width=512, layers=2, tokens=256), 2
-    group = DelayedProcessGroup(0, TP, ANY_LINK)
+    group, size, num_rounds = begin(quick, size, num_rounds)
     rows: list[Row] = []
     for kind, dtype in dtypes().items():
         if kind == "bf16" and quick:

@@ -118,13 +118,18 @@ def test_the_compiled_kernel_takes_logits_that_underflow_and_that_are_none(monke
     logits = torch.zeros(3, 40)
     logits[0, 0], logits[1, 7], logits[2, 3] = 300.0, -torch.inf, torch.nan
     targets = torch.tensor([1, 0, 0])
-    losses = module.losses_to_gradients(logits, targets, True, 0.0)
+    losses = row_losses.losses_to_gradients(logits, targets, True, 0.0)
     assert losses[0].item() == pytest.approx(300.0)
     assert losses[1].item() == pytest.approx(math.log(39))
     assert logits[1, 7] == 0
     assert losses[2].isnan()
-    with pytest.raises(ModelError, match="target 40 is none of 40 classes"):
-        module.losses_to_gradients(logits, torch.tensor([1, 40, 0]), True, 0.0)
+
+
+def test_a_target_that_is_no_class_is_refused(sizes):
+    hidden, weight, targets = _inputs(sizes)
+    targets[100] = 97
+    with pytest.raises(ModelError, match="target 97 is none of 97 classes"):
+        linear_cross_entropy(hidden, weight, targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -168,8 +173,17 @@ def test_without_gradients_the_loss_is_the_same():
         assert torch.equal(linear_cross_entropy(*inputs), linear_cross_entropy(*inputs).detach())
 
 
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy_rows"])
-@pytest.mark.parametrize("switches", [(), (3.0, False)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        ("linear_cross_entropy", ()),
+        ("linear_cross_entropy", (3.0, False)),
+        ("linear_cross_entropy_rows", ()),
+        ("linear_cross_entropy_rows", (3.0, False)),
+        ("linear_cross_entropy_rows", (0.0, True, True)),
+    ],
+    ids=str,
+)
 def test_the_operators_keep_the_rules_of_torch_library(name, switches):
     inputs = _inputs((20, 8, 30))
     operator = getattr(torch.ops.plait, name).default

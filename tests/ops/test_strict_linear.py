@@ -164,6 +164,31 @@ def test_the_probe_tells_other_orders_of_summation_apart(monkeypatch):
     assert not is_row_exact.__wrapped__(product, 16)
 
 
+def test_the_probe_tells_kernels_apart_that_sum_one_half_after_the_other(monkeypatch):
+    product = Product(
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        num_threads=torch.get_num_threads(),
+        precision=torch.get_float32_matmul_precision(),
+        num_matrices=None,
+        inner=64,
+        columns=48,
+        is_transposed=False,
+        reference_rows=32,
+    )
+    plain = torch.mm
+
+    def by_halves(x, w):
+        halves = [(x[:, :32], w[:32]), (x[:, 32:], w[32:])]
+        if x.shape[0] < 32:  # each backwards
+            halves = [(a.flip(1), b.flip(0)) for a, b in halves]
+        return sum(plain(a.contiguous(), b.contiguous()) for a, b in halves)
+
+    monkeypatch.setattr(torch, "mm", by_halves)
+    assert is_row_exact.__wrapped__(product, 32)
+    assert not is_row_exact.__wrapped__(product, 16)
+
+
 def test_inputs_that_do_not_fit_are_refused_by_name():
     x, weight, bias = _inputs(4, (8, 6), torch.float32)
     with pytest.raises(ModelError, match=r"cannot multiply \(4, 8\) by the transpose of \(8, 6\)"):

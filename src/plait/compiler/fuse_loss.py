@@ -49,7 +49,7 @@ def fuse_loss(graph: Graph) -> Graph:
 class _Loss:
     """The nodes of a loss; the two products of its backward.
 
-    is_one_group: the one for the weight stays there.
+    is_one_group: all logits are kept, and the one for the weight stays in the backward.
     """
 
     loss: Node

@@ -26,21 +26,22 @@ def losses_to_gradients(
     """Return each row's loss; with gradients, overwrite the logits by theirs.
 
     is_strict: by PyTorch's operators, of which it is known that rows do not depend on each other.
-    Raises ModelError for a target that is no column.
+    Raises ModelError for a target that is no column; on a GPU that is found later, by the device.
     """
     if logits_MV.is_cuda and (kernels := triton_kernels()):
         return kernels.losses_to_gradients(logits_MV, targets_M, with_gradients, soft_cap)
     losses_M = torch.empty(logits_MV.shape[0], dtype=torch.float32, device=logits_MV.device)
+    is_fake, num_classes = isinstance(logits_MV, FakeTensor), logits_MV.shape[1]
+    if not is_fake and not logits_MV.is_cuda and (largest := int(targets_M.max())) >= num_classes:
+        raise ModelError(f"target {largest} is none of {num_classes} classes, 0 and up.")
     if not is_strict and logits_MV.numel() >= _SMALLEST_COMPILED and _kernel.serves(logits_MV):
-        if isinstance(logits_MV, FakeTensor):  # nothing else would be allocated
+        if is_fake:  # nothing else would be allocated
             return losses_M
-        if (largest := int(targets_M.max())) >= logits_MV.shape[1]:
-            raise ModelError(f"target {largest} is none of {logits_MV.shape[1]} classes.")
         tensors = (logits_MV, targets_M.contiguous(), losses_M)
         sizes = (*logits_MV.shape, int(with_gradients))
         if _kernel.run("losses", tensors, sizes, dtype=logits_MV.dtype, number=soft_cap):
             return losses_M
-    num_rows = max(1, _BLOCK_ELEMENTS // logits_MV.shape[1])
+    num_rows = max(1, _BLOCK_ELEMENTS // num_classes)
     for start in range(0, logits_MV.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         losses_M[rows] = _of_block(logits_MV[rows], targets_M[rows], with_gradients, soft_cap)
@@ -50,6 +51,7 @@ def losses_to_gradients(
 def _of_block(
     logits_bV: Tensor, targets_b: Tensor, with_gradients: bool, soft_cap: float
 ) -> Tensor:
+    """The same by PyTorch's operators, with a few float32 blocks beside."""
     is_counted_b, index_b1 = targets_b >= 0, targets_b.clamp(min=0)[:, None]
     x_bV = logits_bV.float()
     if soft_cap:
