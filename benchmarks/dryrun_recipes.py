@@ -122,14 +122,16 @@ RECIPES: dict[str, Recipe] = {
 
 
 def make_model(recipe: Recipe) -> nn.Module:
-    """The model, with random weights, where the context says."""
+    """The model, with the weights that a training begins with, where the context says."""
     architecture, settings = ARCHITECTURES[recipe.model]
     settings = {**settings, **recipe.changes}
     if not recipe.hugging_face:
         family = FAMILIES[architecture]
         config = family.read_config({"architectures": [architecture], **_complete(settings)})
         with _default_dtype(recipe.dtype):
-            return Decoder(config)
+            decoder = Decoder(config)
+        decoder.initialize()
+        return decoder
     config_class = getattr(transformers, architecture).config_class
     settings = {**settings, "vocab_size": 2048, "use_cache": False}
     config = config_class(**settings, bos_token_id=1, eos_token_id=2)

@@ -125,6 +125,17 @@ def test_the_compiled_kernel_takes_logits_that_underflow_and_that_are_none(monke
     assert losses[2].isnan()
 
 
+@pytest.mark.parametrize("smallest_compiled", [0, 2**20], ids=["compiled", "operators"])
+def test_a_vanishing_probability_has_no_gradient_instead_of_a_subnormal_one(
+    smallest_compiled, monkeypatch
+):
+    monkeypatch.setattr(row_losses, "_SMALLEST_COMPILED", smallest_compiled)
+    logits = -torch.arange(64.0).repeat(4, 1) * 1.4  # to e^-88
+    row_losses.losses_to_gradients(logits, torch.zeros(4, dtype=torch.int64), True, 0.0)
+    assert (logits[:, 1:48] > 1e-30).all()
+    assert not logits[:, 50:].any()
+
+
 def test_a_target_that_is_no_class_is_refused(sizes):
     hidden, weight, targets = _inputs(sizes)
     targets[100] = 97

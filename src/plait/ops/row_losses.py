@@ -13,6 +13,9 @@ _BLOCK_ELEMENTS = 2**20
 """Logits whose softmax is taken at a time: 4 MiB in float32, so that they stay in cache."""
 _SMALLEST_COMPILED = 2**20
 """Logits from which a kernel of our own is worth a second or two, once, to compile and load it."""
+_SMALLEST_SHARE = 1e-30
+"""A smaller probability has no gradient: times the weight of its token, or squared, it would leave
+the range of normal numbers, and on many a CPU a product with such operands takes ten times as long."""
 
 
 def losses_to_gradients(
@@ -64,6 +67,8 @@ def _of_block(
         slower_b1 = torch.log_softmax(x_bV, dim=-1).gather(1, index_b1)
         logp_b1 = torch.where(logp_b1.isinf(), slower_b1, logp_b1)
     if with_gradients:
+        if not p_bV.is_cuda:
+            torch.threshold_(p_bV, _SMALLEST_SHARE, 0.0)
         p_bV.scatter_add_(1, index_b1, p_bV.new_full((), -1.0).expand(index_b1.shape))
         if soft_cap:  # the derivative of the tanh
             p_bV.mul_(1 - (x_bV / soft_cap).square_())
@@ -75,7 +80,8 @@ _kernel = CppKernel(
     losses_to_gradients,
     r"""
 #include <cmath>
-static inline float share_of(float x) { return x < -87.0f ? 0.0f : exponential(x); }
+// A share below _SMALLEST_SHARE is none.
+static inline float share_of(float x) { return x < -69.0f ? 0.0f : exponential(x); }
 template <bool HAS_CAP>
 static inline float capped(float x, float cap) {  // cap tanh(x / cap)
   return HAS_CAP ? cap * (1.0f - 2.0f / (1.0f + exponential(2.0f * x / cap))) : x;
