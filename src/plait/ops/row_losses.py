@@ -15,7 +15,7 @@ _SMALLEST_COMPILED = 2**20
 """Logits from which a kernel of our own is worth a second or two, once, to compile and load it."""
 _SMALLEST_SHARE = 1e-30
 """A smaller probability has no gradient: times the weight of its token, or squared, it would leave
-the range of normal numbers, and on many a CPU a product with such operands takes ten times as long."""
+the range of normal numbers, and products of such operands take many a CPU ten times as long."""
 
 
 def losses_to_gradients(
