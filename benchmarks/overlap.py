@@ -6,12 +6,14 @@ their mean time (`plait overlap` measures the same, once). Runs of a block take 
 that of each round. Memory that one step frees is kept for the next, on all sides, as on a GPU: what
 the C library gives back costs a fault for each page, more for a program that holds more at a time.
 
-    python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N] [--short]
+    python -m benchmarks.overlap [--quick] [--rounds N] [--tokens N] [--width N] [--short]
     python -m benchmarks.overlap --batches      local batches above 1 (overlap_batches)
     python -m benchmarks.overlap --price        the paper machine instead (overlap_price)
     python -m benchmarks.overlap --level O1     what a level hides beside O0 (overlap_levels)
 
 --short leaves out ratio 1, and rivals in bf16. Without units for bf16 nothing is measured in it.
+The shorter the messages, the more a share of them scatters: of ratio 0.25 there are twice as many
+rounds. --width is that of both dtypes (else WIDTHS says): a step should take one to three seconds.
 """
 
 import argparse
@@ -147,6 +149,10 @@ class Bench:
         """The cost model's machine, with a link."""
         return replace(self.cluster, links={"tp": link})
 
+    def rounds_of(self, ratio: float) -> int:
+        """Rounds of a ratio: more where messages are short."""
+        return max(self.num_rounds, round(self.num_rounds * RATIOS[0] / ratio))
+
     def forms(
         self,
         ratio: float,
@@ -181,7 +187,7 @@ class Bench:
             if number > 1:
                 programs[f"split {number}{FREE}"] = serial[f"split {number}{FREE}"]
         with registered({"tp": self.group}):
-            return Hiding(forms, measure_rounds(programs, self.num_rounds))
+            return Hiding(forms, measure_rounds(programs, self.rounds_of(ratio)))
 
 
 @dataclass(frozen=True)
@@ -256,16 +262,20 @@ def begin(quick: bool, size: Size, num_rounds: int) -> tuple[DelayedProcessGroup
     return DelayedProcessGroup(0, TP, ANY_LINK), size, num_rounds
 
 
-def measure(quick: bool, size: Size, num_rounds: int, is_short: bool = False) -> list[Row]:
+def measure(
+    quick: bool, size: Size, num_rounds: int, *, width: int | None = None, is_short: bool = False
+) -> list[Row]:
     """Hiding by ratio and dtype; rivals. quick: a small size, fewer of each."""
     group, size, num_rounds = begin(quick, size, num_rounds)
     rows: list[Row] = []
     for kind, dtype in list(dtypes().items())[: 1 if quick else 2]:
         if not quick:
-            size = replace(size, width=WIDTHS[kind])
+            size = replace(size, width=width or WIDTHS[kind])
         name = f"{kind}, {size.tokens} tokens"
         bench = Bench(size, dtype, group, num_rounds)
-        rows.append(row(f"{name}: free unsplit step", "s", [bench.free_s], quick, 1.0))
+        rows.append(
+            row(f"{name}: free unsplit step, width {size.width}", "s", [bench.free_s], quick, 1.0)
+        )
         for ratio in RATIOS[:1] if quick else RATIOS[:2] if is_short else RATIOS:
             where = f"{name}, ratio {ratio:g}, token axis"
             say(where)
@@ -404,6 +414,7 @@ def _main() -> None:
     parser.add_argument("--batches", action="store_true")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--level", choices=("O1", "O2"))
     chosen, rest = parser.parse_known_args()
@@ -426,7 +437,8 @@ def _main() -> None:
             f"overlap_{level.lower()}", lambda quick: measure_level(level, quick, size, rounds)
         )
         return
-    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds or 5, chosen.short))
+    options = {"width": chosen.width, "is_short": chosen.short}
+    run_benchmark("overlap", lambda quick: measure(quick, size, chosen.rounds or 5, **options))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 _RESULTS = "benchmarks/results"
+_UNITS = "ONEDNN_MAX_CPU_ISA"  # by which oneDNN is told to do without the newest units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,8 @@ def hardware() -> str:
         )
         if present
     ]
+    if limit := os.environ.get(_UNITS):
+        flags.append(f"oneDNN up to {limit}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cpu} ({', '.join(flags) or 'no bfloat16 units'}), {gpu}"
 
