@@ -1,6 +1,7 @@
 """The price of a schedule: closed forms of time, and what is said of bad input."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -216,6 +217,28 @@ def test_measured_operators_price_the_step_that_they_came_from():
         schedule_of(Tower(48), torch.randn(6, 48)), plait.clusters.cpu(), table=table
     )
     assert other.sources[Source.INTERPOLATED].num_operators > 0
+
+
+def test_a_table_of_several_programs_knows_how_far_it_is_off_another():
+    schedule = schedule_of(model := Tower(), x := torch.randn(6, 32))
+    events = profile_step(schedule, model, x).timeline.events
+
+    def measured(event_s):
+        timelines = [Timeline(tuple(replace(event, duration_s=event_s) for event in events))]
+        steps_s = [event_s * len(events)]
+        return MeasuredSteps(schedule=schedule, timelines=timelines, steps_s=steps_s)
+
+    def spread(*events_s):
+        table = learn_table("here", plait.clusters.cpu().device, [measured(x) for x in events_s])
+        assert Table.from_json(table.to_json()) == table
+        found = plait.price(schedule, plait.clusters.cpu(), table=table)
+        assert found.high_s - found.step_s >= found.step_s * math.expm1(table.program_spread)
+        return table.program_spread
+
+    one_s = 1e-3
+    assert spread(one_s, 3 * one_s) == 0.0  # too few programs
+    assert spread(*(4 * [one_s])) == pytest.approx(0.0, abs=0.05)  # and the tangent, not measured
+    assert spread(one_s, 2 * one_s, 2 * one_s, one_s) > math.log(1.3)
 
 
 def test_a_price_reads_as_text_and_compares_with_itself():

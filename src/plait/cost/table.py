@@ -19,7 +19,7 @@ from plait.cost.operations import Cost, Kind, operation_s
 from plait.cost.table_entry import Entry, dtype_named
 from plait.errors import PlanError
 
-FORMAT = 2
+FORMAT = 3
 _ROOFLINE_LOW, _ROOFLINE_HIGH = 0.7, 1.5
 """How far a roofline time may be off, without a measurement (assumed)."""
 _LEAST_SPREAD = 0.03  # of a measurement between two runs, even where a few samples agree better
@@ -50,7 +50,9 @@ class Table:
 
     device: the figures fitted to all entries, for what has no family. step_low, step_high: the 10th
     and 90th percentile of single steps of calibration that nobody observed, over their median: how
-    the machine itself changes, which is common to all operators.
+    the machine itself changes, which is common to all operators. program_spread: by how much the
+    steps of a measured program are off that is predicted from the others (logarithm, 8 of 10):
+    caches are as warm as a program leaves them, and no entry knows of that. 0 of few programs.
     """
 
     machine: str
@@ -60,6 +62,7 @@ class Table:
     views_s: dict[str, float] = field(default_factory=dict[str, float])
     step_low: float = 1.0
     step_high: float = 1.0
+    program_spread: float = 0.0
 
     @cached_property
     def known(self) -> dict[str, Entry]:
@@ -124,6 +127,7 @@ class Table:
             "views_s": self.views_s,
             "step_low": self.step_low,
             "step_high": self.step_high,
+            "program_spread": self.program_spread,
             "device": device,
             "entries": [asdict(entry) for entry in self.entries],
         }
@@ -151,6 +155,7 @@ class Table:
                 {str(name): float(x) for name, x in data["views_s"].items()},
                 float(data["step_low"]),
                 float(data["step_high"]),
+                float(data["program_spread"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):

@@ -5,9 +5,10 @@ each operator ran, and their costs. So caches are as warm as in a step, and view
 time are measured too.
 """
 
+import math
 import statistics
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from plait.cost.calibrate import fit_device
 from plait.cost.clusters import Device
@@ -24,6 +25,9 @@ from plait.errors import PlanError
 from plait.graph.schedule import Schedule
 
 _LEAST_S = 1e-9
+_LEAST_PROGRAMS = 4
+"""Programs of which each is predicted from the others, to see how far a table is off."""
+_QUANTILE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,76 @@ def learn_table(
 
     without: keys of operators that the table must not know, to see what it makes of them.
     """
+    programs = [_observed(each) for each in measured]
+    table = _table(machine, device, programs, without)
+    if len(programs) < _LEAST_PROGRAMS:
+        return table
+    off: list[float] = []
+    for i, each in enumerate(programs):
+        others = _table(machine, device, [*programs[:i], *programs[i + 1 :]], without)
+        off.append(abs(math.log(_step_s(others, each) / each.step_s)))
+    return replace(table, program_spread=quantile(off, _QUANTILE))
+
+
+def launched_in_a_step(schedule: Schedule) -> list[Launched]:
+    """What a first step of a schedule launches, on forms."""
+    steps = StepReplay(Replay(schedule, Forms(schedule.objects, Workspace())))
+    steps.step()
+    return steps.replay.launched
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observed:
+    """A program as it was measured.
+
+    samples: of each operator and its forms, by key. launch_s: what a launch takes beside its
+    operator, negative where the clock, which each measured operator reads, takes longer. relative:
+    single steps that nobody observed, over their median step_s.
+    """
+
+    launched: Sequence[Launched]
+    samples: Mapping[str, tuple[Outcome, list[float]]]
+    launch_s: float
+    step_s: float
+    relative: Sequence[float]
+
+
+def _observed(measured: MeasuredSteps) -> _Observed:
+    times_s: dict[tuple[object, ...], list[float]] = {}
+    for timeline in measured.timelines:
+        for event in timeline.events:
+            place = (event.program, *(call.step for call in event.calls), event.name)
+            times_s.setdefault(place, []).append(event.duration_s)
     found: dict[str, tuple[Outcome, list[float]]] = {}
-    gaps_s: list[float] = []
-    for each in measured:
-        gaps_s.append(_add_samples(each, found))
-    found = {key: each for key, each in found.items() if key not in without}
+    whole_s, count = 0.0, 0
+    launched = launched_in_a_step(measured.schedule)
+    for each in launched:
+        place = (each.program, *(call.step for call in each.calls), each.step.name)
+        if place not in times_s or each.outcome.cost is None:
+            continue
+        whole_s += statistics.median(times_s[place])
+        count += 1
+        found.setdefault(each.outcome.key, (each.outcome, []))[1].extend(times_s[place])
+    if not count:
+        raise PlanError("the profiles are of another schedule: no operator is in both.")
+    step_s = statistics.median(measured.steps_s)
+    return _Observed(
+        launched=launched,
+        samples=found,
+        launch_s=(step_s - whole_s) / count,
+        step_s=step_s,
+        relative=[each / step_s for each in measured.steps_s],
+    )
+
+
+def _table(
+    machine: str, device: Device, programs: Sequence[_Observed], without: Container[str]
+) -> Table:
+    found: dict[str, tuple[Outcome, list[float]]] = {}
+    for each in programs:
+        for key, (outcome, seconds) in each.samples.items():
+            if key not in without:
+                found.setdefault(key, (outcome, []))[1].extend(seconds)
     entries: list[Entry] = []
     samples = []
     views_s: dict[str, list[float]] = {}
@@ -73,48 +142,25 @@ def learn_table(
     views = {name: statistics.median(times_s) for name, times_s in views_s.items()}
     if every_view_s:
         views[""] = statistics.median(every_view_s)
-    relative = [
-        step_s / statistics.median(each.steps_s) for each in measured for step_s in each.steps_s
-    ]
+    relative = [x for each in programs for x in each.relative]
     return Table(
         machine,
         tuple(entries),
         fit_device(device, samples),
-        statistics.median(gaps_s),
+        statistics.median(each.launch_s for each in programs),
         views,
         step_low=quantile(relative, 0.1),
         step_high=quantile(relative, 0.9),
     )
 
 
-def launched_in_a_step(schedule: Schedule) -> list[Launched]:
-    """What a first step of a schedule launches, on forms."""
-    steps = StepReplay(Replay(schedule, Forms(schedule.objects, Workspace())))
-    steps.step()
-    return steps.replay.launched
-
-
-def _add_samples(measured: MeasuredSteps, found: dict[str, tuple[Outcome, list[float]]]) -> float:
-    """Add the times of each operator by key; returns what a launch takes beside its operator.
-
-    That is negative where the clock, which each measured operator reads, takes longer.
-    """
-    times_s: dict[tuple[object, ...], list[float]] = {}
-    for timeline in measured.timelines:
-        for event in timeline.events:
-            place = (event.program, *(call.step for call in event.calls), event.name)
-            times_s.setdefault(place, []).append(event.duration_s)
-    whole_s, count = 0.0, 0
-    for each in launched_in_a_step(measured.schedule):
-        place = (each.program, *(call.step for call in each.calls), each.step.name)
-        if place not in times_s or each.outcome.cost is None:
-            continue
-        whole_s += statistics.median(times_s[place])
-        count += 1
-        found.setdefault(each.outcome.key, (each.outcome, []))[1].extend(times_s[place])
-    if not count:
-        raise PlanError("the profiles are of another schedule: no operator is in both.")
-    return (statistics.median(measured.steps_s) - whole_s) / count
+def _step_s(table: Table, program: _Observed) -> float:
+    """What a table makes of a program that it may not know."""
+    return sum(
+        max(table.duration(each.step.target, each.outcome.key, cost).seconds + table.launch_s, 0.0)
+        for each in program.launched
+        if (cost := each.outcome.cost) is not None
+    )
 
 
 def _entry(key: str, outcome: Outcome, seconds: Sequence[float]) -> Entry:

@@ -4,6 +4,7 @@ It replays the very programs that `plait.run` runs, on forms (`replay_step.py`),
 a time, and plays them on the streams of a rank (`cost/simulate.py`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,7 +221,7 @@ class _Pricing:
         return max(count, key=lambda dtype: count[dtype], default=default)
 
     def _interval(self, step_s: float) -> tuple[float, float]:
-        """Errors of one operator are one error; those of others, and the machine's, are apart."""
+        """Errors of one operator are one error; those of others, and two of a table, are apart."""
         below: dict[str, float] = {}
         above: dict[str, float] = {}
         for i, (each, work) in enumerate(zip(self.launched, self.works, strict=True)):
@@ -231,6 +232,8 @@ class _Pricing:
         if self.table is not None:
             below["the machine"] = step_s * (1 - self.table.step_low)
             above["the machine"] = step_s * (self.table.step_high - 1)
+            below["the program"] = step_s * -math.expm1(-self.table.program_spread)
+            above["the program"] = step_s * math.expm1(self.table.program_spread)
         shift_low = sum(x * x for x in below.values()) ** 0.5
         shift_high = sum(x * x for x in above.values()) ** 0.5
         return max(0.0, step_s - shift_low), step_s + shift_high
