@@ -3,7 +3,7 @@
 | level | passes | numbers |
 |---|---|---|
 | O0 | lift constants, identities, recompute by the plan; kernels in captured order | eager's bits |
-| O1 | O0's order; loss without logits, save less, islands, each compiled once | `TOLERANCE` |
+| O1 | O0's order; loss, attention's backward, save less, islands, each compiled once | `TOLERANCE` |
 | O2 | as O1, but each program is one graph for Inductor, where its order is free | `TOLERANCE` |
 
 At O1 and O2 an optimizer takes PyTorch's fused kernels where it has them. With numerics="strict",
@@ -22,6 +22,7 @@ from backward, and lowers both to the steps of a schedule.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plait.compiler.attention_backward import quicken_attention
 from plait.compiler.choose_replicas import choose_replicas
 from plait.compiler.fuse import fuse, refuse_islands
 from plait.compiler.fuse_loss import fuse_loss
@@ -96,6 +97,13 @@ LOSS = Pass(
     TOLERANCE,
     if_strict=as_it_is,
 )
+ATTENTION = Pass(
+    "attention backward",
+    lambda graph, plan, cluster: quicken_attention(graph),
+    False,
+    TOLERANCE,
+    if_strict=as_it_is,
+)
 SAVE_LESS = Pass(
     "save less",
     lambda graph, plan, cluster: save_less(graph, plan.recompute),
@@ -127,6 +135,7 @@ LEVELS: dict[str, tuple[Pass, ...]] = {
         MERGE,
         REPLICAS,
         LOSS,
+        ATTENTION,
         SAVE_LESS,
         RECOMPUTE,
         ORDER,
@@ -139,6 +148,7 @@ LEVELS: dict[str, tuple[Pass, ...]] = {
         MERGE,
         REPLICAS,
         LOSS,
+        ATTENTION,
         SAVE_LESS,
         RECOMPUTE,
         ORDER,

@@ -322,6 +322,7 @@ _FORMULAS: dict[str, Callable[[str, Mapping[str, object]], _Work]] = {
     "plait.latent_causal_attention_backward": _attention,
     "plait.strict_causal_attention": _attention,
     "plait.strict_causal_attention_backward": _attention,
+    "plait.flash_backward": _attention,
     "plait.grouped_linear": _grouped_linear,
     "plait.grouped_linear_backward": _grouped_linear,
     "plait.linear_cross_entropy": _linear_cross_entropy,

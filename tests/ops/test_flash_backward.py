@@ -1,0 +1,110 @@
+"""The backward of causal attention on a CPU against float64, beside PyTorch's own kernel."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from plait.ops import flash_backward as module
+from plait.ops.numerics import bfloat16_pays
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ours = torch.ops.plait.flash_backward
+needs_units = pytest.mark.skipif(
+    not bfloat16_pays("cpu"), reason="this CPU has no units for bfloat16; PyTorch's kernel is taken"
+)
+
+
+def operands(batch, heads, kv_heads, tokens, size, *, is_transposed=True):
+    """dout, q, k, v, out, logsumexp and scale; heads behind tokens in memory, as models have it."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(num_heads):
+        x = torch.randn(batch, tokens, num_heads, size, generator=generator).bfloat16()
+        return x.transpose(1, 2) if is_transposed else x.transpose(1, 2).contiguous()
+
+    q, k, v, dout = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    scale = size**-0.5
+    out, logsumexp = _flash(q, k, v, 0.0, True, scale=scale)
+    return dout, q, k, v, out, logsumexp, scale
+
+
+def errors(gradients, given):
+    """Relative, by norm, of the gradients of q, k and v."""
+    dout, q, k, v, _, _, scale = given
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *wide, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    exact = torch.autograd.grad(out, wide, dout.double())
+    return [
+        float((x.double() - truth).norm() / truth.norm())
+        for x, truth in zip(gradients, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 4, 4, 256, 64),
+        (2, 4, 2, 131, 64),
+        (1, 6, 2, 300, 128),
+        (2, 2, 1, 1, 32),
+        (1, 1, 1, 7, 6),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_formula(sizes, num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        given = operands(*sizes)
+        found = _ours(*given)
+    finally:
+        torch.set_num_threads(before)
+    # Probabilities and gradients of scores are rounded to 2^-9 before they are multiplied. Of one
+    # token the gradients of queries and keys are zero, of both.
+    if sizes[3] == 1:
+        assert not found[0].any()
+        assert not found[1].any()
+        assert torch.equal(found[2], given[0].float().sum(1, keepdim=True).bfloat16())
+    else:
+        assert max(errors(found, given)) < 2**-7
+
+
+@needs_units
+def test_it_is_closer_to_the_formula_than_pytorchs_kernel():
+    given = operands(1, 16, 4, 512, 64)
+    theirs = _flash_backward(*given[:6], 0.0, True, scale=given[6])
+    mine, other = errors(_ours(*given), given), errors(theirs, given)
+    assert all(x < 1.1 * y for x, y in zip(mine, other, strict=True))
+    assert sum(mine) < 0.7 * sum(other)
+
+
+@needs_units
+def test_the_kernel_is_taken_where_it_serves_and_the_probe_multiplies():
+    assert module._multiplies()
+    assert module._kernel._library, "no compiler"
+
+
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_it_keeps_the_rules_and_the_layout_of_pytorchs(is_transposed):
+    given = operands(2, 4, 2, 40, 16, is_transposed=is_transposed)
+    opcheck(_ours.default, given)
+    theirs = _flash_backward(*given[:6], 0.0, True, scale=given[6])
+    assert [x.stride() for x in _ours(*given)] == [x.stride() for x in theirs]
+
+
+def test_a_gradient_whose_last_dim_is_strided_is_taken():
+    dout, *given = operands(1, 2, 2, 64, 16)
+    strided = dout.transpose(2, 3).contiguous().transpose(2, 3)
+    for x, y in zip(_ours(dout, *given), _ours(strided, *given), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_without_a_product_of_blocks_pytorchs_kernel_is_taken(monkeypatch):
+    monkeypatch.setattr(module, "_multiplies", lambda: False)
+    given = operands(1, 2, 2, 64, 16)
+    theirs = _flash_backward(*given[:6], 0.0, True, scale=given[6])
+    assert all(torch.equal(x, y) for x, y in zip(_ours(*given), theirs, strict=True))
