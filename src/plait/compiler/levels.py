@@ -3,7 +3,7 @@
 | level | passes | numbers |
 |---|---|---|
 | O0 | lift constants, identities, recompute by the plan; kernels in captured order | eager's bits |
-| O1 | O0's order; loss, attention's backward, save less, islands, each compiled once | `TOLERANCE` |
+| O1 | O0's order; loss, attention backward, save less, islands, each compiled once | `TOLERANCE` |
 | O2 | as O1, but each program is one graph for Inductor, where its order is free | `TOLERANCE` |
 
 At O1 and O2 an optimizer takes PyTorch's fused kernels where it has them. With numerics="strict",
