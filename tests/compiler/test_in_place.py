@@ -66,3 +66,14 @@ def test_the_gradient_of_a_square_takes_the_operand_and_no_copy_of_it():
     }
     assert all(count > 0 for name, count in powers.items() if name.endswith("forward"))
     assert not any(count for name, count in powers.items() if name.endswith("backward"))
+
+
+def test_what_was_converted_before_is_not_converted_again():
+    def twice(x, w):
+        return (x.bfloat16() * w.bfloat16() + x.bfloat16().exp()).float()
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    schedule = compared(nn.Sequential(Block(twice), Block(twice)), x)
+    (forward,) = (p for name, p in schedule.templates.items() if name.endswith(".forward"))
+    conversions = sum("_to_copy" in step.target for step in forward.steps)
+    assert conversions == 2 * 3  # of x, w and the result of each block
