@@ -12,8 +12,8 @@ the C library gives back costs a fault for each page, more for a program that ho
     python -m benchmarks.overlap --level O1     what a level hides beside O0 (overlap_levels)
 
 --short leaves out ratio 1, and rivals in bf16. Without units for bf16 nothing is measured in it.
-The shorter the messages, the more a share of them scatters: of ratio 0.25 there are twice as many
-rounds. --width is that of both dtypes (else WIDTHS says): a step should take one to three seconds.
+The shorter the messages, the more a share of them scatters: of ratio 0.25 there are four times as
+many rounds. --width is that of both dtypes (else WIDTHS says): a step should take one to three seconds.
 """
 
 import argparse
@@ -150,8 +150,8 @@ class Bench:
         return replace(self.cluster, links={"tp": link})
 
     def rounds_of(self, ratio: float) -> int:
-        """Rounds of a ratio: more where messages are short."""
-        return max(self.num_rounds, round(self.num_rounds * RATIOS[0] / ratio))
+        """Rounds of a ratio: as many more as make medians of short messages as sure."""
+        return max(self.num_rounds, round(self.num_rounds * (RATIOS[0] / ratio) ** 2))
 
     def forms(
         self,
