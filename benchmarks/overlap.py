@@ -13,7 +13,7 @@ the C library gives back costs a fault for each page, more for a program that ho
 
 --short leaves out ratio 1, and rivals in bf16. Without units for bf16 nothing is measured in it.
 The shorter the messages, the more a share of them scatters: of ratio 0.25 there are four times as
-many rounds. --width is that of both dtypes (else WIDTHS says): a step should take one to three seconds.
+many rounds. --width is that of both dtypes (else WIDTHS says): a step takes one to three seconds.
 """
 
 import argparse
