@@ -1,8 +1,9 @@
 """Public training runs: what was run, on what, and how fast it was, each with its source.
 
-Nothing here is fitted, and nothing in the clusters was fitted to it: figures of devices and links
-are those of `plait.cost`, which were there before. Where a source leaves something open, the choice
-made is said beside the run.
+No figure of a device or link (`plait.cost`) was fitted to these runs: they were there before. Four
+settings that the sources name were entered after the first comparison, and the interval's width was
+chosen after it (docs/theory/dryrun.md, "Published runs"). Where a source leaves something open, the
+choice made is said beside the run.
 
 [L] Llama 3, arXiv 2407.21783, table 4; the 405B ran over RoCE, 400 Gb/s a GPU (section 3.3.1). How
     many stages a rank had is not published: as many as layers allow. MFU counts causal attention

@@ -61,10 +61,10 @@ def test_gradients_in_bfloat16_come_from_our_kernel(level, scale):
     [
         (Attention(), {"level": "O0"}),
         (Attention(is_causal=False), {"level": "O1"}),
-        (Attention(dtype=torch.float32), {"level": "O1"}),
+        (Attention(dtype=torch.float64), {"level": "O1"}),
         (Attention(), {"level": "O1", "numerics": "strict"}),
     ],
-    ids=["O0", "not causal", "float32", "strict"],
+    ids=["O0", "not causal", "float64", "strict"],
 )
 def test_elsewhere_the_kernel_is_not_ours(model, settings):
     x = torch.zeros(2, 70, 64, dtype=model.q.weight.dtype)

@@ -122,6 +122,23 @@ def test_pointwise_operators_cost_their_bytes():
     assert joined.bytes == 2 * (48 + 48)
 
 
+def test_an_optimizers_kernel_that_returns_nothing_costs_what_it_reads_and_writes():
+    def step(*shape):
+        lists = [[new(*shape, dtype=torch.float32)] for _ in range(4)]
+        rates = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8}
+        flags = {"amsgrad": False, "maximize": False}
+        count = [new(1, dtype=torch.float32)]
+        operator = "aten._fused_adamw_.default"
+        return cost_of(operator, (*lists, [], count), {**rates, **flags}, ())
+
+    small, large = step(8, 16), step(80, 16)
+    assert small.kind is Kind.MEMORY
+    assert small.bytes >= 7 * 4 * 8 * 16  # four are read, three written
+    assert large.bytes > 9 * small.bytes
+    added = [[new(4, 8)], [new(4, 8)]]
+    assert cost_of("aten._foreach_add_.List", added, {}, ()).bytes == 3 * 2 * 4 * 8
+
+
 def test_a_gather_reads_what_it_yields_and_not_the_whole_table():
     table, tokens = new(1000, 8), torch.zeros(3, dtype=torch.long, device="meta")
     assert priced("aten.embedding.default", table, tokens).bytes == 2 * (24 + 24) + 8 * 3

@@ -1,4 +1,4 @@
-"""Causal attention's backward in bfloat16 on a CPU takes a kernel that uses its units."""
+"""Causal attention's backward on a CPU takes a kernel that multiplies by the CPU's units."""
 
 # pyright: basic
 # (fx nodes are not typed.)

@@ -124,7 +124,7 @@ def replicate(
         reasons = "; ".join(refusals) or "the graph has none"
         raise PlanError(
             f"replicas={name} along the {axis}: no collective can be split, so there is "
-            f"nothing to hide: {reasons}. Use replicas=1."
+            f"nothing to hide: {reasons}. Use replicas=1, or sp=False where ranks share the tokens."
         )
     if causal_split and axis == "token":
         _check_causal(found)

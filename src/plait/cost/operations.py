@@ -69,12 +69,13 @@ def cost_of(
         return _memory(inputs, outputs)
     packet = operator.rpartition(".")[0]
     overload = cast("OpOverload", resolve(operator))
+    named = _by_name(overload, args, kwargs)
+    outputs = outputs or _written(overload, named)
     if packet in _FREE or overload.is_view or not outputs:
         return FREE
     if packet in _GATHERS:
         # Reads as much of its first operand as it yields, and all of the indices.
         return _memory([*outputs, *inputs[1:]], outputs)
-    named = _by_name(overload, args, kwargs)
     formula = _FORMULAS.get(packet)
     if formula is None and {"query", "key", "value"} <= named.keys():
         formula = _attention
@@ -156,6 +157,13 @@ def _form(shape: tuple[int, ...], stride: Sequence[int], dtype: torch.dtype) -> 
 
 def _memory(inputs: Sequence[_Form], outputs: Sequence[_Form]) -> Cost:
     return Cost(kind=Kind.MEMORY, bytes=sum(form.num_bytes for form in (*inputs, *outputs)))
+
+
+def _written(overload: OpOverload, named: Mapping[str, object]) -> list[_Form]:
+    """Forms of the operands that an operator changes: all that some of an optimizer's have."""
+    arguments = cast("Any", overload)._schema.arguments
+    changed = [each.name for each in arguments if each.alias_info and each.alias_info.is_write]
+    return [form for name in changed for form in _forms(named.get(name))]
 
 
 def _by_name(

@@ -46,8 +46,9 @@ _NOT_ONE_GRAPH = (
     exc.TorchRuntimeError,
 )
 Loss = Callable[..., Tensor]
-_LAYERS = 4
-"""Of a piece, where replicas go through attention: fewer ends, and more to trace."""
+_LAYERS, _LAYERS_THROUGH_ATTENTION = 2, 4
+"""Of a piece that may be split: fewer ends, and more to order. The second where replicas go through
+attention too, which is no end then."""
 
 
 def capture(
@@ -159,15 +160,17 @@ def _note(what: str, text: str) -> Note:
 def num_attentions(plan: ParallelPlan, inputs: Sequence[object]) -> int:
     """How many attentions a piece spans (see `cut`).
 
-    At the end of a piece the last replica has no other to hide behind. Where attention is split
-    too, along the batch or causally, it is no such end, and larger pieces have fewer; but what is
-    computed again, with recompute, is a piece.
+    At the ends of a piece there is nothing to hide behind: its last replica has no other, and the
+    first sum of its backward none of the weight gradients that are made before. Larger pieces have
+    fewer ends; but what is computed again, with recompute, is a piece, and so is what the plan
+    gives a number of its own.
     """
     if plan.replicas == 1:
         return 0
+    if plan.recompute is not Recompute.NONE or plan.replicas_by_piece is not None:
+        return 1
     batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim() > 1), 1)
-    splits_attention = plan.causal_split or batch > 1
-    return _LAYERS if splits_attention and plan.recompute is Recompute.NONE else 1
+    return _LAYERS_THROUGH_ATTENTION if plan.causal_split or batch > 1 else _LAYERS
 
 
 class _Whole(nn.Module):

@@ -1,9 +1,10 @@
-"""Gradients of PyTorch's causal flash attention on CPUs with units for bfloat16, from its results.
+"""Gradients of PyTorch's causal flash attention on CPUs with wide vectors, from its results.
 
-PyTorch's own kernel multiplies block by block without those units. Here each block is a product of
-oneDNN, in tiles where there are any (AMX), with scores, probabilities and sums in float32: two to
-three times as fast, and gradients of keys and values with half of the error. Level O1 takes it in
-place of PyTorch's (`compiler/attention_backward.py`); eager and O0 keep PyTorch's bits.
+Each block is a product of oneDNN, in bfloat16 by the units for it (tiles, where there are AMX's),
+which PyTorch's own kernel does without. Scores, probabilities and sums are float32: in bfloat16 two
+to three times as fast, with half of the error in gradients of keys and values, in float32 a tenth
+to a third faster. Level O1 takes it in place of PyTorch's (`compiler/attention_backward.py`); eager
+and O0 keep PyTorch's bits.
 """
 
 # Shapes: B batch, T tokens, N query heads, K key-value heads (N = K * G), H head size.
@@ -21,12 +22,12 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def serves(q_BNTH: Tensor, k_BKTH: Tensor) -> bool:
     """Whether the kernel is for these operands, fake or real: causal, as many keys as queries."""
+    pays = {torch.bfloat16: bfloat16_pays("cpu"), torch.float32: torch.cpu._is_avx512_supported()}
     return (
         q_BNTH.device.type == "cpu"
-        and q_BNTH.dtype == torch.bfloat16
+        and pays.get(q_BNTH.dtype, False)
         and q_BNTH.shape[2] == k_BKTH.shape[2]
         and q_BNTH.shape[3] % 2 == 0
-        and bfloat16_pays("cpu")
     )
 
 
@@ -53,8 +54,8 @@ def flash_backward(
     tensors = (*read, dq, dk, dv)
     if (
         serves(q_BNTH, k_BKTH)
-        and _multiplies()
-        and _kernel.run("gradients", tensors, sizes, dtype=torch.bfloat16, number=scale)
+        and _multiplies(q_BNTH.dtype)
+        and _kernel.run("gradients", tensors, sizes, dtype=q_BNTH.dtype, number=scale)
     ):
         return gradients
     return _flash_backward(
@@ -83,11 +84,12 @@ def _new(q_BNTH: Tensor, k_BKTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @cache
-def _multiplies() -> bool:
+def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN has its products of blocks here: asked once, by one of them."""
-    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    pairs, product = x.view(4, 8, 2).transpose(0, 1).contiguous(), torch.zeros(4, 4)
-    is_loaded = _kernel.run("probe", (x, pairs, product), (), dtype=torch.bfloat16)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pair = 4 // x.element_size()
+    words, product = x.view(4, 16 // pair, pair).transpose(0, 1).contiguous(), torch.zeros(4, 4)
+    is_loaded = _kernel.run("probe", (x, words, product), (), dtype=dtype)
     return is_loaded and torch.allclose(product, x.float() @ x.float().T, atol=1e-4)
 
 
@@ -101,12 +103,17 @@ struct BFloat16;
 namespace at::native::cpublas {  // of ATen/native/CPUBlas.h
 void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
             const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
+            const float* A, const float* B, float* C, bool is_vnni);
 void brgemm_release(bool is_vnni);
 }  // namespace at::native::cpublas
 typedef uint16_t bf16;
-// Keys go down and queries along a block. Of a second operand, two numbers of neighbouring lines
-// lie beside each other in one word, as the units take them.
+// Keys go down and queries along a block. Of a second operand in bfloat16, two numbers of
+// neighbouring lines lie beside each other in one word, as the units take them; in float32 there
+// are no pairs.
 static const int64_t BLOCK = 128;
+template <typename T> struct Word { typedef uint32_t type; };
+template <> struct Word<float> { typedef float type; };
 
 static void multiply(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t ld_a,
                      const uint32_t* b, int64_t ld_b, float* c, int64_t ld_c, bool adds) {
@@ -114,37 +121,53 @@ static void multiply(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t ld_
                               reinterpret_cast<const c10::BFloat16*>(a),
                               reinterpret_cast<const c10::BFloat16*>(b), c, true);
 }
-static inline uint32_t rounded(float x) {
-  bf16 y;
-  narrow(x, &y);
-  return y;
+static void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t ld_a, const float* b,
+                     int64_t ld_b, float* c, int64_t ld_c, bool adds) {
+  at::native::cpublas::brgemm(M, N, K, ld_a, ld_b, ld_c, adds, a, b, c, false);
 }
+static inline uint32_t paired(bf16 low, bf16 high) { return uint32_t(low) | uint32_t(high) << 16; }
 // Lines as columns, in pairs along H: (H / 2, BLOCK) words.
 static void as_columns(const bf16* x, int64_t stride, int64_t lines, int64_t H, uint32_t* out) {
   for (int64_t i = 0; i < lines; ++i)
     for (int64_t h = 0; h < H; h += 2)
-      out[h / 2 * BLOCK + i] = uint32_t(x[i * stride + h]) | uint32_t(x[i * stride + h + 1]) << 16;
+      out[h / 2 * BLOCK + i] = paired(x[i * stride + h], x[i * stride + h + 1]);
 }
-// Lines in pairs, an odd last one with zeros: (lines / 2, H) words.
+static void as_columns(const float* x, int64_t stride, int64_t lines, int64_t H, float* out) {
+  for (int64_t i = 0; i < lines; ++i)
+    for (int64_t h = 0; h < H; ++h) out[h * BLOCK + i] = x[i * stride + h];
+}
+// Lines in pairs, an even number of them, the last perhaps of zeros: (lines / 2, H) words.
 static void in_pairs(const bf16* x, int64_t stride, int64_t lines, int64_t H, uint32_t* out) {
   for (int64_t i = 0; i < lines; i += 2) {
     const bf16 *low = x + i * stride, *high = low + (i + 1 < lines ? stride : 0);
-    const uint32_t mask = i + 1 < lines ? 0xffff0000u : 0;
+    const uint32_t mask = i + 1 < lines ? 0xffffffffu : 0x0000ffffu;
 #pragma omp simd
-    for (int64_t h = 0; h < H; ++h)
-      out[i / 2 * H + h] = uint32_t(low[h]) | (uint32_t(high[h]) << 16 & mask);
+    for (int64_t h = 0; h < H; ++h) out[i / 2 * H + h] = paired(low[h], high[h]) & mask;
   }
 }
+static void in_pairs(const float* x, int64_t stride, int64_t lines, int64_t H, float* out) {
+  for (int64_t i = 0; i < lines; ++i) std::memcpy(out + i * H, x + i * stride, 4 * H);
+  if (lines % 2) std::memset(out + lines * H, 0, 4 * H);
+}
+static inline void put(float low, float high, bf16* lines, uint32_t* words) {
+  narrow(low, lines);
+  narrow(high, lines + BLOCK);
+  *words = paired(*lines, lines[BLOCK]);
+}
+static inline void put(float low, float high, float* lines, float* words) {
+  *lines = *words = low;
+  lines[BLOCK] = words[BLOCK] = high;
+}
 // Of scores and the gradients of probabilities: probabilities and the gradients of scores.
-template <bool IS_DIAGONAL>
+template <bool IS_DIAGONAL, typename T, typename W>
 static void through_softmax(const float* scores, const float* dp, const float* lse,
                             const float* delta, float scale, int64_t num_keys, int64_t num_queries,
-                            bf16* p, bf16* ds, uint32_t* ds_pairs) {
+                            T* p, T* ds, W* ds_words) {
   for (int64_t n = 0; n < num_keys; n += 2) {
     const int64_t next = n + 1 < num_keys ? BLOCK : 0;
     const float *s0 = scores + n * BLOCK, *s1 = s0 + next, *d0 = dp + n * BLOCK, *d1 = d0 + next;
-    bf16 *__restrict p0 = p + n * BLOCK, *__restrict ds0 = ds + n * BLOCK;
-    uint32_t* __restrict both = ds_pairs + n / 2 * BLOCK;
+    T *__restrict p0 = p + n * BLOCK, *__restrict ds0 = ds + n * BLOCK;
+    W* __restrict words = ds_words + n * BLOCK * sizeof(T) / sizeof(W);
     const float is_there = next ? 1.0f : 0.0f;
 #pragma omp simd
     for (int64_t m = 0; m < num_queries; ++m) {
@@ -155,50 +178,48 @@ static void through_softmax(const float* scores, const float* dp, const float* l
         y0 = n > m ? 0.0f : y0;
         y1 = n + 1 > m ? 0.0f : y1;
       }
-      const uint32_t g0 = rounded(y0 * (d0[m] - delta[m]) * scale);
-      const uint32_t g1 = rounded(y1 * (d1[m] - delta[m]) * scale);
-      p0[m] = bf16(rounded(y0));
-      p0[m + BLOCK] = bf16(rounded(y1));
-      ds0[m] = bf16(g0);
-      ds0[m + BLOCK] = bf16(g1);
-      both[m] = g0 | g1 << 16;
+      narrow(y0, p0 + m);
+      narrow(y1, p0 + m + BLOCK);
+      put(y0 * (d0[m] - delta[m]) * scale, y1 * (d1[m] - delta[m]) * scale, ds0 + m, words + m);
     }
   }
 }
-struct Lines {  // one head of a tensor
-  const bf16* data;
+template <typename T> struct Lines {  // one head of a tensor
+  const T* data;
   int64_t stride;
-  const bf16* at(int64_t t) const { return data + t * stride; }
+  const T* at(int64_t t) const { return data + t * stride; }
 };
 // What one thread holds of the keys and values of a head, and of one block.
-struct Head {
-  const int64_t T, H, ld_T;
-  std::vector<bf16> keys, values, keys_as_columns, p, ds;
-  std::vector<uint32_t> q_columns, dout_columns, q_pairs, dout_pairs, ds_pairs;
+template <typename T> struct Head {
+  typedef typename Word<T>::type W;
+  static const int64_t PAIR = sizeof(W) / sizeof(T);
+  const int64_t T_, H, ld_T;
+  std::vector<T> keys, values, keys_as_columns, p, ds;
+  std::vector<W> q_columns, dout_columns, q_pairs, dout_pairs, ds_pairs;
   std::vector<float> scores, dp, dq, dk, dv, lse, delta;
-  Head(int64_t T, int64_t H)
-      : T(T), H(H), ld_T(T + T % 2), keys(T * H), values(T * H), keys_as_columns(H * ld_T),
-        p((BLOCK + 1) * BLOCK), ds((BLOCK + 1) * BLOCK), q_columns(H / 2 * BLOCK),
-        dout_columns(H / 2 * BLOCK), q_pairs(BLOCK / 2 * H), dout_pairs(BLOCK / 2 * H),
-        ds_pairs(BLOCK / 2 * BLOCK), scores(BLOCK * BLOCK), dp(BLOCK * BLOCK), dq(H * BLOCK),
-        dk(T * H), dv(T * H), lse(BLOCK), delta(BLOCK) {}
+  Head(int64_t tokens, int64_t H)
+      : T_(tokens), H(H), ld_T(T_ + T_ % 2), keys(T_ * H), values(T_ * H),
+        keys_as_columns(H * ld_T), p((BLOCK + 1) * BLOCK), ds((BLOCK + 1) * BLOCK),
+        q_columns(H / PAIR * BLOCK), dout_columns(H / PAIR * BLOCK), q_pairs(BLOCK / PAIR * H),
+        dout_pairs(BLOCK / PAIR * H), ds_pairs(BLOCK / PAIR * BLOCK), scores(BLOCK * BLOCK),
+        dp(BLOCK * BLOCK), dq(H * BLOCK), dk(T_ * H), dv(T_ * H), lse(BLOCK), delta(BLOCK) {}
 
-  void begin(Lines k, Lines v) {
-    for (int64_t t = 0; t < T; ++t) {
-      std::memcpy(&keys[t * H], k.at(t), 2 * H);
-      std::memcpy(&values[t * H], v.at(t), 2 * H);
+  void begin(Lines<T> k, Lines<T> v) {
+    for (int64_t t = 0; t < T_; ++t) {
+      std::memcpy(&keys[t * H], k.at(t), sizeof(T) * H);
+      std::memcpy(&values[t * H], v.at(t), sizeof(T) * H);
       for (int64_t h = 0; h < H; ++h) keys_as_columns[h * ld_T + t] = k.at(t)[h];
     }
     std::fill(dk.begin(), dk.end(), 0.0f);
     std::fill(dv.begin(), dv.end(), 0.0f);
   }
-  void take_queries(Lines q, Lines dout, Lines out, int64_t i, int64_t M) {
+  void take_queries(Lines<T> q, Lines<T> dout, Lines<T> out, int64_t i, int64_t M) {
     as_columns(q.at(i), q.stride, M, H, q_columns.data());
     as_columns(dout.at(i), dout.stride, M, H, dout_columns.data());
     in_pairs(q.at(i), q.stride, M, H, q_pairs.data());
     in_pairs(dout.at(i), dout.stride, M, H, dout_pairs.data());
     for (int64_t m = 0; m < M; ++m) {
-      const bf16 *d = dout.at(i + m), *o = out.at(i + m);
+      const T *d = dout.at(i + m), *o = out.at(i + m);
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t h = 0; h < H; ++h) sum += wide(d[h]) * wide(o[h]);
@@ -206,12 +227,12 @@ struct Head {
     }
   }
   void block(int64_t i, int64_t M, int64_t j, float scale) {
-    const int64_t L = std::min(BLOCK, T - j), even_L = L + L % 2, even_M = M + M % 2;
+    const int64_t L = std::min(BLOCK, T_ - j), even_L = L + L % 2, even_M = M + M % 2;
     multiply(L, M, H, &keys[j * H], H, q_columns.data(), BLOCK, scores.data(), BLOCK, false);
     multiply(L, M, H, &values[j * H], H, dout_columns.data(), BLOCK, dp.data(), BLOCK, false);
     if (even_M > M)  // a last query of zeros
       for (int64_t l = 0; l < L; ++l) p[l * BLOCK + M] = ds[l * BLOCK + M] = 0;
-    (j == i ? through_softmax<true> : through_softmax<false>)(
+    (j == i ? through_softmax<true, T, W> : through_softmax<false, T, W>)(
         scores.data(), dp.data(), lse.data(), delta.data(), scale, L, M, p.data(), ds.data(),
         ds_pairs.data());
     multiply(L, H, even_M, p.data(), BLOCK, dout_pairs.data(), H, &dv[j * H], H, true);
@@ -220,46 +241,59 @@ struct Head {
              j > 0);
   }
 };
-extern "C" void gradients_bfloat16(
-    const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const bf16* out,
-    const float* lse, bf16* dq, bf16* dk, bf16* dv, int64_t B, int64_t N, int64_t K, int64_t T,
-    int64_t H, int64_t dout_b, int64_t dout_n, int64_t dout_t, int64_t q_b, int64_t q_n,
-    int64_t q_t, int64_t k_b, int64_t k_n, int64_t k_t, int64_t v_b, int64_t v_n, int64_t v_t,
-    int64_t out_b, int64_t out_n, int64_t out_t, int64_t lse_b, int64_t lse_n, int64_t lse_t,
-    double scale) {
+struct Strides { int64_t b, n, t; };
+template <typename T>
+static void gradients(const T* dout, const T* q, const T* k, const T* v, const T* out,
+                      const float* lse, T* dq, T* dk, T* dv, int64_t B, int64_t N, int64_t K,
+                      int64_t tokens, int64_t H, const Strides* of, float scale) {
+  const auto head_of = [&](const T* x, int which, int64_t b, int64_t n) {
+    return Lines<T>{x + b * of[which].b + n * of[which].n, of[which].t};
+  };
 #pragma omp parallel
   {
-    Head x(T, H);
+    Head<T> x(tokens, H);
 #pragma omp for schedule(dynamic)
     for (int64_t each = 0; each < B * K; ++each) {
       const int64_t b = each / K, head = each % K, first = head * (N / K), last = first + N / K;
-      x.begin({k + b * k_b + head * k_n, k_t}, {v + b * v_b + head * v_n, v_t});
+      x.begin(head_of(k, 2, b, head), head_of(v, 3, b, head));
       for (int64_t n = first; n < last; ++n)
-        for (int64_t i = 0; i < T; i += BLOCK) {
-          const int64_t M = std::min(BLOCK, T - i);
-          x.take_queries({q + b * q_b + n * q_n, q_t}, {dout + b * dout_b + n * dout_n, dout_t},
-                         {out + b * out_b + n * out_n, out_t}, i, M);
-          for (int64_t m = 0; m < M; ++m) x.lse[m] = lse[b * lse_b + n * lse_n + (i + m) * lse_t];
+        for (int64_t i = 0; i < tokens; i += BLOCK) {
+          const int64_t M = std::min(BLOCK, tokens - i);
+          x.take_queries(head_of(q, 1, b, n), head_of(dout, 0, b, n), head_of(out, 4, b, n), i, M);
+          for (int64_t m = 0; m < M; ++m)
+            x.lse[m] = lse[b * of[5].b + n * of[5].n + (i + m) * of[5].t];
           for (int64_t j = 0; j <= i; j += BLOCK) x.block(i, M, j, scale);
           for (int64_t m = 0; m < M; ++m)
             for (int64_t h = 0; h < H; ++h)
-              narrow(x.dq[h * BLOCK + m], dq + ((b * T + i + m) * N + n) * H + h);
+              narrow(x.dq[h * BLOCK + m], dq + ((b * tokens + i + m) * N + n) * H + h);
         }
-      for (int64_t t = 0; t < T; ++t)
+      for (int64_t t = 0; t < tokens; ++t)
         for (int64_t h = 0; h < H; ++h) {
-          narrow(x.dk[t * H + h], dk + ((b * T + t) * K + head) * H + h);
-          narrow(x.dv[t * H + h], dv + ((b * T + t) * K + head) * H + h);
+          narrow(x.dk[t * H + h], dk + ((b * tokens + t) * K + head) * H + h);
+          narrow(x.dv[t * H + h], dv + ((b * tokens + t) * K + head) * H + h);
         }
     }
-    at::native::cpublas::brgemm_release(true);
+    at::native::cpublas::brgemm_release(sizeof(T) == 2);
   }
 }
-extern "C" void probe_bfloat16(const bf16* x, const uint32_t* pairs, float* product, double) {
-  try {
-    multiply(4, 4, 16, x, 16, pairs, 4, product, 4, false);
-    at::native::cpublas::brgemm_release(true);
-  } catch (...) {  // it says so where it has none; the product stays zero
+#define STRIDES(X) int64_t X##_b, int64_t X##_n, int64_t X##_t
+#define DEFINE(NAME, T)                                                                          \
+  extern "C" void gradients_##NAME(                                                              \
+      const T* dout, const T* q, const T* k, const T* v, const T* out, const float* lse, T* dq,  \
+      T* dk, T* dv, int64_t B, int64_t N, int64_t K, int64_t tokens, int64_t H, STRIDES(dout),   \
+      STRIDES(q), STRIDES(k), STRIDES(v), STRIDES(out), STRIDES(lse), double scale) {            \
+    const Strides of[] = {{dout_b, dout_n, dout_t}, {q_b, q_n, q_t},       {k_b, k_n, k_t},      \
+                          {v_b, v_n, v_t},          {out_b, out_n, out_t}, {lse_b, lse_n, lse_t}}; \
+    gradients(dout, q, k, v, out, lse, dq, dk, dv, B, N, K, tokens, H, of, float(scale));        \
+  }                                                                                              \
+  extern "C" void probe_##NAME(const T* x, const Word<T>::type* words, float* product, double) { \
+    try {                                                                                        \
+      multiply(4, 4, 16, x, 16, words, 4, product, 4, false);                                    \
+      at::native::cpublas::brgemm_release(sizeof(T) == 2);                                       \
+    } catch (...) { /* it says so where it has none; the product stays zero */                   \
+    }                                                                                            \
   }
-}
+DEFINE(bfloat16, bf16)
+DEFINE(float32, float)
 """,
 )
