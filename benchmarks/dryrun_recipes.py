@@ -114,8 +114,10 @@ RECIPES: dict[str, Recipe] = {
             name="FSDP2 qwen3 sgd", way="eager", parallel="fsdp", model="qwen3", optimizer="sgd"
         ),
         Recipe(name="FSDP2 transformers", way="eager", parallel="fsdp", hugging_face=True),
+        Recipe(name="FSDP2 gpt2", way="eager", parallel="fsdp", model="gpt2"),
         Recipe(name="DTensor llama", way="eager", parallel="tp"),
         Recipe(name="DTensor transformers", way="eager", parallel="tp", hugging_face=True),
+        Recipe(name="DTensor qwen3", way="eager", parallel="tp", model="qwen3"),
         Recipe(name="DTensor checkpointed", way="eager", parallel="tp", recompute="full", batch=8),
     )
 }

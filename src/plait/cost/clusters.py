@@ -174,5 +174,5 @@ def _hopper(
         num_ranks=num_ranks,
         ranks_per_node=8,
         inside=Link(latency_s=5e-6, bandwidth_bytes_per_s=350e9),
-        between=Link(latency_s=15e-6, bandwidth_bytes_per_s=45e9),
+        between=Link(latency_s=15e-6, bandwidth_bytes_per_s=45e9, step_latency_s=2e-6),
     )
