@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -247,6 +248,8 @@ def test_a_price_reads_as_text_and_compares_with_itself():
     text = to_text(titled, memory_bytes=80 * 10**9)
     for words in ("a tower", "step time", "with fragments", "fits", "roofline"):
         assert words in text
+    too_small = to_text(titled, memory_bytes=2**20)
+    assert re.search(r"too much: device context 568.*, .*parameter", too_small)
     figures = json.loads(to_json(titled))
     assert figures["step_s"] == found.step_s
     assert {each.error for each in compare(figures, figures)} == {0.0}

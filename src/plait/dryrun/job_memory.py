@@ -7,15 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from plait.dryrun.data_parallel import owners_of
+from plait.dryrun.memory import BLAS_BYTES, COMMUNICATOR_BYTES, CONTEXT_BYTES
 from plait.dryrun.pieces import Piece
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.plan.parallel_plan import ParallelPlan
 
 _WEIGHT_BYTES = 2
-_CONTEXT_BYTES = 600 * 2**20  # CUDA context, kernels and library workspaces (assumed)
-_COMMUNICATOR_BYTES = 256 * 2**20
-"""Of each process group: NCCL keeps 4 MiB a channel and direction for each peer of rings and trees
-[NCCL_BUFFSIZE, docs.nvidia.com/deeplearning/nccl]; 16 channels of a ring and a tree (assumed)."""
+_CONTEXT_BYTES = CONTEXT_BYTES + BLAS_BYTES
 _GATHERED_AHEAD = 2  # the layer that computes, and the next one
 
 
@@ -84,7 +82,7 @@ def ledger_of(
             **state_bytes(elements, experts, job, plan),
             "saved activations": round(saved_bytes),
             "temporaries": round(max(peaks, default=0.0)),
-            "communication": round(communication) + groups * _COMMUNICATOR_BYTES,
+            "communication": round(communication) + groups * COMMUNICATOR_BYTES,
             "context": _CONTEXT_BYTES,
         }
     )

@@ -13,12 +13,13 @@ from plait.dryrun.memory_trace import Kind, MemoryTrace
 
 _MIB = 2**20
 _NUM_LARGEST = 10
-_CONTEXT_BYTES = 500 * _MIB
+CONTEXT_BYTES = 568 * _MIB
 """Of a CUDA context with its kernels; it is not PyTorch's (assumed; 400 to 600 MiB are usual)."""
-_BLAS_BYTES = 32 * _MIB
+BLAS_BYTES = 32 * _MIB
 """cuBLAS' workspace on Hopper [aten/src/ATen/cuda/CublasHandlePool.cpp, 4096 KiB * 8]."""
-_COMMUNICATOR_BYTES = 500 * _MIB
-"""Buffers of one NCCL communicator, all channels and protocols (assumed)."""
+COMMUNICATOR_BYTES = 256 * _MIB
+"""Of each process group: NCCL keeps 4 MiB a channel and direction for each peer of rings and trees
+[NCCL_BUFFSIZE, docs.nvidia.com/deeplearning/nccl]; 16 channels of a ring and a tree (assumed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,9 @@ def outside_bytes(cluster: Cluster, num_groups: int) -> dict[str, int]:
     if cluster.device.name == "cpu":
         return {}
     return {
-        "device context": _CONTEXT_BYTES,
-        "BLAS workspace": _BLAS_BYTES,
-        **({"communicators": num_groups * _COMMUNICATOR_BYTES} if num_groups else {}),
+        "device context": CONTEXT_BYTES,
+        "BLAS workspace": BLAS_BYTES,
+        **({"communicators": num_groups * COMMUNICATOR_BYTES} if num_groups else {}),
     }
 
 

@@ -134,11 +134,18 @@ def _headline(titled: Titled, memory_bytes: int) -> dict[str, str]:
         rows["with expandable segments"] = bytes_text(memory.expandable.peak_bytes)
     if memory_bytes and memory.outside_bytes:
         missing = memory.total_bytes - memory_bytes
-        verdict = f"{bytes_text(missing)} too much" if missing > 0 else "fits"
+        verdict = f"{bytes_text(missing)} too much: {_by_size(memory)}" if missing > 0 else "fits"
         rows["of the device"] = (
             f"{bytes_text(memory.total_bytes)} of {bytes_text(memory_bytes)}: {verdict}"
         )
     return rows
+
+
+def _by_size(ledger: Ledger) -> str:
+    """Every kind, and what lies outside of the allocator, the largest first."""
+    every = {kind.value: count for kind, count in ledger.by_kind.items()} | ledger.outside_bytes
+    largest = sorted(every.items(), key=lambda each: -each[1])
+    return ", ".join(f"{name} {bytes_text(count)}" for name, count in largest if count)
 
 
 def _kinds(ledger: Ledger) -> dict[str, str]:
