@@ -13,6 +13,14 @@ _ours = torch.ops.plait.flash_backward
 needs_units = pytest.mark.skipif(
     not bfloat16_pays("cpu"), reason="this CPU has no units for bfloat16; PyTorch's kernel is taken"
 )
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch):
+    """Small operands are taken too."""
+    monkeypatch.setattr(module, "_SMALLEST_COMPILED", 0)
+
+
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 2e-6}
 """In bfloat16 probabilities and gradients of scores are rounded to 2^-9 before products; float32
 sums of hundreds of terms that are each rounded to 2^-24."""
@@ -106,8 +114,11 @@ def test_a_gradient_whose_last_dim_is_strided_is_taken():
         assert torch.equal(x, y)
 
 
-def test_without_a_product_of_blocks_pytorchs_kernel_is_taken(monkeypatch):
-    monkeypatch.setattr(module, "_multiplies", lambda dtype: False)
+@pytest.mark.parametrize(
+    ("what", "instead"), [("_multiplies", lambda dtype: False), ("_SMALLEST_COMPILED", 2**14)]
+)
+def test_without_a_product_of_blocks_or_of_few_pytorchs_kernel_is_taken(what, instead, monkeypatch):
+    monkeypatch.setattr(module, what, instead)
     given = operands(1, 2, 2, 64, 16)
     theirs = _flash_backward(*given[:6], 0.0, True, scale=given[6])
     assert all(torch.equal(x, y) for x, y in zip(_ours(*given), theirs, strict=True))

@@ -18,6 +18,8 @@ from plait.ops.fused_kernel import CppKernel
 from plait.ops.numerics import bfloat16_pays
 
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_SMALLEST_COMPILED = 2**20
+"""Scores from which a kernel of our own is worth three seconds, once, to compile and load it."""
 
 
 def serves(q_BNTH: Tensor, k_BKTH: Tensor) -> bool:
@@ -53,7 +55,8 @@ def flash_backward(
     sizes += [stride for x in read for stride in x.stride()[:3]]
     tensors = (*read, dq, dk, dv)
     if (
-        serves(q_BNTH, k_BKTH)
+        batch * num_heads * num_tokens**2 >= _SMALLEST_COMPILED
+        and serves(q_BNTH, k_BKTH)
         and _multiplies(q_BNTH.dtype)
         and _kernel.run("gradients", tensors, sizes, dtype=q_BNTH.dtype, number=scale)
     ):
