@@ -143,7 +143,8 @@ def _headline(titled: Titled, memory_bytes: int) -> dict[str, str]:
 
 def _by_size(ledger: Ledger) -> str:
     """Every kind, and what lies outside of the allocator, the largest first."""
-    every = {kind.value: count for kind, count in ledger.by_kind.items()} | ledger.outside_bytes
+    inside = {kind.value: count for kind, count in ledger.by_kind.items()}
+    every = inside | dict(ledger.outside_bytes)
     largest = sorted(every.items(), key=lambda each: -each[1])
     return ", ".join(f"{name} {bytes_text(count)}" for name, count in largest if count)
 
