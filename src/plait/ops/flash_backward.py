@@ -47,34 +47,22 @@ def flash_backward(
 
     out, logsumexp: of `scaled_dot_product_attention`, causal, with that scale.
     """
-    dq, dk, dv = gradients = _new(q_BNTH, k_BKTH)
-    read = [x if x.stride(3) == 1 else x.contiguous() for x in (dout_BNTH, q_BNTH, k_BKTH, v_BKTH)]
-    read += [out_BNTH if out_BNTH.stride(3) == 1 else out_BNTH.contiguous(), logsumexp_BNT]
+    given = (dout_BNTH, q_BNTH, k_BKTH, v_BKTH, out_BNTH)
     (batch, num_heads, num_tokens, size), num_kv_heads = q_BNTH.shape, k_BKTH.shape[1]
+    is_large = batch * num_heads * num_tokens**2 >= _SMALLEST_COMPILED
+    if not (is_large and serves(q_BNTH, k_BKTH) and _multiplies(q_BNTH.dtype)):
+        return _flash_backward(*given, logsumexp_BNT, 0.0, True, scale=scale)
+    read = [*(x if x.stride(3) == 1 else x.contiguous() for x in given), logsumexp_BNT]
     sizes = [batch, num_heads, num_kv_heads, num_tokens, size]
     sizes += [stride for x in read for stride in x.stride()[:3]]
-    tensors = (*read, dq, dk, dv)
-    if (
-        batch * num_heads * num_tokens**2 >= _SMALLEST_COMPILED
-        and serves(q_BNTH, k_BKTH)
-        and _multiplies(q_BNTH.dtype)
-        and _kernel.run("gradients", tensors, sizes, dtype=q_BNTH.dtype, number=scale)
-    ):
-        return gradients
-    return _flash_backward(
-        dout_BNTH, q_BNTH, k_BKTH, v_BKTH, out_BNTH, logsumexp_BNT, 0.0, True, scale=scale
-    )
+    gradients = _new(q_BNTH, k_BKTH)
+    _kernel.run("gradients", (*read, *gradients), sizes, dtype=q_BNTH.dtype, number=scale)
+    return gradients
 
 
 @flash_backward.register_fake
 def _(
-    dout_BNTH: Tensor,
-    q_BNTH: Tensor,
-    k_BKTH: Tensor,
-    v_BKTH: Tensor,
-    out_BNTH: Tensor,
-    logsumexp_BNT: Tensor,
-    scale: float,
+    dout_BNTH: Tensor, q_BNTH: Tensor, k_BKTH: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _new(q_BNTH, k_BKTH)
 
