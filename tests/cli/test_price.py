@@ -41,9 +41,10 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
         (["stdlib_demo", "--world", "3", "--set", "plan.tp=2"], "--world is 3. Choose from"),
         (["stdlib_demo", "--set", "plan.tq=2"], "a plan has no field 'tq'. Did you mean 'tp'"),
         (["stdlib_dem"], "Did you mean 'stdlib_demo'"),
+        (["llama_8b"], "Did you mean 'llama3_8b'"),
         (["sft"], "price that, plait price MODEL_FOLDER"),
     ],
-    ids=["cluster", "world", "plan", "recipe", "tuning"],
+    ids=["cluster", "world", "plan", "recipe", "model", "tuning"],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plait", "price", *arguments])

@@ -20,7 +20,7 @@ from plait.cost.table import Table
 from plait.dryrun.price_step import price_step
 from plait.dryrun.report import Titled, to_json, to_text
 from plait.dryrun.report_page import page
-from plait.errors import ConfigError, PlanError
+from plait.errors import ConfigError, PlanError, nearest_name
 from plait.models.decoder import Decoder, DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan
 from plait.recipes.catalog import RECIPES, find_recipe
@@ -189,6 +189,9 @@ def _filled(plan: ParallelPlan, world: int) -> ParallelPlan:
 def _step(recipe: str, assignments: Sequence[str]) -> Step:
     if (Path(recipe) / "config.json").is_file():
         return _step_of_folder(Path(recipe), override(FolderStep(), assignments))
+    if recipe not in RECIPES:
+        known = nearest_name(recipe, [*RECIPES, *PRETRAIN_RECIPES])
+        raise ConfigError(f"there is no recipe, model or folder {recipe!r} to price. {known}")
     job = find_recipe(recipe)
     if not isinstance(job, Job):
         raise ConfigError(

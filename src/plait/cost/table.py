@@ -140,7 +140,8 @@ class Table:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise PlanError(
-                    f"the table has format {data['format']}, this Plait reads {FORMAT}."
+                    f"the table has format {data['format']}, this Plait reads {FORMAT}. "
+                    "Run plait calibrate again."
                 )
             device = dict(data["device"])
             device["peak_flops_per_s"] = {
