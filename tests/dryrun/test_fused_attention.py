@@ -5,7 +5,8 @@ from plait.cost.accelerators import find_cluster
 from plait.cost.operations import Kind
 from plait.dryrun.fused_attention import gpu_attention
 from plait.dryrun.model_source import decoder_source
-from plait.dryrun.pieces import PieceStore, Shape
+from plait.dryrun.piece import Shape
+from plait.dryrun.pieces import PieceStore
 from plait.models.decoder_config import DecoderConfig
 from plait.nn import latent_attention
 from plait.nn.attention import attend

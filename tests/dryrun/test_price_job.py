@@ -9,8 +9,9 @@ from plait.cost.nccl_tests import Measured
 from plait.cost.simulate import beside_s
 from plait.dryrun.data_parallel import owners_of
 from plait.dryrun.job_report import job_report, pipeline_trace
-from plait.dryrun.model_source import decoder_source
-from plait.dryrun.pieces import PieceStore, Shape
+from plait.dryrun.model_source import decoder_source, module_source
+from plait.dryrun.piece import Shape
+from plait.dryrun.pieces import PieceStore
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import price_job
 from plait.dryrun.routing import expert_load
@@ -414,3 +415,101 @@ def test_an_operator_without_a_cost_is_priced_by_its_bytes_and_named(cluster):
     price = price_job(JOB, cluster, source=source)
     assert any("no cost is known of plait_test.mystery" in note for note in price.notes)
     assert price.parts.memory_s > price_job(JOB, cluster).parts.memory_s
+
+
+def test_experts_of_transformers_are_priced_by_balanced_routing(cluster):
+    """As our own Mixtral of the same sizes, whose experts' products are the same arithmetic."""
+    transformers = pytest.importorskip("transformers")
+    from plait.dryrun.model_source import hugging_face_source
+
+    config = transformers.MixtralConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=2048,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    )
+    source = hugging_face_source(config)
+    assert (source.num_experts, source.expert_rows) == (8, 2)
+    experts = ExpertSettings(num_experts=8, experts_per_token=2, intermediate_size=1024)
+    own = price_job(replace(JOB, model=replace(CONFIG, family="mixtral", experts=experts)), cluster)
+    theirs = price_job(replace(JOB, model=None), cluster, source=source)
+    masked = 6 * 8 * 512 * (1024 - 1)  # it gives attention a mask: kernels see every pair
+    assert theirs.flops_per_token == pytest.approx(own.flops_per_token + masked, rel=0.02)
+    spread = price_job(
+        replace(JOB, model=None, plan=ParallelPlan(fsdp=8, ep=4)), cluster, source=source
+    )
+    states = "optimizer state"
+    assert (
+        spread.fullest.ledger.bytes_by_kind[states] == theirs.fullest.ledger.bytes_by_kind[states]
+    )
+
+
+class UsersLayer(torch.nn.Module):
+    def __init__(self, hidden):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(128)
+        self.up = torch.nn.Linear(128, hidden)
+        self.down = torch.nn.Linear(hidden, 128)
+
+    def forward(self, x_BTD):
+        return x_BTD + self.down(torch.nn.functional.gelu(self.up(self.norm(x_BTD))))
+
+
+class UsersModel(torch.nn.Module):
+    """A model that Plait has never seen: wide layers and narrow ones between two tables."""
+
+    def __init__(self, wide):
+        super().__init__()
+        self.table = torch.nn.Embedding(1000, 128)
+        self.stack = torch.nn.ModuleList(UsersLayer(512 if i in wide else 256) for i in range(6))
+        self.head = torch.nn.Linear(128, 1000, bias=False)
+
+    def forward(self, tokens_BT):
+        x_BTD = self.table(tokens_BT)
+        for layer in self.stack:
+            x_BTD = layer(x_BTD)
+        return self.head(x_BTD)
+
+
+def users_loss(model, tokens_BT):
+    logits_BTV = model(tokens_BT)
+    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten())
+
+
+def users_source(wide, **changes):
+    settings = {"loss": users_loss, "hidden_size": 128, "vocab_size": 1000} | changes
+    return module_source(UsersModel(wide), **settings)
+
+
+def test_a_users_own_model_is_priced_for_a_cluster(cluster):
+    """Arithmetic by hand: six for each weight of a product and token."""
+    job = replace(JOB, model=None, plan=ParallelPlan(fsdp=8))
+    price = price_job(job, cluster, source=users_source(wide=()))
+    assert price.flops_per_token == pytest.approx(6 * (6 * 2 * 128 * 256 + 128 * 1000))
+    mixed = price_job(job, cluster, source=users_source(wide=(1, 3)))
+    wanted = 6 * (4 * 2 * 128 * 256 + 2 * 2 * 128 * 512 + 128 * 1000)
+    assert mixed.flops_per_token == pytest.approx(wanted)
+
+
+def test_layers_of_a_users_model_are_of_one_kind_if_they_look_alike():
+    assert users_source(wide=()).kinds == ("layer",) * 6
+    assert users_source(wide=(1, 3)).kinds == tuple(
+        f"kind {2 if i in (1, 3) else 1}" for i in range(6)
+    )
+    made = users_source(wide=(1, 3)).make((0, 1), 1000)
+    assert [layer.up.out_features for layer in made.stack] == [256, 512]
+    assert all(parameter.device.type == "meta" for parameter in made.parameters())
+
+
+def test_a_users_model_says_what_cannot_be_priced(cluster):
+    with pytest.raises(PlanError, match="longest ModuleList"):
+        module_source(torch.nn.Linear(2, 2), loss=users_loss, hidden_size=2, vocab_size=2)
+    with pytest.raises(PlanError, match="share_head=False"):
+        users_source(wide=()).make((0,), 500)

@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plait.cost.clusters import Device
+from plait.cost.clusters import Cluster, Device
 from plait.cost.interpolate import Akin, Estimate, Family, quantile
 from plait.cost.operations import Cost, Kind, operation_s
 from plait.cost.table_entry import Entry, dtype_named
 from plait.errors import PlanError
 
-FORMAT = 3
+FORMAT = 4
 _ROOFLINE_LOW, _ROOFLINE_HIGH = 0.7, 1.5
 """How far a roofline time may be off, without a measurement (assumed)."""
 _LEAST_SPREAD = 0.03  # of a measurement between two runs, even where a few samples agree better
@@ -43,6 +43,15 @@ class Duration:
     high_s: float
     source: Source
 
+    def times(self, factor: float) -> "Duration":
+        """So many times as long."""
+        return Duration(
+            seconds=self.seconds * factor,
+            low_s=self.low_s * factor,
+            high_s=self.high_s * factor,
+            source=self.source,
+        )
+
 
 @dataclass(frozen=True)
 class Table:
@@ -53,6 +62,8 @@ class Table:
     the machine itself changes, which is common to all operators. program_spread: by how much the
     steps of a measured program are off that is predicted from the others (logarithm, 8 of 10):
     caches are as warm as a program leaves them, and no entry knows of that. 0 of few programs.
+    repeated: by kind of operator, how long one takes in a micro-batch behind the first, over its
+    time in the first: weights are in the caches then, and freed memory is at hand.
     """
 
     machine: str
@@ -63,6 +74,7 @@ class Table:
     step_low: float = 1.0
     step_high: float = 1.0
     program_spread: float = 0.0
+    repeated: dict[str, float] = field(default_factory=dict[str, float])
 
     @cached_property
     def known(self) -> dict[str, Entry]:
@@ -91,8 +103,15 @@ class Table:
         known = [each.spread for each in self.families.values() if each.spread is not None]
         return quantile(known, _POOLED) if known else None
 
-    def duration(self, operator: str, key: str, cost: Cost) -> Duration:
-        """Predict the time of an operator."""
+    def duration(
+        self, operator: str, key: str, cost: Cost, *, is_repeated: bool = False
+    ) -> Duration:
+        """Predict the time of an operator. is_repeated: in a micro-batch behind the first."""
+        found = self._duration(operator, key, cost)
+        factor = self.repeated.get(cost.kind.value, 1.0) if is_repeated else 1.0
+        return found if factor == 1 else found.times(factor)
+
+    def _duration(self, operator: str, key: str, cost: Cost) -> Duration:
         known = self.known.get(key)
         if known is not None:
             least = known.seconds * _LEAST_SPREAD
@@ -114,6 +133,14 @@ class Table:
         akin = self.akin.estimate(operator, cost)
         return roofline(cost, self.device) if akin is None else _duration(akin, Source.ROOFLINE)
 
+    def check_device(self, cluster: Cluster) -> None:
+        """Raise PlanError if it was measured on another device than the cluster's."""
+        if self.device.name != cluster.device.name:
+            raise PlanError(
+                f"the table was measured on {self.device.name}, and the cluster {cluster.name} is "
+                f"of {cluster.device.name}. Calibrate there, or leave the table out."
+            )
+
     def to_json(self) -> str:
         """Write it."""
         device = asdict(self.device)
@@ -128,6 +155,7 @@ class Table:
             "step_low": self.step_low,
             "step_high": self.step_high,
             "program_spread": self.program_spread,
+            "repeated": self.repeated,
             "device": device,
             "entries": [asdict(entry) for entry in self.entries],
         }
@@ -157,6 +185,7 @@ class Table:
                 float(data["step_low"]),
                 float(data["step_high"]),
                 float(data["program_spread"]),
+                {Kind(name).value: _factor(x) for name, x in data["repeated"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
@@ -187,6 +216,13 @@ def _duration(found: Estimate, source: Source) -> Duration:
         high_s=found.seconds * math.exp(found.above),
         source=source,
     )
+
+
+def _factor(x: object) -> float:
+    factor = float(str(x))
+    if not 0 < factor < math.inf:
+        raise ValueError(f"{x} is no factor of a time")
+    return factor
 
 
 def _entry(data: dict[str, Any]) -> Entry:

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from plait.cost.collectives import Collective
+from plait.dryrun.piece import Piece
 from plait.dryrun.piece_time import PieceClock
-from plait.dryrun.pieces import Piece
 from plait.plan.parallel_plan import ParallelPlan
 
 _WEIGHT_BYTES = 2

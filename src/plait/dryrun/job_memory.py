@@ -1,6 +1,6 @@
 """Memory of one rank of a large job, by kind: a closed form for pruning, and a ledger from pieces.
 
-Both leave out what the allocator wastes between blocks; `memory.py` models that for one program.
+Both leave out what the allocator wastes between blocks; `job_fragments.py` models that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from plait.dryrun.data_parallel import owners_of
 from plait.dryrun.memory import BLAS_BYTES, COMMUNICATOR_BYTES, CONTEXT_BYTES
-from plait.dryrun.pieces import Piece
+from plait.dryrun.piece import Piece
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.plan.parallel_plan import ParallelPlan
 
@@ -22,6 +22,9 @@ class Ledger:
     """Bytes by kind."""
 
     bytes_by_kind: dict[str, int]
+
+    outside_bytes: int = 0
+    """Of these, what lies beside PyTorch's allocator: context, libraries, communicators."""
 
     @property
     def total_bytes(self) -> int:
@@ -74,7 +77,7 @@ def ledger_of(
     ]
     communication = 2 * 2 * boundary_bytes if plan.pp > 1 else 0.0  # in and out, forward and back
     if plan.reshard:
-        sizes = sorted(_gathered_bytes(piece, plan) for piece, count in held for _ in range(count))
+        sizes = sorted(gathered_bytes(piece, plan) for piece, count in held for _ in range(count))
         communication += sum(sizes[-_GATHERED_AHEAD:])
     groups = sum(size > 1 for size in (plan.dp, plan.fsdp, plan.cp, plan.tp, plan.pp, plan.ep))
     return Ledger(
@@ -84,7 +87,8 @@ def ledger_of(
             "temporaries": round(max(peaks, default=0.0)),
             "communication": round(communication) + groups * COMMUNICATOR_BYTES,
             "context": _CONTEXT_BYTES,
-        }
+        },
+        outside_bytes=_CONTEXT_BYTES + groups * COMMUNICATOR_BYTES,
     )
 
 
@@ -99,5 +103,6 @@ def least_bytes(
     return max(states) + _CONTEXT_BYTES
 
 
-def _gathered_bytes(piece: Piece, plan: ParallelPlan) -> float:
+def gathered_bytes(piece: Piece, plan: ParallelPlan) -> float:
+    """Of a piece's parameters when the ranks that share them have gathered them."""
     return _WEIGHT_BYTES * (piece.num_elements + piece.num_expert_elements / plan.ep)

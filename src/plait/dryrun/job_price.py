@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from plait.cost.timeline import Timeline
+from plait.dryrun.job_fragments import Fragments
 from plait.dryrun.job_memory import Ledger
 from plait.dryrun.owners import Owner
 from plait.dryrun.pipeline import PipelineRun
@@ -53,30 +54,64 @@ class TimeParts:
         ]
 
 
-def interval_s(step_s: float, parts: TimeParts) -> tuple[float, float]:
-    """The 10th and 90th percentile of a step, from the errors of its parts (independent)."""
+def interval_s(
+    step_s: float, parts: TimeParts, *, interpolated_s: float = 0.0, spread: float = 0.0
+) -> tuple[float, float]:
+    """The 10th and 90th percentile of a step, from the errors of its parts (independent).
+
+    interpolated_s: of the computation, what rests on measurements; spread: how far these are off
+    (logarithm).
+    """
     compute_s = parts.matrix_s + parts.attention_s + parts.memory_s + parts.optimizer_s
+    compute_s -= interpolated_s
     sent_s = parts.exposed_s + parts.data_parallel_s + parts.interference_s
     others = (_COMMUNICATION_ERROR * sent_s, _BUBBLE_ERROR * parts.bubble_s)
-    faster_s = math.hypot(_COMPUTE_FASTER * compute_s, *others)
-    slower_s = math.hypot(_COMPUTE_SLOWER * compute_s, *others)
+    faster_s = math.hypot(
+        _COMPUTE_FASTER * compute_s, -math.expm1(-spread) * interpolated_s, *others
+    )
+    slower_s = math.hypot(_COMPUTE_SLOWER * compute_s, math.expm1(spread) * interpolated_s, *others)
     return max(0.0, step_s - faster_s), step_s + slower_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankClass:
-    """Ranks that hold the same stages and as many micro-batches."""
+    """Ranks that hold the same stages and as many micro-batches.
+
+    fragments: what PyTorch's caching allocator reserves, of a price that is exact.
+    """
 
     pipeline_ranks: tuple[int, ...]
     stages: tuple[Stage, ...]
     ranks_each: int
     in_flight: int
     ledger: Ledger
+    fragments: Fragments | None = None
 
     @property
     def num_ranks(self) -> int:
         """How many ranks are of this class."""
         return len(self.pipeline_ranks) * self.ranks_each
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """What the device must have with fragments, and what lies beside the allocator."""
+        if self.fragments is None:
+            return None
+        return self.fragments.fixed.peak_bytes + self.ledger.outside_bytes
+
+    def fragmented(self) -> str:
+        """What the allocator lacks, though its ledger fits, and whether growing segments help."""
+        assert self.fragments is not None
+        needed = self.fragments.fixed.needed_bytes + self.ledger.outside_bytes
+        advice = (
+            "segments that grow (PYTORCH_ALLOC_CONF=expandable_segments:True) fit"
+            if self.fragments.expandable.fits
+            else "segments that grow do not fit either"
+        )
+        return (
+            f"{self.ledger.total_bytes / _GIB:.1f} GiB are needed on {self.num_ranks} ranks and "
+            f"would fit, but the allocator's fragments make it {needed / _GIB:.1f} GiB; {advice}"
+        )
 
 
 def missing(fullest: RankClass, limit_bytes: int) -> str:
@@ -94,6 +129,8 @@ def missing(fullest: RankClass, limit_bytes: int) -> str:
 @dataclass(frozen=True, kw_only=True)
 class JobPrice:
     """The price of a job. low_s and high_s: 10th and 90th percentile of the step.
+
+    sources: where times of the busiest rank come from, and how much of them, in seconds.
 
     What a page shows besides, of a price that is exact: largest, what holds the fullest rank's
     memory; stage_saved_bytes, of a micro-batch, by stage; timelines, of a layer's two passes on
@@ -113,6 +150,7 @@ class JobPrice:
     num_micro_batches: int
     parts: TimeParts
     classes: tuple[RankClass, ...]
+    sources: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
     run: PipelineRun | None = field(default=None, repr=False, compare=False)
     largest: tuple[Owner, ...] = field(default=(), repr=False)
@@ -146,12 +184,20 @@ class JobPrice:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has the memory."""
-        return self.peak_bytes <= self.memory_limit_bytes
+        """Whether every rank has the memory, and PyTorch's allocator finds room in it."""
+        return self.peak_bytes <= self.memory_limit_bytes and self._fragmented is None
+
+    @property
+    def _fragmented(self) -> RankClass | None:
+        """A class whose allocator asks for more than there is."""
+        found = (each for each in self.classes if each.fragments and not each.fragments.fixed.fits)
+        return next(found, None)
 
     def missing(self) -> str:
         """What the fullest rank lacks, and where its memory goes."""
-        return missing(self.fullest, self.memory_limit_bytes)
+        if self.peak_bytes > self.memory_limit_bytes or self._fragmented is None:
+            return missing(self.fullest, self.memory_limit_bytes)
+        return self._fragmented.fragmented()
 
     @property
     def binding(self) -> str:
@@ -185,6 +231,7 @@ class JobPrice:
             "fits": self.fits,
             "binding": self.binding,
             "parts_s": asdict(self.parts),
+            "sources_s": dict(self.sources),
             "classes": [
                 {
                     "pipeline_ranks": list(each.pipeline_ranks),
@@ -193,6 +240,7 @@ class JobPrice:
                     "in_flight": each.in_flight,
                     "ledger_bytes": each.ledger.bytes_by_kind,
                     "peak_bytes": each.ledger.total_bytes,
+                    "reserved": None if each.fragments is None else asdict(each.fragments),
                 }
                 for each in self.classes
             ],

@@ -30,6 +30,10 @@ def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> s
     lines += ["", "the step of the busiest rank"]
     for name, seconds in price.parts.shares():
         lines.append(f"  {name:<30}{seconds:>10.3f} s {seconds / price.step_s:>7.1%}")
+    known = [(name, seconds) for name, seconds in price.sources if seconds]
+    if known:
+        times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in known)
+        lines += ["", f"times come from: {times}"]
     lines += ["", "memory by class of ranks [GiB]"]
     for each in price.classes:
         ranks = span(each.pipeline_ranks)
@@ -40,6 +44,12 @@ def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> s
         kinds = sorted(each.ledger.bytes_by_kind.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds)
         lines.append(f"    {parts}")
+        if each.fragments is not None and each.reserved_bytes is not None:
+            grown = each.fragments.expandable.peak_bytes + each.ledger.outside_bytes
+            lines.append(
+                f"    reserved with fragments {each.reserved_bytes / _GIB:.1f}, with segments that "
+                f"grow {grown / _GIB:.1f}"
+            )
     if price.largest:
         lines += ["", "what holds the fullest rank's memory"]
         lines += [f"  {each}" for each in price.largest]

@@ -8,7 +8,7 @@ time are measured too.
 import math
 import statistics
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from plait.cost.calibrate import fit_device
 from plait.cost.clusters import Device
@@ -32,7 +32,7 @@ _QUANTILE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredSteps:
-    """Profiles of equal steps of a schedule with one micro-batch, and times of steps unobserved."""
+    """Profiles of equal steps of a schedule, and times of steps that nobody observed."""
 
     schedule: Schedule
     timelines: Sequence[Timeline]
@@ -42,8 +42,6 @@ class MeasuredSteps:
         """Check that there is something to learn from."""
         if not self.timelines or not self.steps_s:
             raise PlanError("a table needs at least one profiled and one timed step.")
-        if self.schedule.num_micro_batches != 1:
-            raise PlanError("measure steps of one micro-batch: places are told apart by name.")
 
 
 def learn_table(
@@ -76,57 +74,101 @@ def launched_in_a_step(schedule: Schedule) -> list[Launched]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """Times of an operator on its forms: in the first micro-batch (or beside all), and behind."""
+
+    outcome: Outcome
+    first_s: list[float] = field(default_factory=list[float])
+    repeated_s: list[float] = field(default_factory=list[float])
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Observed:
     """A program as it was measured.
 
-    samples: of each operator and its forms, by key. launch_s: what a launch takes beside its
-    operator, negative where the clock, which each measured operator reads, takes longer. relative:
-    single steps that nobody observed, over their median step_s.
+    launched: what it launches, and how often in a step. samples: by key. launch_s: what a launch
+    takes beside its operator, negative where the clock, which each measured operator reads, takes
+    longer. relative: single steps that nobody observed, over their median step_s.
     """
 
-    launched: Sequence[Launched]
-    samples: Mapping[str, tuple[Outcome, list[float]]]
+    launched: Sequence[tuple[Launched, int]]
+    samples: Mapping[str, _Sample]
     launch_s: float
     step_s: float
     relative: Sequence[float]
 
 
 def _observed(measured: MeasuredSteps) -> _Observed:
-    times_s: dict[tuple[object, ...], list[float]] = {}
-    for timeline in measured.timelines:
+    """Match what was timed with what a replay launches, by place and by which run it was."""
+    times_s: dict[tuple[object, ...], list[list[float]]] = {}
+    for i, timeline in enumerate(measured.timelines):
         for event in timeline.events:
             place = (event.program, *(call.step for call in event.calls), event.name)
-            times_s.setdefault(place, []).append(event.duration_s)
-    found: dict[str, tuple[Outcome, list[float]]] = {}
-    whole_s, count = 0.0, 0
-    launched = launched_in_a_step(measured.schedule)
-    for each in launched:
+            runs = times_s.setdefault(place, [[] for _ in measured.timelines])
+            runs[i].append(event.duration_s)
+    samples: dict[str, _Sample] = {}
+    launched: list[tuple[Launched, int]] = []
+    whole_s, number = 0.0, 0
+    seen: set[tuple[object, ...]] = set()
+    for each in launched_in_a_step(measured.schedule):
         place = (each.program, *(call.step for call in each.calls), each.step.name)
-        if place not in times_s or each.outcome.cost is None:
+        is_repeated = place in seen
+        seen.add(place)
+        runs = [run for run in times_s.get(place, ()) if run]
+        # Micro-batches behind the second are like it: the replay has two.
+        count = max(1, len(runs[0]) - 1) if is_repeated and runs else 1
+        launched.append((each, count))
+        if not runs or each.outcome.cost is None:
             continue
-        whole_s += statistics.median(times_s[place])
-        count += 1
-        found.setdefault(each.outcome.key, (each.outcome, []))[1].extend(times_s[place])
-    if not count:
+        sample = samples.setdefault(each.outcome.key, _Sample(outcome=each.outcome))
+        found = [x for run in runs for x in (run[1:] if is_repeated else run[:1])]
+        if not found:
+            continue
+        (sample.repeated_s if is_repeated else sample.first_s).extend(found)
+        whole_s += count * statistics.median(found)
+        number += count
+    if not number:
         raise PlanError("the profiles are of another schedule: no operator is in both.")
     step_s = statistics.median(measured.steps_s)
     return _Observed(
         launched=launched,
-        samples=found,
-        launch_s=(step_s - whole_s) / count,
+        samples=samples,
+        launch_s=(step_s - whole_s) / number,
         step_s=step_s,
         relative=[each / step_s for each in measured.steps_s],
     )
 
 
+def _repeated(programs: Sequence[_Observed], without: Container[str]) -> dict[str, float]:
+    """By kind, time behind the first micro-batch over that in it, of the same operators."""
+    first: dict[str, float] = {}
+    behind: dict[str, float] = {}
+    for each in programs:
+        for key, sample in each.samples.items():
+            cost = sample.outcome.cost
+            if key in without or cost is None or not (sample.first_s and sample.repeated_s):
+                continue
+            kind = cost.kind.value
+            calls = len(sample.first_s)
+            first[kind] = first.get(kind, 0.0) + calls * statistics.median(sample.first_s)
+            behind[kind] = behind.get(kind, 0.0) + calls * statistics.median(sample.repeated_s)
+    return {kind: behind[kind] / first[kind] for kind in first if first[kind] and behind[kind]}
+
+
 def _table(
     machine: str, device: Device, programs: Sequence[_Observed], without: Container[str]
 ) -> Table:
+    repeated = _repeated(programs, without)
     found: dict[str, tuple[Outcome, list[float]]] = {}
     for each in programs:
-        for key, (outcome, seconds) in each.samples.items():
-            if key not in without:
-                found.setdefault(key, (outcome, []))[1].extend(seconds)
+        for key, sample in each.samples.items():
+            cost = sample.outcome.cost
+            if key in without or cost is None:
+                continue
+            factor = repeated.get(cost.kind.value, 1.0)
+            # What happens behind the first micro-batch alone (sums of gradients) is known by that.
+            seconds = sample.first_s or [x / factor for x in sample.repeated_s]
+            found.setdefault(key, (sample.outcome, []))[1].extend(seconds)
     entries: list[Entry] = []
     samples = []
     views_s: dict[str, list[float]] = {}
@@ -151,16 +193,24 @@ def _table(
         views,
         step_low=quantile(relative, 0.1),
         step_high=quantile(relative, 0.9),
+        repeated=repeated,
     )
 
 
 def _step_s(table: Table, program: _Observed) -> float:
     """What a table makes of a program that it may not know."""
-    return sum(
-        max(table.duration(each.step.target, each.outcome.key, cost).seconds + table.launch_s, 0.0)
-        for each in program.launched
-        if (cost := each.outcome.cost) is not None
-    )
+    whole_s = 0.0
+    seen: set[tuple[object, ...]] = set()
+    for each, count in program.launched:
+        place = (each.program, *(call.step for call in each.calls), each.step.name)
+        cost = each.outcome.cost
+        if cost is not None:
+            found = table.duration(
+                each.step.target, each.outcome.key, cost, is_repeated=place in seen
+            )
+            whole_s += count * max(found.seconds + table.launch_s, 0.0)
+        seen.add(place)
+    return whole_s
 
 
 def _entry(key: str, outcome: Outcome, seconds: Sequence[float]) -> Entry:

@@ -8,7 +8,7 @@ Models are made on the meta device and hold no memory.
 # (Hugging Face's configurations are not typed.)
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,10 +94,12 @@ def hugging_face_source(config: Any, name: str = "") -> ModelSource:
         for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
         if isinstance(getattr(config, key, None), int)
     }
-    if any(getattr(config, key, None) for key in ("num_local_experts", "num_experts")):
+    num_experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), 0)
+    if num_experts and _has_plain_layers(config):
         raise PlanError(
-            f"{name or config.model_type}: experts of transformers route by the data, which has no "
-            "price. Use one of Plait's own families with experts: mixtral, qwen3_moe, deepseek_v3."
+            f"{name or config.model_type} has layers with experts and without, which its "
+            "configuration does not name as kinds. Use one of Plait's own families with experts "
+            "(qwen3_moe, deepseek_v3), or a ModelSource that says which layer is of which kind."
         )
     return ModelSource(
         name=name or config.model_type,
@@ -107,7 +109,84 @@ def hugging_face_source(config: Any, name: str = "") -> ModelSource:
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         counts=counts,
+        num_experts=num_experts,
+        expert_rows=config.num_experts_per_tok if num_experts else 0,
     )
+
+
+def module_source(
+    model: nn.Module,
+    *,
+    loss: Loss,
+    hidden_size: int,
+    vocab_size: int,
+    counts: Mapping[str, int] | None = None,
+    name: str = "",
+) -> ModelSource:
+    """The source of any model whose layers are a ModuleList; its own code is captured.
+
+    model: on any device; its layers are copied to the meta device and nothing is computed with
+    them. Layers are of one kind if they are of one class and their parameters have the same shapes.
+    loss: `loss(model, tokens_BT)`, a scalar. hidden_size: of what goes from layer to layer. counts:
+    what tp must divide, by name. The vocabulary is not parted: price it with `share_head=False`
+    where tp is above 1. Raises PlanError if there is no ModuleList, or several of the same length.
+    """
+    lists = [(path, x) for path, x in model.named_modules() if isinstance(x, nn.ModuleList)]
+    most = max((len(x) for _, x in lists), default=0)
+    longest = [path for path, x in lists if len(x) == most]
+    if len(longest) != 1:
+        found = ", ".join(longest) or "none"
+        raise PlanError(
+            f"the layers of {name or type(model).__name__} must be its longest ModuleList, and "
+            f"there is no single one: {found}."
+        )
+    (path,) = longest
+    layers = list(dict(lists)[path])
+    signatures = [_signature(layer) for layer in layers]
+    order = list(dict.fromkeys(signatures))
+    kinds = tuple(
+        "layer" if len(order) == 1 else f"kind {order.index(each) + 1}" for each in signatures
+    )
+
+    def make(chosen: Sequence[int], vocabulary: int) -> nn.Module:
+        if vocabulary != vocab_size:
+            raise PlanError(
+                f"{name or type(model).__name__} has a vocabulary of {vocab_size}, which cannot be "
+                "parted over tp. Set share_head=False."
+            )
+        # Everything but the layers is copied; of these only the chosen ones.
+        kept = nn.ModuleList(layers[i] for i in chosen)
+        memo = {id(model.get_submodule(path)): kept}
+        copied = copy.deepcopy(model, memo)
+        copied.set_submodule(path, copy.deepcopy(kept))
+        return copied.to("meta")
+
+    return ModelSource(
+        name=name or type(model).__name__,
+        make=make,
+        loss=loss,
+        kinds=kinds,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        counts=dict(counts or {}),
+    )
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _has_plain_layers(config: Any) -> bool:
+    """Whether some layers have no experts, in the words of Qwen's and DeepSeek's configurations."""
+    return bool(
+        getattr(config, "mlp_only_layers", None)
+        or getattr(config, "decoder_sparse_step", 1) != 1
+        or getattr(config, "first_k_dense_replace", 0)
+    )
+
+
+def _signature(layer: nn.Module) -> tuple[object, ...]:
+    shapes = ((name, tuple(x.shape), x.dtype) for name, x in layer.named_parameters())
+    return type(layer), *shapes
 
 
 def _kind(config: DecoderConfig, layer: int) -> str:

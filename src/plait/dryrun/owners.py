@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from plait.dryrun.pieces import Piece
+from plait.dryrun.piece import Piece
 from plait.dryrun.saved import Tensor
 
 _LAYER = re.compile(r"(\.)\d+(\.)")

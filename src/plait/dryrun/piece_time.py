@@ -24,9 +24,11 @@ from plait.cost.simulate import (
     simulate,
 )
 from plait.cost.skewed_schedule import Lane, skewed_schedule
+from plait.cost.table import Duration, Source, Table
 from plait.cost.timeline import Timeline
 from plait.cost.topology import Placement, message, place
-from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, ScaledWork, Shape
+from plait.dryrun.piece import BEFORE, BEHIND, Piece, Pieces, ScaledWork, Shape
+from plait.dryrun.pieces import PieceStore
 from plait.dryrun.work import Part, Work
 from plait.plan.parallel_plan import Recompute
 
@@ -37,7 +39,8 @@ _FLOAT_BYTES, _BFLOAT16_BYTES = 4, 2
 class PassTimes:
     """One pass of a piece: its time, and what it is made of, in seconds.
 
-    exposed_s: in which something is communicated and nothing computed.
+    exposed_s: in which something is communicated and nothing computed. interpolated_s: of the
+    operators' time, what was estimated from measured ones; the rest is the roofline's.
     """
 
     total_s: float = 0.0
@@ -46,6 +49,7 @@ class PassTimes:
     memory_s: float = 0.0
     communication_s: float = 0.0
     exposed_s: float = 0.0
+    interpolated_s: float = 0.0
     matrix_flops: float = 0.0
     attention_flops: float = 0.0
 
@@ -92,11 +96,15 @@ class Setting:
 
 @dataclass
 class PieceClock:
-    """Times pieces, each once for each setting."""
+    """Times pieces, each once for each setting.
+
+    measured: runs of nccl-tests. table: what was measured of the cluster's device.
+    """
 
     store: PieceStore
     cluster: Cluster
     measured: Sequence[Measured] = ()
+    table: Table | None = None
     known: dict[tuple[str, Setting], PieceTimes] = field(default_factory=dict)
 
     def times(self, name: str, setting: Setting) -> PieceTimes:
@@ -152,9 +160,11 @@ class PieceClock:
     def _pass(self, work: Sequence[Work], setting: Setting, extra_s: float) -> PassTimes:
         run = self._simulation(work, setting)
         sums = dict.fromkeys(Kind, 0.0)
+        interpolated_s = 0.0
         for each in work:
             if each.collective is None:
                 sums[each.cost.kind] += self._operation(each, setting).duration_s
+                interpolated_s += self._from_table_s(each)
         ring_s = sum(self._ring_exposed_s(each, setting) for each in work)
         return PassTimes(
             total_s=run.total_s + extra_s,
@@ -163,6 +173,7 @@ class PieceClock:
             memory_s=sums[Kind.MEMORY],
             communication_s=run.communication_s + ring_s + extra_s,
             exposed_s=run.exposed_s + ring_s + extra_s,
+            interpolated_s=interpolated_s,
             matrix_flops=_flops(work, Kind.MATRIX),
             attention_flops=_flops(work, Kind.ATTENTION),
         )
@@ -204,8 +215,22 @@ class PieceClock:
         )
 
     def _kernels_s(self, work: Work) -> float:
-        device = self.cluster.device
-        return sum(operation_s(each, device) for each in work.kernels or (work.cost,))
+        if self.table is None:
+            device = self.cluster.device
+            return sum(operation_s(each, device) for each in work.kernels or (work.cost,))
+        return sum(each.seconds for each in self._durations(self.table, work))
+
+    def _from_table_s(self, work: Work) -> float:
+        if self.table is None or work.is_wait:
+            return 0.0
+        found = self._durations(self.table, work)
+        return sum(each.seconds for each in found if each.source is not Source.ROOFLINE)
+
+    def _durations(self, table: Table, work: Work) -> list[Duration]:
+        """By the table's families: sizes of a scaled piece are known, its forms are not."""
+        if work.kernels:
+            return [table.duration("", "", each) for each in work.kernels]
+        return [table.duration(work.operator, "", work.cost)]
 
     def _ring_exposed_s(self, work: Work, setting: Setting) -> float:
         """What attention waits for while keys and values go round the ranks of cp.

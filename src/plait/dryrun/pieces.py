@@ -12,7 +12,7 @@ Where one sequence makes another program than two (a copy may be a view), two an
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -22,11 +22,22 @@ from torch import fx
 from plait.compiler.levels import RECOMPUTE, Pass, passes_of
 from plait.compiler.order import fillers_of, weight_arguments
 from plait.cost.clusters import Cluster
-from plait.cost.operations import Cost
 from plait.dryrun.fused_attention import gpu_attention
 from plait.dryrun.model_source import ModelSource
+from plait.dryrun.piece import (
+    BEFORE,
+    BEHIND,
+    Line,
+    Piece,
+    Pieces,
+    Points,
+    ScaledCall,
+    ScaledWork,
+    Shape,
+)
+from plait.dryrun.requests import CallRequests, requests_of, with_scores
 from plait.dryrun.saved import Held, Tensor, held_of
-from plait.dryrun.work import Attention, Kernels, Part, Work, work_of
+from plait.dryrun.work import Part, Work, work_of
 from plait.errors import GraphError, PlanError
 from plait.graph.capture import capture
 from plait.graph.cut import BETWEEN
@@ -34,125 +45,9 @@ from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, call_of
 from plait.plan.find_rules import legal_sizes
 from plait.plan.parallel_plan import ParallelPlan, Recompute
 
-BEFORE, BEHIND = "before", "behind"
-"""Names of the pieces around the layers."""
-
 
 class _DifferentProgramsError(GraphError):
     """Two numbers of sequences are captured as different programs."""
-
-
-Points = tuple[float, float]
-"""Two numbers of sequences; equal where there is one capture."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A value at two numbers of sequences, and affine in them."""
-
-    points: Points
-    low: float
-    high: float
-
-    def at(self, sequences: float) -> float:
-        """The value for so many sequences; not below zero."""
-        first, second = self.points
-        if first == second:
-            return self.low
-        share = (sequences - first) / (second - first)
-        return max(0.0, self.low + share * (self.high - self.low))
-
-
-@dataclass(frozen=True)
-class ScaledWork:
-    """An operation at two numbers of sequences."""
-
-    points: Points
-    low: Work
-    high: Work
-
-    def at(self, sequences: float) -> Work:
-        """The operation with so many sequences."""
-
-        def between(first: float, second: float) -> int:
-            return round(Line(self.points, first, second).at(sequences))
-
-        pairs = zip(self.low.kernels, self.high.kernels, strict=True)
-        return replace(
-            self.low,
-            cost=_cost_at(self.low.cost, self.high.cost, between),
-            num_bytes=between(self.low.num_bytes, self.high.num_bytes),
-            key_bytes=between(self.low.key_bytes, self.high.key_bytes),
-            kernels=tuple(_cost_at(*pair, between) for pair in pairs),
-        )
-
-
-def _cost_at(low: Cost, high: Cost, between: Callable[[float, float], int]) -> Cost:
-    sizes = None
-    if low.sizes is not None and high.sizes is not None:
-        pairs = zip(low.sizes, high.sizes, strict=True)
-        rows, inner, columns = (max(1, between(a, b)) for a, b in pairs)
-        sizes = rows, inner, columns
-    return Cost(
-        kind=low.kind,
-        bytes=between(low.bytes, high.bytes),
-        flops=between(low.flops, high.flops),
-        dtype=low.dtype,
-        sizes=sizes,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A layer, or what stands before or behind them, on one rank of tp.
-
-    Elements are parameters on this rank, those of experts apart. saved and the two peaks are bytes:
-    kept for the backward, and live besides that while a pass runs; expert_peak: on top of these, of
-    what all experts have a part of, before ep. parameters, saved_tensors: by
-    name and line, in the bytes of one sequence or two.
-    """
-
-    name: str
-    forward: tuple[ScaledWork, ...]
-    backward: tuple[ScaledWork, ...]
-    num_elements: int
-    num_expert_elements: int
-    saved: Line
-    forward_peak: Line
-    backward_peak: Line
-    expert_peak: Line
-    source: str = ""
-    parameters: tuple[Tensor, ...] = ()
-    saved_tensors: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """All pieces of a model on one rank of tp, for one length of sequence.
-
-    layers: by the kind of the layer. is_shared_head: whether the vocabulary is parted over tp.
-    """
-
-    before: Piece
-    layers: dict[str, Piece]
-    behind: Piece
-    is_shared_head: bool
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What a capture depends on."""
-
-    sequence_length: int
-    tp: int = 1
-    sp: bool = False
-    replicas: int | str = 1
-    recompute: Recompute = Recompute.NONE
-    kernels: Kernels = "fused"
-    share_head: bool = True
-    attention: Attention = "fused"
-    reruns_all: bool = False
 
 
 _SPLIT_LAYERS = 3
@@ -164,8 +59,9 @@ _LINES: tuple[Points, ...] = ((1.0, 2.0), (2.0, 3.0))
 
 @contextmanager
 def without_torch_warnings() -> Generator[None]:
-    """Keep back what TorchDynamo warns of in PyTorch's own distributed code."""
+    """Keep back what TorchDynamo warns of in PyTorch's distributed code and in transformers."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*functools.lru_cache", UserWarning)
         warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
         yield
 
@@ -280,6 +176,7 @@ class _Program:
     num_expert_elements: int
     source: str
     parameters: tuple[Tensor, ...]
+    calls: tuple[CallRequests, ...]
 
 
 def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
@@ -348,6 +245,7 @@ def _joined(programs: Sequence[_Program]) -> _Program:
         num_expert_elements=sum(each.num_expert_elements for each in programs),
         source=BETWEEN,
         parameters=tuple(x for each in programs for x in each.parameters),
+        calls=tuple(call for each in programs for call in each.calls),
     )
 
 
@@ -461,15 +359,14 @@ def _called(graph: Graph, shape: Shape) -> list[_Program]:
         ]
         of_experts = [v for v in parameters if ".experts." in v.name]
         experts = sum(_count(v.shape) for v in of_experts)
+        stacked = {tuple(map(int, v.shape)) for v in of_experts}
+        scores = _scores(*seen[template.name], shape)
         found.append(
             _Program(
                 template.name,
                 *seen[template.name],
-                held=_with_scores(
-                    held_of(template, own, {tuple(map(int, v.shape)) for v in of_experts}),
-                    *seen[template.name],
-                    shape,
-                ),
+                held=_with_scores(held_of(template, own, stacked), *scores),
+                calls=(with_scores(requests_of(template, own, stacked), *scores),),
                 num_elements=sum(_count(v.shape) for v in parameters) - experts,
                 num_expert_elements=experts,
                 source=template.block,
@@ -481,12 +378,17 @@ def _called(graph: Graph, shape: Shape) -> list[_Program]:
     return found
 
 
-def _with_scores(
-    held: Held, forward: Sequence[Work], backward: Sequence[Work], shape: Shape
-) -> Held:
-    """What attention that is not fused holds of its scores; what runs again keeps nothing."""
+def _scores(forward: Sequence[Work], backward: Sequence[Work], shape: Shape) -> tuple[int, int]:
+    """Bytes that attention that is not fused keeps of its scores, and while it runs.
+
+    What runs again keeps nothing.
+    """
     one = max((each.score_bytes for each in (*forward, *backward)), default=0)
     saved = 0 if shape.recompute is Recompute.FULL else sum(each.score_bytes for each in forward)
+    return saved, one
+
+
+def _with_scores(held: Held, saved: int, one: int) -> Held:
     scores = (Tensor(num_bytes=saved, name="scores of attention"),) if saved else ()
     return replace(
         held,
@@ -521,7 +423,20 @@ def _piece(name: str, one: _Program, two: _Program, points: Points) -> Piece:
         source=one.source,
         parameters=one.parameters,
         saved_tensors=one.held.saved,
+        calls=_scaled_calls(one.calls, two.calls, points),
     )
+
+
+def _scaled_calls(
+    one: Sequence[CallRequests], two: Sequence[CallRequests], points: Points
+) -> tuple[ScaledCall, ...]:
+    pairs = list(zip(one, two, strict=True))
+    if any((a.forward, a.backward) != (b.forward, b.backward) for a, b in pairs):
+        raise _DifferentProgramsError(
+            f"micro-batches of {points[0]:g} and {points[1]:g} sequences ask for memory in "
+            "different orders, so it cannot be scaled. Choose one sequence in a micro-batch."
+        )
+    return tuple(ScaledCall(points, low, high) for low, high in pairs)
 
 
 def _scaled(one: Sequence[Work], two: Sequence[Work], points: Points) -> tuple[ScaledWork, ...]:

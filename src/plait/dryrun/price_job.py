@@ -5,6 +5,7 @@ thousands of ranks is a few pieces, each captured once on fake tensors, timed on
 together to stages and played through the table of the pipeline.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +15,19 @@ import torch
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import Measured
 from plait.cost.simulate import beside_s
+from plait.cost.table import Source
+from plait.cost.table import Table as MeasuredTable
 from plait.cost.timeline import Timeline
 from plait.cost.topology import send_s
 from plait.dryrun.data_parallel import Gathered, gathered, owners_of
-from plait.dryrun.job_memory import ledger_of
+from plait.dryrun.job_fragments import Fragments, RankRequests
+from plait.dryrun.job_memory import gathered_bytes, ledger_of
 from plait.dryrun.job_price import JobPrice, RankClass, TimeParts, interval_s
 from plait.dryrun.model_source import ModelSource, decoder_source
 from plait.dryrun.owners import Owner, owners_of_rank
+from plait.dryrun.piece import BEFORE, BEHIND, Piece, Pieces, Shape
 from plait.dryrun.piece_time import PassTimes, PieceClock, PieceTimes, Setting
-from plait.dryrun.pieces import BEFORE, BEHIND, Piece, Pieces, PieceStore, Shape
+from plait.dryrun.pieces import PieceStore
 from plait.dryrun.pipeline import (
     InFlight,
     PipelineRun,
@@ -61,6 +66,7 @@ class Pricer:
     cluster: Cluster
     source: ModelSource
     measured: Sequence[Measured] = ()
+    table: MeasuredTable | None = None
     moved: dict[tuple[object, ...], Gathered] = field(default_factory=dict)
     flops: dict[tuple[object, ...], float] = field(default_factory=dict)
     last_run: tuple[object, PipelineRun, float] | None = None
@@ -68,9 +74,11 @@ class Pricer:
     clock: PieceClock = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the stores."""
+        """Make the stores. Raises PlanError for a table of another device."""
+        if self.table is not None:
+            self.table.check_device(self.cluster)
         self.store = PieceStore(self.source, self.cluster)
-        self.clock = PieceClock(self.store, self.cluster, self.measured)
+        self.clock = PieceClock(self.store, self.cluster, self.measured, self.table)
 
     def price(self, job: PretrainJob) -> JobPrice:
         """The price of a job that differs in its plan and micro-batches only."""
@@ -87,12 +95,14 @@ def price_job(
     *,
     source: ModelSource | None = None,
     measured: Sequence[Measured] = (),
+    table: MeasuredTable | None = None,
 ) -> JobPrice:
     """Price a job on a cluster, all of whose ranks its plan must use.
 
-    source: of a model that is not one of Plait's own. measured: runs of nccl-tests.
+    source: of a model that is not one of Plait's own. measured: runs of nccl-tests. table: what
+    `plait calibrate` measured of the cluster's device; else times are those of the roofline.
     """
-    return Pricer(job, cluster, source or source_of(job), measured).price(job)
+    return Pricer(job, cluster, source or source_of(job), measured, table).price(job)
 
 
 def source_of(job: PretrainJob) -> ModelSource:
@@ -177,14 +187,19 @@ class PlannedJob:
         tail_s = max(a + b for a, b in zip(ends, optimizer, strict=True))
         step_s = makespan_s + tail_s
         busiest = max(range(self.plan.pp), key=lambda rank: run.busy_s[rank])
+        busiest_sums = [sums[stages[i]] for i in ranks[busiest]]
         parts = self._parts(
-            [sums[stages[i]] for i in ranks[busiest]],
+            busiest_sums,
             makespan_s,
             tail_s,
             max(optimizer),
             hidden_s=run.hidden_s[busiest] * self.spread.num_micro_batches / run.num_micro_batches,
         )
-        low_s, high_s = interval_s(step_s, parts)
+        count = self.spread.num_micro_batches
+        interpolated_s = count * sum(each.parts.interpolated_s for each in busiest_sums)
+        low_s, high_s = interval_s(
+            step_s, parts, interpolated_s=interpolated_s, spread=self._table_spread()
+        )
         saved = tuple(sums[stage].times.saved_bytes for stage in stages)
         return JobPrice(
             job=self.job,
@@ -199,12 +214,27 @@ class PlannedJob:
             memory_limit_bytes=self.cluster.device.memory_bytes,
             num_micro_batches=self.spread.num_micro_batches,
             parts=parts,
-            classes=self.classes(),
+            classes=self._with_fragments() if self.exact else self.classes(),
+            sources=self._sources(parts, interpolated_s),
             notes=self._notes(),
             run=run,
             largest=self._largest() if self.exact else (),
             stage_saved_bytes=saved,
             timelines=self._timelines() if self.exact else (),
+        )
+
+    def _table_spread(self) -> float:
+        """How far times from the table are off: of most families, and of whole programs."""
+        table = self.pricer.table
+        return 0.0 if table is None else math.hypot(table.spread or 0.0, table.program_spread)
+
+    def _sources(self, parts: TimeParts, interpolated_s: float) -> tuple[tuple[str, float], ...]:
+        compute_s = parts.matrix_s + parts.attention_s + parts.memory_s + parts.optimizer_s
+        messages = "messages, nccl-tests first" if self.pricer.measured else "messages, alpha-beta"
+        return (
+            (Source.INTERPOLATED.value, interpolated_s),
+            (Source.ROOFLINE.value, compute_s - interpolated_s),
+            (messages, parts.communication_s + parts.data_parallel_s),
         )
 
     def _largest(self) -> tuple[Owner, ...]:
@@ -396,6 +426,36 @@ class PlannedJob:
                 ledger=ledger,
             )
         return tuple(found.values())
+
+    def _with_fragments(self) -> tuple[RankClass, ...]:
+        """The classes with what the allocator reserves on one rank of each."""
+        table = self._table(self.spread.num_micro_batches)
+        return tuple(
+            replace(each, fragments=self._fragments(each, table)) for each in self.classes()
+        )
+
+    def _fragments(self, each: RankClass, table: Table) -> Fragments:
+        rank = each.pipeline_ranks[0]
+        stages = {
+            i: [self.piece(name) for name, count in self.stages[i] for _ in range(count)]
+            for i in self.ranks[rank]
+        }
+        gathered = self.plan.reshard
+        requests = RankRequests(
+            job=self.job,
+            plan=self.plan,
+            stages=stages,
+            tasks=table.tasks[rank],
+            sequences=self.spread.sequences,
+            state_bytes=each.ledger.bytes_by_kind,
+            gathered_bytes={
+                name: round(gathered_bytes(piece, self.plan)) if gathered else 0
+                for name, piece in self.by_name.items()
+            },
+            boundary_bytes=round(self._boundary_bytes()),
+        )
+        limit_bytes = self.cluster.device.memory_bytes - each.ledger.outside_bytes
+        return requests.reserved(max(0, limit_bytes))
 
     def _parts(
         self,

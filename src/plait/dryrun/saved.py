@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from plait.dryrun.work import num_bytes_of
-from plait.graph.graph import Module, Node, Role, Template
+from plait.graph.graph import Module, Node, Role, Template, Value
 from plait.graph.partition import is_view
 from plait.graph.source import source_of
 
@@ -59,13 +59,7 @@ def held_of(
             expert_peak_bytes=of_experts,
         )
     bases = _saved_bases(template)
-    inputs = [
-        value
-        for value in template.saved
-        if value.role is Role.INPUT
-        and int(value.name) in own
-        and template.gradients[int(value.name)] is not None
-    ]
+    inputs = saved_inputs(template, own)
     saved = [
         *(Tensor(num_bytes=num_bytes_of(x), name=x.name, source=source_of(x)) for x in bases),
         *(Tensor(num_bytes=x.num_bytes, name="input of the layer") for x in inputs),
@@ -81,16 +75,28 @@ def held_of(
     )
 
 
+def saved_inputs(template: Template, own: Collection[int]) -> list[Value]:
+    """Those of its own arguments that take a gradient and that the backward needs."""
+    return [
+        value
+        for value in template.saved
+        if value.role is Role.INPUT
+        and int(value.name) in own
+        and template.gradients[int(value.name)] is not None
+    ]
+
+
 def _saved_bases(template: Template) -> set[Node]:
     """The memory of the forward's own that the backward needs."""
     module: Module = template.forward
     (outputs,) = module.graph.output_node().args
     saved = outputs[len(template.results) :]
-    found = {_base(node) for node in saved if hasattr(node, "op")}
+    found = {base_of(node) for node in saved if hasattr(node, "op")}
     return {node for node in found if node.op == "call_function"}
 
 
-def _base(node: Node) -> Node:
+def base_of(node: Node) -> Node:
+    """The node whose memory a view looks at."""
     while node.op == "call_function" and is_view(node):
         node = node.all_input_nodes[0]
     return node
@@ -102,16 +108,17 @@ def _peaks(
     """The most that is live, without what has the shape of experts, and of that alone."""
     if not experts:
         return _peak(module, apart), 0
-    shapes = {tuple(sorted(shape)) for shape in experts}  # some are transposed
-    of_experts = {node for node in module.graph.nodes if _shapes(node) & shapes}
+    of_experts = {node for node in module.graph.nodes if has_shape_in(node, experts)}
     others = set(module.graph.nodes) - of_experts
     return _peak(module, {*apart, *of_experts}), _peak(module, {*apart, *others})
 
 
-def _shapes(node: Node) -> set[tuple[int, ...]]:
+def has_shape_in(node: Node, shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether a result has one of these shapes, or a transposed one."""
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else (value,)
-    return {tuple(sorted(map(int, x.shape))) for x in values if hasattr(x, "shape")}
+    own = {tuple(sorted(map(int, x.shape))) for x in values if hasattr(x, "shape")}
+    return not own.isdisjoint(tuple(sorted(shape)) for shape in shapes)
 
 
 def _peak(module: Module, apart: Collection[Node]) -> int:
@@ -120,7 +127,7 @@ def _peak(module: Module, apart: Collection[Node]) -> int:
     last: dict[Node, int] = {}
     for i, node in enumerate(nodes):
         for source in node.all_input_nodes:
-            last[_base(source)] = i
+            last[base_of(source)] = i
     dies: dict[int, list[Node]] = {}
     for node, i in last.items():
         dies.setdefault(i, []).append(node)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from plait.dryrun.model_source import ModelSource
-from plait.dryrun.pieces import BEFORE, BEHIND
+from plait.dryrun.piece import BEFORE, BEHIND
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan

@@ -49,7 +49,8 @@ class Work:
     depends on cp and ep, and sums of gradients of experts. key_bytes: of attention's keys and
     values. expert_bytes: of the matrices of all experts, read or written. kernels: what it really
     is, where that is not one kernel with this cost. score_bytes: what attention that is not fused
-    keeps of its scores. unknown: the operator's name, where it has no cost but its bytes. replica:
+    keeps of its scores. operator: its name, "" of several taken as one. unknown: its name, where
+    it has no cost but its bytes. replica:
     for which it works, None: for all; place: where its original stood.
     """
 
@@ -66,6 +67,7 @@ class Work:
     expert_bytes: int = 0
     kernels: tuple[Cost, ...] = ()
     score_bytes: int = 0
+    operator: str = ""
     unknown: str = ""
     replica: int | None = None
     place: float = 0.0
@@ -296,6 +298,7 @@ def _work(
         is_wait=is_wait(node),
         is_weight_only=is_weight_only,
         part=part,
+        operator=(name_of(node.target) or "") if len(group) == 1 else "",
         unknown=_unknown(node, costs[node]),
         key_bytes=_key_bytes(node) if part is Part.ATTENTION else 0,
         expert_bytes=_expert_bytes(node) if part is Part.EXPERTS else 0,
