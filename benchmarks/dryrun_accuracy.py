@@ -1,6 +1,7 @@
 """How far the dry run's memory is from the truth, on this machine's CPU.
 
 Each recipe (`dryrun_recipes`) runs six training steps in a process of its own, two for two ranks.
+The stages of a pipeline are compared one by one; of other ranks, which are alike, the first is.
 The truth is what PyTorch's allocator reports to the profiler, block by block (`allocator_events`):
 the peak of the first step, and the median peak of the five later ones. Printed beside the errors:
 the spread of these, and how many frees only a block at the same address told of, because gloo's
@@ -35,18 +36,24 @@ def measure(quick: bool) -> list[Row]:
     errors: list[float] = []
     predictions = predicted_alone(names)
     for name in names:
-        truth, predicted = measured(RECIPES[name]), predictions[name]
-        both = [abs(predicted[step] / truth[step] - 1) * 100 for step in ("first", "later")]
-        errors += both
-        print(
-            f"  {name:34} {truth['later'] / 2**20:9.2f} MiB  first {both[0]:.4f} %, "
-            f"later {both[1]:.4f} %, spread of later steps {truth['spread'] * 100:.2f} %, "
-            f"{truth['unseen_frees']} frees unseen",
-            flush=True,
-        )
-        rows.append(_row(f"{name}: peak memory, error", None, [max(both)]))
+        truths = measured(RECIPES[name])
+        found: list[float] = []
+        for rank, (truth, predicted) in enumerate(zip(truths, predictions[name], strict=True)):
+            both = [abs(predicted[step] / truth[step] - 1) * 100 for step in ("first", "later")]
+            found += both
+            print(
+                f"  {name + (f', rank {rank}' if len(truths) > 1 else ''):34} "
+                f"{truth['later'] / 2**20:9.2f} MiB  first {both[0]:.4f} %, "
+                f"later {both[1]:.4f} %, spread of later steps {truth['spread'] * 100:.2f} %, "
+                f"{truth['unseen_frees']} frees unseen",
+                flush=True,
+            )
+        errors += found
+        rows.append(_row(f"{name}: peak memory, error", None, [max(found)]))
     eager = [name for name in names if RECIPES[name].way == "eager" and RECIPES[name].parallel]
-    count = f"{len(names)} configurations, {len(eager)} of them FSDP2 or DTensor"
+    count = (
+        f"{len(names)} configurations, {len(eager)} of them FSDP2, DTensor or PyTorch's pipelining"
+    )
     return [
         _row(f"peak memory of a step, median error, {count}", MEDIAN_TARGET, errors),
         _row(f"peak memory of a step, worst error, {count}", WORST_TARGET, [max(errors)]),
@@ -54,10 +61,11 @@ def measure(quick: bool) -> list[Row]:
     ]
 
 
-def measured(recipe: Recipe) -> dict[str, Any]:
-    """Figures of rank 0. Each rank is a new process, of a server that has imported and run nothing.
+def measured(recipe: Recipe) -> list[dict[str, Any]]:
+    """Figures of each of `recipe.unlike_ranks`.
 
-    Raises RuntimeError if it ends without figures.
+    Each rank is a new process, of a server that has imported and run nothing. Raises RuntimeError
+    if one ends without figures.
     """
     ranks = multiprocessing.get_context("forkserver")
     ranks.set_forkserver_preload(["benchmarks.dryrun_worker"])
@@ -72,9 +80,13 @@ def measured(recipe: Recipe) -> dict[str, Any]:
             for each in processes:
                 each.start()
             send.close()
-            if not receive.poll(TIME_LIMIT_S):
-                raise RuntimeError(f"{recipe.name} took more than {TIME_LIMIT_S} s.")
-            return receive.recv()
+            found: dict[int, dict[str, Any]] = {}
+            for _ in recipe.unlike_ranks:
+                if not receive.poll(TIME_LIMIT_S):
+                    raise RuntimeError(f"{recipe.name} took more than {TIME_LIMIT_S} s.")
+                rank, figures = receive.recv()
+                found[rank] = figures
+            return [found[rank] for rank in recipe.unlike_ranks]
         except EOFError as error:
             raise RuntimeError(f"{recipe.name} ended without figures.") from error
         finally:

@@ -7,6 +7,7 @@ a process of its own, or with fake ones where it is predicted.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 import plait
+from benchmarks.dryrun_pipeline import Logits, Order, keep_stage, pipeline_step
 from plait.dryrun.eager import EagerProgram
 from plait.executor.ranks import shard_parameters
 from plait.graph.parallelize import parallelize
@@ -46,8 +48,9 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 class Recipe:
     """One run. way: a compiled schedule, or eager PyTorch. changes: of the architecture's settings.
 
-    ranks: processes. parallel: "tp" or "fsdp" over them; eager tp is DTensor's, eager fsdp is
-    FSDP2's. recompute: of the plan; eager "full" checkpoints each layer.
+    ranks: processes. parallel: "tp", "fsdp" or "pp" over them; eager tp is DTensor's, eager fsdp is
+    FSDP2's; pp is eager only, PyTorch's pipelining in the `order`. recompute: of the plan; eager
+    "full" checkpoints each layer.
     """
 
     name: str
@@ -61,12 +64,18 @@ class Recipe:
     micro_batches: int = 1
     optimizer: str = "adamw"
     parallel: str = ""
+    order: Order = "GPipe"
     hugging_face: bool = False
 
     @property
     def ranks(self) -> int:
         """Processes that run it."""
         return 2 if self.parallel else 1
+
+    @property
+    def unlike_ranks(self) -> range:
+        """Ranks whose memory is compared: rank 0 alone where the others are like it."""
+        return range(self.ranks if self.parallel == "pp" else 1)
 
     @property
     def plan(self) -> plait.ParallelPlan:
@@ -76,6 +85,10 @@ class Recipe:
             recompute=self.recompute,
             **({self.parallel: self.ranks} if self.parallel else {}),
         )
+
+
+def _pipeline(name: str, *, batch: int = 8, **settings: Any) -> Recipe:
+    return Recipe(name=name, way="eager", parallel="pp", micro_batches=4, batch=batch, **settings)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -119,6 +132,12 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="DTensor transformers", way="eager", parallel="tp", hugging_face=True),
         Recipe(name="DTensor qwen3", way="eager", parallel="tp", model="qwen3"),
         Recipe(name="DTensor checkpointed", way="eager", parallel="tp", recompute="full", batch=8),
+        _pipeline("GPipe llama"),
+        _pipeline("GPipe checkpointed", recompute="full", batch=16),
+        _pipeline("GPipe transformers", hugging_face=True),
+        _pipeline("1F1B llama", order="1F1B"),
+        _pipeline("1F1B bfloat16", order="1F1B", dtype=torch.bfloat16, batch=16),
+        _pipeline("1F1B transformers sgd", order="1F1B", hugging_face=True, optimizer="sgd"),
     )
 }
 
@@ -203,7 +222,12 @@ def build_scheduled(recipe: Recipe, schedule: Schedule, mesh: DeviceMesh | None)
 def build_eager(recipe: Recipe, mesh: DeviceMesh | None) -> EagerProgram:
     """A model, and a step of eager PyTorch on it; on fake tensors inside a fake mode."""
     model, tokens_BT = make_model(recipe), make_tokens(recipe)
-    layers = model.model.layers if recipe.hugging_face else model.layers
+    trunk: Any = model.model if recipe.hugging_face else model
+    layers = trunk.layers
+    if recipe.parallel == "pp":
+        assert mesh is not None
+        group = mesh.get_group("pp")
+        layers = keep_stage(model, trunk, group.rank(), group.size())
     if recipe.recompute == "full":
         for layer in layers:
             layer.forward = _checkpointed(layer.forward)
@@ -220,9 +244,16 @@ def build_eager(recipe: Recipe, mesh: DeviceMesh | None) -> EagerProgram:
     optimizer = make_optimizer(recipe, model)
     loss = loss_of(recipe)
 
-    def step() -> None:
+    def forward_and_backward() -> None:
         for part in tokens_BT.chunk(recipe.micro_batches):
             (loss(model, part) / recipe.micro_batches).backward()
+
+    if recipe.parallel == "pp":
+        assert mesh is not None
+        forward_and_backward = _pipelined(recipe, mesh, model, tokens_BT)
+
+    def step() -> None:
+        forward_and_backward()
         assert optimizer is not None
         optimizer.step()
         optimizer.zero_grad()
@@ -231,12 +262,27 @@ def build_eager(recipe: Recipe, mesh: DeviceMesh | None) -> EagerProgram:
 
 
 @contextlib.contextmanager
-def plait_mesh(recipe: Recipe) -> Iterator[DeviceMesh]:
-    """The mesh of the recipe's plan, in a group of processes or without one."""
+def plait_mesh(recipe: Recipe, *, rank: int = 0) -> Iterator[DeviceMesh]:
+    """The mesh of the recipe's plan, in a group of processes, or that of `rank` without one."""
     from plait.graph.plan_mesh import plan_mesh
 
-    with plan_mesh(recipe.plan) as mesh:
+    with plan_mesh(recipe.plan, rank=rank) as mesh:
         yield mesh
+
+
+def _pipelined(
+    recipe: Recipe, mesh: DeviceMesh, model: nn.Module, tokens_BT: Tensor
+) -> Callable[[], None]:
+    return pipeline_step(
+        Logits(model) if recipe.hugging_face else model,
+        mesh.get_group("pp"),
+        tokens_BT,
+        order=recipe.order,
+        num_micro_batches=recipe.micro_batches,
+        width={**COMMON, **recipe.changes}["hidden_size"],
+        dtype=recipe.dtype,
+        loss=_logits_loss if recipe.hugging_face else partial(_hidden_loss, model),
+    )
 
 
 @contextlib.contextmanager
@@ -261,9 +307,16 @@ def _complete(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decoder_loss(model: Any, tokens_BT: Tensor) -> Tensor:
-    return model.loss(model(tokens_BT), tokens_BT) / tokens_BT.numel()
+    return _hidden_loss(model, model(tokens_BT), tokens_BT)
 
 
 def _hugging_face_loss(model: Any, tokens_BT: Tensor) -> Tensor:
-    logits_BTV = model(tokens_BT).logits
+    return _logits_loss(model(tokens_BT).logits, tokens_BT)
+
+
+def _hidden_loss(model: Any, hidden_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+    return model.loss(hidden_BTD, tokens_BT) / tokens_BT.numel()
+
+
+def _logits_loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT.flatten())

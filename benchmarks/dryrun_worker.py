@@ -2,8 +2,8 @@
 
     python -m benchmarks.dryrun_worker NAME...
 
-prints a prediction as JSON: bytes before the first step, and the peaks of the first and of later
-ones.
+prints predictions as JSON, one for each rank that is unlike others: bytes before the first step,
+and the peaks of the first and of later ones.
 """
 
 import json
@@ -66,8 +66,8 @@ def measure(recipe: Recipe) -> Figures:
     }
 
 
-def predict(recipe: Recipe) -> Figures:
-    """Say what the steps would use, with fake tensors only."""
+def predict(recipe: Recipe, rank: int = 0) -> Figures:
+    """Say what the steps of a rank would use, with fake tensors only."""
     began_s = time.perf_counter()
     if recipe.way == "schedule":
         price = plait.price(
@@ -76,7 +76,7 @@ def predict(recipe: Recipe) -> Figures:
         first, later = price.first_memory.peak_bytes, price.memory.peak_bytes
         trace = price.trace
     else:
-        trace, begins = predicted_trace(recipe)
+        trace, begins = predicted_trace(recipe, rank)
         first = ledger_of(trace, first=begins[0], last=begins[1] - 1, fragments=False).peak_bytes
         later = ledger_of(trace, first=begins[1], fragments=False).peak_bytes
     return {
@@ -87,9 +87,9 @@ def predict(recipe: Recipe) -> Figures:
     }
 
 
-def predicted_trace(recipe: Recipe) -> tuple[MemoryTrace, tuple[int, ...]]:
-    """Two eager steps on fake tensors, and the moments at which they begin."""
-    with plait_mesh(recipe) as mesh:
+def predicted_trace(recipe: Recipe, rank: int = 0) -> tuple[MemoryTrace, tuple[int, ...]]:
+    """Two eager steps of a rank on fake tensors, and the moments at which they begin."""
+    with plait_mesh(recipe, rank=rank) as mesh:
         run = trace_eager(lambda: build_eager(recipe, mesh if recipe.parallel else None))
     return run.trace, run.begins
 
@@ -102,7 +102,7 @@ def trace_start(trace: MemoryTrace, recipe: Recipe) -> int:
 
 
 def measure_rank(name: str, rank: int, store_file: str, send: Connection) -> None:
-    """Measure in this process; rank 0 sends the figures."""
+    """Measure in this process, and send the rank and its figures, if it is one to compare."""
     _prepare()
     reuse_addresses()
     recipe = RECIPES[name]
@@ -110,8 +110,8 @@ def measure_rank(name: str, rank: int, store_file: str, send: Connection) -> Non
         store = dist.FileStore(store_file, recipe.ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.ranks)
     figures = measure(recipe)
-    if rank == 0:
-        send.send(figures)
+    if rank in recipe.unlike_ranks:
+        send.send((rank, figures))
     if recipe.parallel:
         dist.barrier()
         os._exit(0)  # gloo's threads may outlive the group
@@ -125,4 +125,5 @@ def _prepare() -> None:
 
 if __name__ == "__main__":
     _prepare()
-    print(json.dumps({name: predict(RECIPES[name]) for name in sys.argv[1:]}))
+    recipes = [RECIPES[name] for name in sys.argv[1:]]
+    print(json.dumps({x.name: [predict(x, rank) for rank in x.unlike_ranks] for x in recipes}))

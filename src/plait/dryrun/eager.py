@@ -1,7 +1,7 @@
 """A training step of eager PyTorch, priced in memory: it runs on fake tensors, as it is.
 
-FSDP2, DTensor, activation checkpointing and optimizers are the user's own; with a process group of
-the backend "fake" (`graph/plan_mesh.py`) one process stands for any rank of many.
+FSDP2, DTensor, pipeline stages, activation checkpointing and optimizers are the user's own; with a
+process group of the backend "fake" (`graph/plan_mesh.py`) one process stands for any rank of many.
 """
 
 # pyright: basic
@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from plait.dryrun.lone_stage import lone_stages
 from plait.dryrun.memory_trace import Kind, MemoryTrace
 from plait.dryrun.watch_memory import EagerMemory
 from plait.dryrun.workspace import Workspace
@@ -51,13 +52,15 @@ def trace_eager(
 
     build: makes model, optimizer and inputs; all of it runs on fake tensors. The second step, when
     the optimizer's state exists, is like all later ones. with_sources: note the user's line of each
-    allocation; that takes longer. A value that the program looks at is 1.0, or False.
+    allocation; that takes longer. A value that the program looks at is 1.0, or False. Raises
+    PlanError for a pipeline stage that was not told the shapes of what it exchanges.
     """
     if num_steps < 1:
         raise PlanError(f"num_steps={num_steps}: at least one step is needed.")
     begins: list[int] = []
     with (
         _unnoticed(),
+        lone_stages(),
         FakeTensorMode(),
         EagerMemory(Workspace(num_threads), with_sources=with_sources) as watch,
     ):

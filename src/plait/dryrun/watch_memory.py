@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import PythonCallbackWork
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -68,6 +69,8 @@ class EagerMemory(TorchDispatchMode):
         self.moment += 1
         result = func(*args, **kwargs)
         operator = str(func)
+        if operator == "c10d.send.default":
+            return _sending(args[0])
         for x in _tensors(result):
             self._note(x, operator)
         _follow_values(func, args, kwargs, result)
@@ -178,6 +181,15 @@ class EagerMemory(TorchDispatchMode):
                 return f"{name}:{frame.f_lineno}, in {frame.f_code.co_name}"
             frame = frame.f_back
         return ""
+
+
+def _sending(message: list[Tensor]) -> Any:
+    """What a send returns: it keeps the message until it is itself dropped.
+
+    So does gloo's [torch/csrc/distributed/c10d/ProcessGroupGloo.hpp, SendWork]; a fake group's
+    keeps nothing.
+    """
+    return PythonCallbackWork(lambda timeout: bool(message)).boxed()
 
 
 def _value(x: Tensor) -> Tensor | None:

@@ -12,10 +12,12 @@ from plait.plan.parallel_plan import ParallelPlan
 
 
 @contextmanager
-def plan_mesh(plan: ParallelPlan, device_type: str = "cpu") -> Generator[DeviceMesh]:
+def plan_mesh(
+    plan: ParallelPlan, device_type: str = "cpu", *, rank: int = 0
+) -> Generator[DeviceMesh]:
     """Yield the mesh of a plan: its axes above 1, from "pp" to "tp", and always "tp".
 
-    In a process without a process group, the mesh is that of rank 0 of as many ranks as the plan
+    In a process without a process group, the mesh is that of `rank` of as many ranks as the plan
     has, whose collectives move nothing, and nothing of it is left afterwards. Raises PlanError if
     there is a process group of another size.
     """
@@ -30,7 +32,7 @@ def plan_mesh(plan: ParallelPlan, device_type: str = "cpu") -> Generator[DeviceM
             )
         yield init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         return
-    dist.init_process_group("fake", rank=0, world_size=plan.num_ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=plan.num_ranks, store=FakeStore())
     try:
         yield init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     finally:
