@@ -57,6 +57,20 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypa
     assert printed.count("\n") == 1
 
 
+NCCL_COLUMNS = "collective,num_ranks,ranks_per_node,num_bytes,time_us\n"
+
+
+def test_price_of_a_recipe_takes_what_nccl_tests_measured(tmp_path):
+    runs = tmp_path / "runs.csv"
+    runs.write_text(f"{NCCL_COLUMNS}all_reduce,2,2,1,70\nall_reduce,2,2,1000000000,70\n")
+    words = ("price", "stdlib_demo", "--set", "plan.tp=2", "--nccl", runs, "--json")
+    done = run_plait(*words)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)["sources"]["measured"]
+    assert measured["num_operators"] > 0
+    assert measured["seconds"] == pytest.approx(measured["num_operators"] * 70e-6)
+
+
 @pytest.mark.exhaustive
 def test_calibrate_writes_a_table_that_price_takes(tmp_path):
     table = tmp_path / "table.json"

@@ -12,8 +12,11 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import plait
 from plait.cost.clusters import Cluster, Link, h100
+from plait.cost.collectives import Collective, collective_s
+from plait.cost.nccl_tests import Measured
 from plait.cost.table import Source, Table
 from plait.cost.timeline import Stream, Timeline
+from plait.cost.topology import message, place
 from plait.dryrun.compare import compare
 from plait.dryrun.learn import MeasuredSteps, learn_table
 from plait.dryrun.report import Titled, to_json, to_text
@@ -96,6 +99,55 @@ def test_messages_take_the_time_of_their_link_and_the_timeline_shows_them():
     assert found.timeline.busy_s(Stream.COMMUNICATION) == found.communication_s
     assert found.step_s == pytest.approx(found.timeline.duration_s)
     assert found.low_s <= found.step_s <= found.high_s
+
+
+def two_nodes_of_two():
+    near = Link(latency_s=1e-6, bandwidth_bytes_per_s=1e11)
+    far = Link(latency_s=2e-5, bandwidth_bytes_per_s=1e9, step_latency_s=1e-5)
+    device = h100(1).device
+    return Cluster(
+        name="nodes", device=device, num_ranks=4, ranks_per_node=2, inside=near, between=far
+    )
+
+
+def test_a_message_of_a_schedule_costs_what_one_of_a_large_job_does():
+    cluster = two_nodes_of_two()
+    schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=4))
+    found = plait.price(schedule, cluster)
+    axis = place(cluster, "dp", size=4)
+    assert (axis.ranks_in_node, axis.num_nodes) == (2, 2)
+    messages = [e for e in found.timeline.events if e.stream is Stream.COMMUNICATION]
+    expected_s = [
+        message(Collective.ALL_REDUCE, e.bytes_written, axis).duration_s for e in messages
+    ]
+    ring_s = [
+        collective_s(Collective.ALL_REDUCE, e.bytes_written, 4, axis.between) for e in messages
+    ]
+    assert found.communication_s == pytest.approx(sum(expected_s))
+    assert sum(expected_s) < 0.9 * sum(ring_s)  # another algorithm is faster between nodes
+
+
+def test_a_message_that_nccl_tests_measured_takes_that_time_and_says_so():
+    measured_s = 0.5
+    schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=4))
+    run = Measured(
+        collective=Collective.ALL_REDUCE,
+        num_ranks=4,
+        ranks_per_node=2,
+        num_bytes=(1, 10**9),
+        durations_s=(measured_s, measured_s),
+    )
+    found = plait.price(schedule, two_nodes_of_two(), measured=[run])
+    share = found.sources[Source.MEASURED]
+    assert share.num_operators > 0
+    assert found.communication_s == share.seconds == share.num_operators * measured_s
+    assert found.high_s - found.step_s < 0.3 * found.step_s  # less than of a model
+    assert found.warnings == ()
+    elsewhere = replace(run, ranks_per_node=4)
+    other = plait.price(schedule, two_nodes_of_two(), measured=[elsewhere])
+    assert other.step_s == plait.price(schedule, two_nodes_of_two()).step_s
+    assert other.sources[Source.MEASURED].num_operators == 0
+    assert re.search(r"all_reduce of 4 ranks, 4 in a node.*4 ranks, 2 in a node", other.warnings[0])
 
 
 def test_a_rank_of_fsdp_holds_its_part_of_parameters_and_state():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plait.checkpoint.huggingface import load_config
-from plait.cli.large_job import price_large_job
+from plait.cli.large_job import measured_messages, price_large_job
 from plait.cli.output import say, show
 from plait.config import override
 from plait.cost.accelerators import CLUSTERS, find_cluster
@@ -86,7 +86,7 @@ def price_command(
     ] = None,
     nccl: Annotated[
         list[Path] | None,
-        typer.Option(help="Of a published model: what nccl-tests measured, its text or a CSV."),
+        typer.Option(help="What nccl-tests measured of messages, its text or a CSV."),
     ] = None,
     dollars: Annotated[
         float | None, typer.Option(help="Of a published model: price of a device and hour.")
@@ -116,9 +116,10 @@ def price_command(
             trace=trace,
         )
         return
-    if nccl or dollars is not None:
+    if dollars is not None:
         known = ", ".join(PRETRAIN_RECIPES)
-        raise ConfigError(f"--nccl and --dollars are for published models: {known}.")
+        raise ConfigError(f"--dollars is for published models: {known}.")
+    messages = measured_messages(nccl or [])
     plan = _plan([each for each in given if each.startswith(_PLAN)])
     step = _step(recipe, [each for each in given if not each.startswith(_PLAN)])
     plan = _filled(replace(plan, num_micro_batches=step.num_micro_batches), world)
@@ -139,6 +140,7 @@ def price_command(
         loss=step.loss,
         optimizer=optimizers or None,
         table=measured,
+        measured=messages,
     )
     parts = plan.dp * plan.fsdp
     titled = Titled(

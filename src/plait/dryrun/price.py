@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.cost.clusters import Cluster
+from plait.cost.nccl_tests import Measured
 from plait.cost.overlap import exposed_s
 from plait.cost.simulate import Host, Simulation, simulate
 from plait.cost.table import Source, Table
 from plait.cost.timeline import Event, Stream, Timeline
-from plait.dryrun.durations import timed_launches
+from plait.dryrun.durations import placements_of, timed_launches
 from plait.dryrun.forms import Forms
 from plait.dryrun.memory import Ledger, Places, ledger_of, outside_bytes
 from plait.dryrun.memory_trace import MemoryTrace
@@ -77,6 +78,7 @@ def price(
     *,
     steps: int = 2,
     table: Table | None = None,
+    measured: Sequence[Measured] = (),
     num_threads: int = 1,
     fragments: bool = True,
 ) -> Price:
@@ -84,8 +86,10 @@ def price(
 
     steps: which training step is priced: 1 is the first, during which the optimizer's state is
     made; it is there in all later ones, which cost the same. table: what was measured of the
-    device, by `plait calibrate`; else times are those of the roofline. num_threads: of a rank on a
-    CPU; its attention needs workspace for each. fragments: model the caching allocator too.
+    device, by `plait calibrate`; else times are those of the roofline. measured: runs of nccl-tests
+    (`plait.cost.nccl_tests`); a message of the same collective and placement takes their time.
+    num_threads: of a rank on a CPU; its attention needs workspace for each. fragments: model the
+    caching allocator too.
 
     Raises GraphError for sizes that depend on data and operators without a fake kernel; PlanError
     if the cluster has fewer ranks than the schedule's groups.
@@ -99,19 +103,24 @@ def price(
     makes_state = "optimizer" in schedule.programs
     for _ in range(min(steps, 2) if makes_state else 1):
         steps_replay.step()
-    return _Pricing(schedule, cluster, steps_replay, table).result(fragments=fragments)
+    return _Pricing(schedule, cluster, steps_replay, table, measured).result(fragments=fragments)
 
 
 class _Pricing:
     def __init__(
-        self, schedule: Schedule, cluster: Cluster, steps: StepReplay, table: Table | None
+        self,
+        schedule: Schedule,
+        cluster: Cluster,
+        steps: StepReplay,
+        table: Table | None,
+        measured: Sequence[Measured],
     ) -> None:
         self.schedule, self.cluster, self.steps = schedule, cluster, steps
         self.replay = steps.replay
         self.first = steps.first_launches[-1]
         self.launched = self.replay.launched[self.first :]
-        self.works = timed_launches(self.launched, schedule.groups, cluster, table)
-        self.table = table
+        self.works = timed_launches(self.launched, schedule.groups, cluster, table, measured)
+        self.table, self.measured = table, measured
 
     def result(self, *, fragments: bool) -> Price:
         simulation = self._simulated()
@@ -290,12 +299,32 @@ class _Pricing:
                 if each.outcome.is_unknown and work.duration.source is Source.ROOFLINE
             }
         )
-        if not unknown:
-            return ()
-        return (
-            f"no cost is known of {', '.join(unknown)}: priced by the bytes that go in and out. "
-            "Register a formula with torch.utils.flop_counter.register_flop_formula, or measure it "
-            "with plait calibrate.",
+        found: list[str] = []
+        if unknown:
+            found.append(
+                f"no cost is known of {', '.join(unknown)}: priced by the bytes that go in and "
+                "out. Register a formula with torch.utils.flop_counter.register_flop_formula, or "
+                "measure it with plait calibrate."
+            )
+        if self.measured and not self._has_measured_message():
+            placements = placements_of(self.cluster, self.schedule.groups).values()
+            axes = ", ".join(
+                f"{x.num_ranks} ranks, {x.ranks_in_node} in a node" for x in placements
+            )
+            runs = ", ".join(
+                f"{run.collective.value} of {run.num_ranks} ranks, {run.ranks_per_node} in a node"
+                for run in self.measured
+            )
+            found.append(
+                f"no message is one that nccl-tests measured ({runs}): the schedule's are of "
+                f"{axes or 'no ranks'}. Measure those."
+            )
+        return tuple(found)
+
+    def _has_measured_message(self) -> bool:
+        return any(
+            each.outcome.collective is not None and work.duration.source is Source.MEASURED
+            for each, work in zip(self.launched, self.works, strict=True)
         )
 
     def _curve(self, simulation: Simulation) -> tuple[tuple[float, int], ...]:
