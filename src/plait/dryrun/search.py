@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from plait.collector import collector_paused
 from plait.cost.clusters import Cluster
+from plait.cost.nccl_tests import Measured
 from plait.dryrun.job_memory import least_bytes
 from plait.dryrun.job_price import JobPrice, missing
 from plait.dryrun.legal_plans import (
@@ -109,11 +110,13 @@ def search(
     source: ModelSource | None = None,
     top: int = 10,
     micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
+    measured: Sequence[Measured] = (),
     on_progress: OnProgress = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SearchResult:
     """Search the plans of a job. memory_bytes: of a rank, by default all that the device has.
 
+    measured: runs of nccl-tests, which go before the model of a message, as in `price_job`.
     should_stop is asked before each plan. It, or a KeyboardInterrupt, ends the search; what was
     found so far is returned, with is_complete False. Raises PlanError with what is missing if no
     plan fits.
@@ -121,7 +124,7 @@ def search(
     found = source or source_of(job)
     limit = memory_bytes or cluster.device.memory_bytes
     result = SearchResult(job, limit)
-    hunt = _Search(job, cluster, found, result, on_progress)
+    hunt = _Search(job, cluster, found, result, on_progress, measured)
     hunt.micro_batch_sizes, hunt.should_stop = micro_batch_sizes, should_stop
     try:
         hunt.run()
@@ -146,13 +149,14 @@ class _Search:
         source: ModelSource,
         result: SearchResult,
         on_progress: OnProgress,
+        measured: Sequence[Measured],
     ) -> None:
         self.job, self.cluster, self.source, self.result = job, cluster, source, result
         self.on_progress = on_progress
         self.micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
         self.should_stop: Callable[[], bool] = lambda: False
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
-        self.pricer = Pricer(job, limited, source)
+        self.pricer = Pricer(job, limited, source, measured)
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
         self.told_s = 0.0
 
