@@ -15,12 +15,15 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
     page, trace = tmp_path / "report.html", tmp_path / "trace.json"
     done = run_plait(
         *("price", "stdlib_demo", "--world", 4, "--set", "plan.tp=2", "--json"),
-        *("--html", page, "--trace", trace),
+        *("--html", page, "--trace", trace, "--dollars", 2),
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["num_ranks"] == 4
     assert figures["memory"]["peak_bytes"] >= figures["first_memory"]["peak_bytes"] > 0
+    cost = 1e9 / figures["tokens_per_s"] / 3600 * 4 * 2
+    assert figures["dollars_per_billion_tokens"] == pytest.approx(cost)
+    assert figures["binding"] in page.read_text()
     assert 0 < figures["low_s"] <= figures["step_s"] <= figures["high_s"]
     text = page.read_text()
     for part in ("id='streams'", 'id="memory"', "id='ledger'", "saved activations"):
@@ -42,9 +45,10 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
         (["stdlib_demo", "--set", "plan.tq=2"], "a plan has no field 'tq'. Did you mean 'tp'"),
         (["stdlib_dem"], "Did you mean 'stdlib_demo'"),
         (["llama_8b"], "Did you mean 'llama3_8b'"),
+        (["stdlib_demo", "--dollars", "-1"], "--dollars is what a device costs in an hour, got -1"),
         (["sft"], "price that, plait price MODEL_FOLDER"),
     ],
-    ids=["cluster", "world", "plan", "recipe", "model", "tuning"],
+    ids=["cluster", "world", "plan", "recipe", "model", "dollars", "tuning"],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plait", "price", *arguments])

@@ -297,16 +297,70 @@ def test_a_table_of_several_programs_knows_how_far_it_is_off_another():
 def test_a_price_reads_as_text_and_compares_with_itself():
     found = plait.price(schedule_of(Tower(), torch.zeros(6, 32)), h100(1))
     titled = Titled(title="a tower", price=found, tokens=6)
-    text = to_text(titled, memory_bytes=80 * 10**9)
-    for words in ("a tower", "step time", "with fragments", "fits", "roofline"):
+    text = to_text(titled)
+    for words in ("a tower", "step time", "with fragments", "fits", "roofline", "bound by"):
         assert words in text
-    too_small = to_text(titled, memory_bytes=2**20)
-    assert re.search(r"too much: device context 568.*, .*parameter", too_small)
+    assert "a billion tokens" not in text
     figures = json.loads(to_json(titled))
     assert figures["step_s"] == found.step_s
     assert {each.error for each in compare(figures, figures)} == {0.0}
     with pytest.raises(PlanError, match="no figure in common"):
         compare(figures, {"other": 1})
+
+
+def test_the_parts_of_a_step_add_up_and_the_largest_loss_binds_it():
+    model, x = Tower(256), torch.zeros(64, 256)
+    plan = plait.ParallelPlan(dp=4, num_micro_batches=4)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    schedule = schedule_of(model, x, plan, optimizer=optimizer)
+    found = plait.price(schedule, two_nodes_of_two())
+    assert sum(found.parts_s.values()) == pytest.approx(found.step_s)
+    assert found.parts_s["optimizer"] == pytest.approx(found.programs_s["optimizer"], rel=0.01)
+    losses = {name: s for name, s in found.parts_s.items() if name != "matrix products"}
+    name = max(losses, key=lambda each: losses[each])
+    assert found.binding == f"{name}: {losses[name] / found.step_s:.0%} of the step"
+    near = two_nodes_of_two().inside
+    slow = replace(near, latency_s=1.0)
+    waiting = plait.price(schedule, replace(two_nodes_of_two(), inside=slow, between=slow))
+    assert waiting.binding == "exposed messages: 100% of the step"
+
+
+def test_products_alone_bind_a_step_that_does_nothing_else():
+    with torch.no_grad():
+        graph = plait.capture(nn.Linear(64, 64, bias=False), torch.zeros(8, 64))
+    found = plait.price(plait.compile(graph), h100(1))
+    assert found.binding == "matrix products: 100% of the step"
+
+
+def test_memory_that_is_missing_binds_and_a_cpu_has_no_limit():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32))
+    machine = h100(1)
+    small = replace(machine, device=replace(machine.device, memory_bytes=2**20))
+    found, tight = plait.price(schedule, machine), plait.price(schedule, small)
+    assert found.fits
+    assert not tight.fits
+    assert tight.step_s == found.step_s
+    assert re.match(
+        r"memory: 0\.\d\d GiB are missing: 0\.\d\d GiB are needed \(device context 0\.55,.*param",
+        tight.binding,
+    )
+    assert tight.binding in to_text(Titled(title="a tower", price=tight))
+    ours = plait.price(schedule, plait.clusters.cpu())
+    assert (ours.fits, ours.memory_limit_bytes) == (None, None)
+    assert "of the device" not in to_text(Titled(title="a tower", price=ours))
+
+
+def test_tokens_have_a_cost_where_a_rank_has_a_price():
+    found = plait.price(schedule_of(Tower(), torch.zeros(6, 32)), h100(1))
+    titled = Titled(title="t", price=found, tokens=6, num_ranks=2, dollars_per_rank_hour=3.0)
+    expected = 1e9 / (6 / found.step_s) / 3600 * 2 * 3.0
+    assert titled.dollars_per_billion_tokens == pytest.approx(expected)
+    assert json.loads(to_json(titled))["dollars_per_billion_tokens"] == pytest.approx(expected)
+    assert f"{expected:,.2f} for a billion tokens" in to_text(titled)
+    free = Titled(title="t", price=found, tokens=6)
+    assert "dollars_per_billion_tokens" not in json.loads(to_json(free))
+    with pytest.raises(PlanError, match="the tokens of a step are not known"):
+        Titled(title="t", price=found, dollars_per_rank_hour=3.0)
 
 
 def test_a_table_of_another_device_is_refused():
