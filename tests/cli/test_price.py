@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from plait.cli.main import main
+from plait.cost.accelerators import find_cluster
 from plait.cost.table import Table
 from tests.forked_process import run_plait
 
@@ -73,6 +74,20 @@ def test_price_of_a_recipe_takes_what_nccl_tests_measured(tmp_path):
     measured = json.loads(done.stdout)["sources"]["measured"]
     assert measured["num_operators"] > 0
     assert measured["seconds"] == pytest.approx(measured["num_operators"] * 70e-6)
+
+
+def test_price_takes_the_table_of_a_gpu_for_the_cluster_that_has_it(tmp_path):
+    table, device = tmp_path / "table.json", find_cluster("h100", 1).device
+    table.write_text(Table("NVIDIA H100 80GB HBM3", (), device, launch_s=1e-3).to_json())
+    words = ("price", "stdlib_demo", "--json", "--table", table, "--cluster")
+    done = run_plait(*words, "h100")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    count = sum(each["num_operators"] for each in figures["sources"].values())
+    assert figures["step_s"] > count * 1e-3  # each launch takes what the table says of it
+    refused = run_plait(*words, "h200")
+    assert refused.returncode == 1
+    assert "the table was measured on h100, and the cluster h200 is of h200" in refused.stderr
 
 
 @pytest.mark.exhaustive
