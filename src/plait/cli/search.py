@@ -28,6 +28,10 @@ def search_command(
         list[Path] | None,
         typer.Option(help="What nccl-tests measured of messages, its text or a CSV."),
     ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Where memory lacks, activations may wait in the host's."),
+    ] = False,
     explain: Annotated[
         tuple[int, int] | None, typer.Option(metavar="A B", help="Compare two of the plans.")
     ] = None,
@@ -52,6 +56,7 @@ def search_command(
             memory_bytes=None if memory is None else size_of(memory),
             top=top,
             measured=measured,
+            can_offload=offload,
             on_progress=say,
             should_stop=stop.is_set,
         )
