@@ -7,8 +7,10 @@ import warnings
 import pytest
 import torch
 
-from plait.cli.calibrate import ladder, model_config
+from plait.cli.calibrate import LADDERS, model_config
 from plait.cli.main import main
+from plait.cost.accelerators import cluster_of_gpu
+from plait.cost.table import Table
 
 
 def refused(arguments, monkeypatch, capsys):
@@ -29,21 +31,55 @@ def test_calibrate_refuses_before_it_measures(tmp_path, monkeypatch, capsys):
     assert "at least 1" in refused(["calibrate", "--steps", 0], monkeypatch, capsys)
 
 
-def test_every_dtype_is_measured_on_every_architecture():
-    both = ladder([torch.float32, torch.bfloat16])
-    assert len(both) == 2 * len(ladder([torch.float32]))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_calibrate_of_a_gpu_is_refused_where_there_is_none(tmp_path, monkeypatch, capsys):
+    words = ["calibrate", "--device", "cuda", "--quick", "--out", tmp_path / "table.json"]
+    printed = refused(words, monkeypatch, capsys)
+    assert printed.startswith("ConfigError: --device cuda: PyTorch sees no GPU")
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_a_device_that_cannot_be_measured_names_those_that_can(monkeypatch, capsys):
+    printed = refused(["calibrate", "--device", "cudo"], monkeypatch, capsys)
+    assert "no device 'cudo' to measure. Did you mean 'cuda'" in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to measure")
+def test_a_table_of_a_gpu_is_of_the_cluster_that_has_it(tmp_path, monkeypatch):
+    out = tmp_path / "table.json"
+    words = ["plait", "calibrate", "--device", "cuda", "--quick", "--steps", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0)
+    table = Table.load(out)
+    assert table.device.name == cluster_of_gpu(torch.cuda.get_device_name())
+    assert table.machine == torch.cuda.get_device_name()
+    assert table.entries
+
+
+@pytest.mark.parametrize("device", LADDERS)
+def test_every_dtype_is_measured_on_every_architecture(device):
+    ladder = LADDERS[device]
+    both = ladder.sizes([torch.float32, torch.bfloat16])
+    assert len(both) == 2 * len(ladder.sizes([torch.float32]))
     assert {each.architecture for each in both if each.dtype is torch.bfloat16} >= {
         "LlamaForCausalLM",
         "GPT2LMHeadModel",
         "Gemma2ForCausalLM",
         "MixtralForCausalLM",
     }
+    assert max(each.width for each in both) == max(ladder.widths)
 
 
-def test_every_model_of_the_ladder_is_made_without_a_warning():
-    for size in ladder([torch.float32]):
+@pytest.mark.parametrize("device", LADDERS)
+def test_every_model_of_the_ladder_is_made_without_a_warning(device):
+    for size in LADDERS[device].sizes([torch.float32]):
         config = model_config(size)
         assert config.hidden_size == size.width
+        assert config.head_size == size.head_size
         assert config.num_layers == 2
 
 

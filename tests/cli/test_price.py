@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from plait.cli.main import main
+from plait.cost.accelerators import find_cluster
 from plait.cost.table import Table
 from tests.forked_process import run_plait
 
@@ -15,12 +16,15 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
     page, trace = tmp_path / "report.html", tmp_path / "trace.json"
     done = run_plait(
         *("price", "stdlib_demo", "--world", 4, "--set", "plan.tp=2", "--json"),
-        *("--html", page, "--trace", trace),
+        *("--html", page, "--trace", trace, "--dollars", 2),
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["num_ranks"] == 4
     assert figures["memory"]["peak_bytes"] >= figures["first_memory"]["peak_bytes"] > 0
+    cost = 1e9 / figures["tokens_per_s"] / 3600 * 4 * 2
+    assert figures["dollars_per_billion_tokens"] == pytest.approx(cost)
+    assert figures["binding"] in page.read_text()
     assert 0 < figures["low_s"] <= figures["step_s"] <= figures["high_s"]
     text = page.read_text()
     for part in ("id='streams'", 'id="memory"', "id='ledger'", "saved activations"):
@@ -42,9 +46,10 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
         (["stdlib_demo", "--set", "plan.tq=2"], "a plan has no field 'tq'. Did you mean 'tp'"),
         (["stdlib_dem"], "Did you mean 'stdlib_demo'"),
         (["llama_8b"], "Did you mean 'llama3_8b'"),
+        (["stdlib_demo", "--dollars", "-1"], "--dollars is what a device costs in an hour, got -1"),
         (["sft"], "price that, plait price MODEL_FOLDER"),
     ],
-    ids=["cluster", "world", "plan", "recipe", "model", "tuning"],
+    ids=["cluster", "world", "plan", "recipe", "model", "dollars", "tuning"],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plait", "price", *arguments])
@@ -55,6 +60,34 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypa
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+NCCL_COLUMNS = "collective,num_ranks,ranks_per_node,num_bytes,time_us\n"
+
+
+def test_price_of_a_recipe_takes_what_nccl_tests_measured(tmp_path):
+    runs = tmp_path / "runs.csv"
+    runs.write_text(f"{NCCL_COLUMNS}all_reduce,2,2,1,70\nall_reduce,2,2,1000000000,70\n")
+    words = ("price", "stdlib_demo", "--set", "plan.tp=2", "--nccl", runs, "--json")
+    done = run_plait(*words)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)["sources"]["measured"]
+    assert measured["num_operators"] > 0
+    assert measured["seconds"] == pytest.approx(measured["num_operators"] * 70e-6)
+
+
+def test_price_takes_the_table_of_a_gpu_for_the_cluster_that_has_it(tmp_path):
+    table, device = tmp_path / "table.json", find_cluster("h100", 1).device
+    table.write_text(Table("NVIDIA H100 80GB HBM3", (), device, launch_s=1e-3).to_json())
+    words = ("price", "stdlib_demo", "--json", "--table", table, "--cluster")
+    done = run_plait(*words, "h100")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    count = sum(each["num_operators"] for each in figures["sources"].values())
+    assert figures["step_s"] > count * 1e-3  # each launch takes what the table says of it
+    refused = run_plait(*words, "h200")
+    assert refused.returncode == 1
+    assert "the table was measured on h100, and the cluster h200 is of h200" in refused.stderr
 
 
 @pytest.mark.exhaustive

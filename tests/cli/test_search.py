@@ -19,6 +19,7 @@ SMALL = [
     "sequence_length=1024",
     "batch_size=16",
 ]
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
 def test_a_search_prints_plans_reasons_and_a_comparison():
@@ -28,6 +29,25 @@ def test_a_search_prints_plans_reasons_and_a_comparison():
     assert result.exit_code == 0, result.output
     assert "legal plans" in result.output
     assert "matrix products" in result.output
+
+
+def test_a_search_prices_messages_as_nccl_tests_measured_them(tmp_path):
+    runs = tmp_path / "runs.csv"
+    runs.write_text(
+        "collective,num_ranks,ranks_per_node,num_bytes,time_us\n"
+        + "".join(f"{each},2,2,{n},500000\n" for each in COLLECTIVES for n in (1, 10**10))
+    )
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    words = ["search", "llama3_8b", "--world", "2", "--json", *settings]
+    modelled, measured = (
+        json.loads(CliRunner().invoke(app, [*words, *more]).stdout)
+        for more in ([], ["--nccl", str(runs)])
+    )
+    assert modelled["best"][0]["plan"]["pp"] == 1
+    assert modelled["best"][0]["step_s"] < 0.5
+    for each in measured["best"]:  # stages send to one another, which is no collective
+        assert each["plan"]["pp"] == 2 or each["step_s"] >= 0.5
+    assert measured["best"][0]["plan"]["pp"] == 2
 
 
 def test_a_large_job_is_priced_as_text_and_as_json(capsys, tmp_path):

@@ -12,8 +12,11 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import plait
 from plait.cost.clusters import Cluster, Link, h100
+from plait.cost.collectives import Collective, collective_s
+from plait.cost.nccl_tests import Measured
 from plait.cost.table import Source, Table
 from plait.cost.timeline import Stream, Timeline
+from plait.cost.topology import message, place
 from plait.dryrun.compare import compare
 from plait.dryrun.learn import MeasuredSteps, learn_table
 from plait.dryrun.report import Titled, to_json, to_text
@@ -96,6 +99,55 @@ def test_messages_take_the_time_of_their_link_and_the_timeline_shows_them():
     assert found.timeline.busy_s(Stream.COMMUNICATION) == found.communication_s
     assert found.step_s == pytest.approx(found.timeline.duration_s)
     assert found.low_s <= found.step_s <= found.high_s
+
+
+def two_nodes_of_two():
+    near = Link(latency_s=1e-6, bandwidth_bytes_per_s=1e11)
+    far = Link(latency_s=2e-5, bandwidth_bytes_per_s=1e9, step_latency_s=1e-5)
+    device = h100(1).device
+    return Cluster(
+        name="nodes", device=device, num_ranks=4, ranks_per_node=2, inside=near, between=far
+    )
+
+
+def test_a_message_of_a_schedule_costs_what_one_of_a_large_job_does():
+    cluster = two_nodes_of_two()
+    schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=4))
+    found = plait.price(schedule, cluster)
+    axis = place(cluster, "dp", size=4)
+    assert (axis.ranks_in_node, axis.num_nodes) == (2, 2)
+    messages = [e for e in found.timeline.events if e.stream is Stream.COMMUNICATION]
+    expected_s = [
+        message(Collective.ALL_REDUCE, e.bytes_written, axis).duration_s for e in messages
+    ]
+    ring_s = [
+        collective_s(Collective.ALL_REDUCE, e.bytes_written, 4, axis.between) for e in messages
+    ]
+    assert found.communication_s == pytest.approx(sum(expected_s))
+    assert sum(expected_s) < 0.9 * sum(ring_s)  # another algorithm is faster between nodes
+
+
+def test_a_message_that_nccl_tests_measured_takes_that_time_and_says_so():
+    measured_s = 0.5
+    schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=4))
+    run = Measured(
+        collective=Collective.ALL_REDUCE,
+        num_ranks=4,
+        ranks_per_node=2,
+        num_bytes=(1, 10**9),
+        durations_s=(measured_s, measured_s),
+    )
+    found = plait.price(schedule, two_nodes_of_two(), measured=[run])
+    share = found.sources[Source.MEASURED]
+    assert share.num_operators > 0
+    assert found.communication_s == share.seconds == share.num_operators * measured_s
+    assert found.high_s - found.step_s < 0.3 * found.step_s  # less than of a model
+    assert found.warnings == ()
+    elsewhere = replace(run, ranks_per_node=4)
+    other = plait.price(schedule, two_nodes_of_two(), measured=[elsewhere])
+    assert other.step_s == plait.price(schedule, two_nodes_of_two()).step_s
+    assert other.sources[Source.MEASURED].num_operators == 0
+    assert re.search(r"all_reduce of 4 ranks, 4 in a node.*4 ranks, 2 in a node", other.warnings[0])
 
 
 def test_a_rank_of_fsdp_holds_its_part_of_parameters_and_state():
@@ -245,16 +297,70 @@ def test_a_table_of_several_programs_knows_how_far_it_is_off_another():
 def test_a_price_reads_as_text_and_compares_with_itself():
     found = plait.price(schedule_of(Tower(), torch.zeros(6, 32)), h100(1))
     titled = Titled(title="a tower", price=found, tokens=6)
-    text = to_text(titled, memory_bytes=80 * 10**9)
-    for words in ("a tower", "step time", "with fragments", "fits", "roofline"):
+    text = to_text(titled)
+    for words in ("a tower", "step time", "with fragments", "fits", "roofline", "bound by"):
         assert words in text
-    too_small = to_text(titled, memory_bytes=2**20)
-    assert re.search(r"too much: device context 568.*, .*parameter", too_small)
+    assert "a billion tokens" not in text
     figures = json.loads(to_json(titled))
     assert figures["step_s"] == found.step_s
     assert {each.error for each in compare(figures, figures)} == {0.0}
     with pytest.raises(PlanError, match="no figure in common"):
         compare(figures, {"other": 1})
+
+
+def test_the_parts_of_a_step_add_up_and_the_largest_loss_binds_it():
+    model, x = Tower(256), torch.zeros(64, 256)
+    plan = plait.ParallelPlan(dp=4, num_micro_batches=4)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    schedule = schedule_of(model, x, plan, optimizer=optimizer)
+    found = plait.price(schedule, two_nodes_of_two())
+    assert sum(found.parts_s.values()) == pytest.approx(found.step_s)
+    assert found.parts_s["optimizer"] == pytest.approx(found.programs_s["optimizer"], rel=0.01)
+    losses = {name: s for name, s in found.parts_s.items() if name != "matrix products"}
+    name = max(losses, key=lambda each: losses[each])
+    assert found.binding == f"{name}: {losses[name] / found.step_s:.0%} of the step"
+    near = two_nodes_of_two().inside
+    slow = replace(near, latency_s=1.0)
+    waiting = plait.price(schedule, replace(two_nodes_of_two(), inside=slow, between=slow))
+    assert waiting.binding == "exposed messages: 100% of the step"
+
+
+def test_products_alone_bind_a_step_that_does_nothing_else():
+    with torch.no_grad():
+        graph = plait.capture(nn.Linear(64, 64, bias=False), torch.zeros(8, 64))
+    found = plait.price(plait.compile(graph), h100(1))
+    assert found.binding == "matrix products: 100% of the step"
+
+
+def test_memory_that_is_missing_binds_and_a_cpu_has_no_limit():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32))
+    machine = h100(1)
+    small = replace(machine, device=replace(machine.device, memory_bytes=2**20))
+    found, tight = plait.price(schedule, machine), plait.price(schedule, small)
+    assert found.fits
+    assert not tight.fits
+    assert tight.step_s == found.step_s
+    assert re.match(
+        r"memory: 0\.\d\d GiB are missing: 0\.\d\d GiB are needed \(device context 0\.55,.*param",
+        tight.binding,
+    )
+    assert tight.binding in to_text(Titled(title="a tower", price=tight))
+    ours = plait.price(schedule, plait.clusters.cpu())
+    assert (ours.fits, ours.memory_limit_bytes) == (None, None)
+    assert "of the device" not in to_text(Titled(title="a tower", price=ours))
+
+
+def test_tokens_have_a_cost_where_a_rank_has_a_price():
+    found = plait.price(schedule_of(Tower(), torch.zeros(6, 32)), h100(1))
+    titled = Titled(title="t", price=found, tokens=6, num_ranks=2, dollars_per_rank_hour=3.0)
+    expected = 1e9 / (6 / found.step_s) / 3600 * 2 * 3.0
+    assert titled.dollars_per_billion_tokens == pytest.approx(expected)
+    assert json.loads(to_json(titled))["dollars_per_billion_tokens"] == pytest.approx(expected)
+    assert f"{expected:,.2f} for a billion tokens" in to_text(titled)
+    free = Titled(title="t", price=found, tokens=6)
+    assert "dollars_per_billion_tokens" not in json.loads(to_json(free))
+    with pytest.raises(PlanError, match="the tokens of a step are not known"):
+        Titled(title="t", price=found, dollars_per_rank_hour=3.0)
 
 
 def test_a_table_of_another_device_is_refused():

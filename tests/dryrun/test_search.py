@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from plait.cost.accelerators import find_cluster
@@ -6,9 +8,10 @@ from plait.dryrun.legal_plans import Candidate, candidates, describe
 from plait.dryrun.model_source import decoder_source
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import Pricer, with_plan
-from plait.dryrun.search import search
+from plait.dryrun.search import least_offload, search
 from plait.errors import PlanError
 from plait.models.decoder_config import DecoderConfig
+from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
 CONFIG = DecoderConfig(
     vocab_size=4096,
@@ -21,6 +24,7 @@ CONFIG = DecoderConfig(
     max_positions=2048,
 )
 JOB = PretrainJob(name="small", model=CONFIG, sequence_length=2048, batch_size=32)
+JOB_OF_TWO_STAGES = replace(JOB, plan=ParallelPlan(pp=2, fsdp=2))
 WORLD = 4
 ONE = (1,)
 LIMIT = 19 * 2**30 // 10  # a quarter of the plans need more
@@ -37,7 +41,12 @@ def result(cluster):
 
 
 def legal_plans():
-    return candidates(JOB, decoder_source(CONFIG), WORLD, ranks_per_node=8, micro_batch_sizes=ONE)
+    found = candidates(JOB, decoder_source(CONFIG), WORLD, ranks_per_node=8, micro_batch_sizes=ONE)
+    return [each for each in found if isinstance(each, Candidate)]
+
+
+def job_of(candidate):
+    return replace(with_plan(JOB, candidate.plan, 1), offload=candidate.offload)
 
 
 def test_the_best_plans_come_first_and_fit(result):
@@ -49,7 +58,7 @@ def test_the_best_plans_come_first_and_fit(result):
 
 
 def test_every_legal_plan_is_priced_or_rejected_with_a_reason(result, cluster):
-    legal = [each for each in legal_plans() if isinstance(each, Candidate)]
+    legal = legal_plans()
     assert result.num_candidates == len(legal) == len(set(legal))
     of_memory = sum(
         count
@@ -63,10 +72,76 @@ def test_every_legal_plan_is_priced_or_rejected_with_a_reason(result, cluster):
 
 def test_no_plan_that_fits_is_better_than_the_best(result, cluster):
     pricer = Pricer(JOB, cluster, decoder_source(CONFIG))
+    num_priced = 0
     for each in legal_plans():
-        if isinstance(each, Candidate) and each.micro_batch_size == 1 and each.plan.pp == 1:
-            price = pricer.price(with_plan(JOB, each.plan, 1))
-            assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
+        try:
+            price = pricer.price(job_of(each))
+        except PlanError:
+            assert each.plan.pp > 1  # what PyTorch has no table for
+            continue
+        num_priced += 1
+        assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
+    assert num_priced > len(legal_plans()) / 2
+
+
+@pytest.mark.slow
+def test_no_plan_with_replicas_or_without_sp_is_better_than_the_best(result, cluster):
+    pricer = Pricer(JOB, cluster, decoder_source(CONFIG))
+    plans = [each.plan for each in legal_plans() if each.plan.tp == each.plan.fsdp == 2]
+    plans = [plan for plan in plans if plan.recompute is Recompute.NONE]
+    variants = [replace(plan, replicas=n) for plan in plans for n in (2, 3, 4)]
+    variants += [replace(plan, sp=False) for plan in plans]
+    assert len(variants) == 4 * 2  # with and without reshard
+    for plan in variants:
+        price = pricer.price(job_of(Candidate(plan, 1)))
+        assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
+
+
+def test_zero_bubble_schedules_of_every_number_of_stages_are_legal_plans():
+    of_two = [each.plan for each in legal_plans() if each.plan.pp == 2]
+    stages = {p.stages_per_rank for p in of_two if p.pipeline is Pipeline.ZERO_BUBBLE}
+    assert stages == {1, 2, 4}  # eight on each of two ranks are more than six layers and two
+    assert {p.pipeline for p in of_two} == {
+        *(Pipeline.ONE_F_ONE_B, Pipeline.INTERLEAVED, Pipeline.ZERO_BUBBLE, Pipeline.ZBV)
+    }
+
+
+@pytest.mark.slow
+def test_the_best_plans_are_tried_with_replicas_and_without_sp():
+    found = search(JOB, find_cluster("h100", 2), micro_batch_sizes=ONE, top=100)
+    spread = [each.candidate for each in found.best if each.candidate.plan.tp > 1]
+    assert {each.plan.replicas for each in spread} == {1, 2, 3, 4}
+    assert {each.plan.sp for each in spread} == {True, False}
+    for words in ("replicas 3", "replicas 4", "without sp"):
+        assert any(words in describe(each) for each in spread)
+
+
+@pytest.mark.slow
+def test_a_plan_that_lacks_memory_offloads_the_least_that_makes_it_fit(result, cluster):
+    found = search(JOB, cluster, memory_bytes=LIMIT, micro_batch_sizes=ONE, can_offload=True)
+    assert all(each.candidate.offload == 0 for each in result.best)
+    assert found.num_priced > result.num_priced
+    assert found.best[0].price.step_s <= result.best[0].price.step_s
+    moved = [each for each in found.best if each.candidate.offload]
+    assert moved
+    pricer = Pricer(JOB, cluster, decoder_source(CONFIG))
+    for each in moved:
+        assert each.price.peak_bytes <= LIMIT
+        assert "wait in the host's memory" in each.price.notes[-1]
+        assert f"offload {each.candidate.offload:.0%}" in describe(each.candidate)
+        less = replace(each.candidate, offload=round(each.candidate.offload - 0.05, 2))
+        assert pricer.price(job_of(less)).peak_bytes > LIMIT
+
+
+def test_the_least_offload_is_that_of_the_fullest_rank_in_twentieths(cluster):
+    classes = Pricer(JOB, cluster, decoder_source(CONFIG)).planned(JOB_OF_TWO_STAGES).classes()
+    totals = [each.ledger.total_bytes for each in classes]
+    kept = max(classes, key=lambda each: each.ledger.total_bytes).ledger.bytes_by_kind
+    assert least_offload(classes, max(totals), offload=0.0) == 0.0
+    lack = round(0.12 * kept["saved activations"])
+    assert least_offload(classes, max(totals) - lack, offload=0.0) == 0.15
+    assert least_offload(classes, kept["context"], offload=0.0) == 1.0
+    assert least_offload(classes, max(totals), offload=0.4) == 0.4
 
 
 def test_two_plans_are_explained_part_by_part(result):

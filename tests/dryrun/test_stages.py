@@ -53,7 +53,22 @@ def test_a_batch_is_spread_over_copies_and_micro_batches():
             replace(JOB, batch_size=24),
             "cannot be parted among dp",
         ),
-        (ParallelPlan(fsdp=4, cp=8), replace(JOB, sequence_length=4100), "over cp=8"),
+        (
+            ParallelPlan(fsdp=4, cp=8),
+            replace(JOB, sequence_length=4100),
+            "over cp=8. Choose cp from 1, 2, 4, 5, 10, or a sequence_length that 8 divides.$",
+        ),
+        (
+            ParallelPlan(fsdp=4, cp=4, tp=2, sp=True),
+            replace(JOB, sequence_length=4100),
+            r"over cp=4 and tp=2 \(sp\). Choose cp from 1, 2, 5, or sp=False, or a sequence_length "
+            "that 8 divides.$",
+        ),
+        (
+            ParallelPlan(fsdp=2, cp=2, tp=8, sp=True),
+            replace(JOB, sequence_length=4104),
+            r"tp=8 \(sp\). Choose cp from 1, 3, or tp from 2, 3, 4, 6, 9, 12, or sp=False, or",
+        ),
     ],
 )
 def test_a_number_that_does_not_divide_is_named_with_what_to_do(plan, job, message):

@@ -176,7 +176,7 @@ def test_tokens_that_tp_does_not_divide_are_refused_under_sp():
     plan = ParallelPlan(tp=2, sp=True)
     with plan_mesh(plan) as mesh:
         model = parallelize(own(), plan, mesh)
-        with pytest.raises(PlanError, match="number of tokens that tp divides"):
+        with pytest.raises(PlanError, match="tp from 3, or a number of tokens that 2 divides"):
             model(tokens(15))
 
 

@@ -1,4 +1,4 @@
-"""What `plait price --world` and `plait search` share: the job, the cluster, sizes of memory."""
+"""What `plait price` and `plait search` share: large jobs, clusters, sizes, measured messages."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from plait.cli.output import say, show, show_json
 from plait.config import override
 from plait.cost.accelerators import find_cluster
 from plait.cost.clusters import Cluster
-from plait.cost.nccl_tests import read_measured
+from plait.cost.nccl_tests import Measured, read_measured
 from plait.dryrun.job_page import job_page
 from plait.dryrun.job_report import job_report, pipeline_trace
 from plait.dryrun.pretrain_job import PretrainJob
@@ -37,8 +37,8 @@ def price_large_job(
 ) -> None:
     """Price a recipe on a whole cluster and print it. A job that does not fit is an error too."""
     job = large_job(recipe, settings, world)
-    measured = [run for path in nccl for run in read_measured(path)]
-    price = price_job(job, large_cluster(cluster, world, memory), measured=measured)
+    machine = large_cluster(cluster, world, memory)
+    price = price_job(job, machine, measured=measured_messages(nccl))
     if as_json:
         show_json(price.to_dict(dollars))
     else:
@@ -51,6 +51,11 @@ def price_large_job(
         say(f"{trace}: open it at ui.perfetto.dev")
     if not price.fits:
         raise PlanError(f"{job.name} does not fit {price.num_ranks} ranks: {price.missing()}.")
+
+
+def measured_messages(paths: Sequence[Path]) -> list[Measured]:
+    """What nccl-tests measured, of all files of --nccl."""
+    return [run for path in paths for run in read_measured(path)]
 
 
 def large_job(recipe: str, settings: Sequence[str], world: int | None = None) -> PretrainJob:

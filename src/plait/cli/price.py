@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plait.checkpoint.huggingface import load_config
-from plait.cli.large_job import price_large_job
+from plait.cli.large_job import measured_messages, price_large_job
 from plait.cli.output import say, show
 from plait.config import override
 from plait.cost.accelerators import CLUSTERS, find_cluster
@@ -86,10 +86,10 @@ def price_command(
     ] = None,
     nccl: Annotated[
         list[Path] | None,
-        typer.Option(help="Of a published model: what nccl-tests measured, its text or a CSV."),
+        typer.Option(help="What nccl-tests measured of messages, its text or a CSV."),
     ] = None,
     dollars: Annotated[
-        float | None, typer.Option(help="Of a published model: price of a device and hour.")
+        float | None, typer.Option(help="Price of a device and hour: what tokens cost.")
     ] = None,
 ) -> None:
     """Say what a training step would take, in time and memory; nothing is run.
@@ -100,6 +100,8 @@ def price_command(
     Example: plait price llama3_405b --cluster h100 --world 16384 --set plan.recompute=selective
     """
     given = settings or []
+    if dollars is not None and not dollars >= 0:
+        raise ConfigError(f"--dollars is what a device costs in an hour, got {dollars}.")
     if recipe in PRETRAIN_RECIPES:
         if table is not None:
             raise ConfigError(f"--table is for one rank; {recipe} is a whole cluster.")
@@ -116,9 +118,7 @@ def price_command(
             trace=trace,
         )
         return
-    if nccl or dollars is not None:
-        known = ", ".join(PRETRAIN_RECIPES)
-        raise ConfigError(f"--nccl and --dollars are for published models: {known}.")
+    messages = measured_messages(nccl or [])
     plan = _plan([each for each in given if each.startswith(_PLAN)])
     step = _step(recipe, [each for each in given if not each.startswith(_PLAN)])
     plan = _filled(replace(plan, num_micro_batches=step.num_micro_batches), world)
@@ -139,6 +139,7 @@ def price_command(
         loss=step.loss,
         optimizer=optimizers or None,
         table=measured,
+        measured=messages,
     )
     parts = plan.dp * plan.fsdp
     titled = Titled(
@@ -147,8 +148,9 @@ def price_command(
         price=found,
         num_ranks=plan.num_ranks,
         tokens=step.rows * step.tokens * parts,
+        dollars_per_rank_hour=dollars,
     )
-    show(to_json(titled) if as_json else to_text(titled, memory_bytes=machine.device.memory_bytes))
+    show(to_json(titled) if as_json else to_text(titled))
     if html is not None:
         html.write_text(page(titled), encoding="utf-8")
         say(f"{html}: the streams, memory over time, and what lives at its peak")

@@ -1,10 +1,11 @@
 """`plait search`: the best plans of a large job on a cluster, and why the others are not."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plait.cli.large_job import large_cluster, large_job, size_of
+from plait.cli.large_job import large_cluster, large_job, measured_messages, size_of
 from plait.cli.output import say, show, show_json
 from plait.cli.stop import stop_on_interrupt
 from plait.dryrun.job_report import search_json, search_report
@@ -23,6 +24,14 @@ def search_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting.")
     ] = None,
+    nccl: Annotated[
+        list[Path] | None,
+        typer.Option(help="What nccl-tests measured of messages, its text or a CSV."),
+    ] = None,
+    offload: Annotated[
+        bool,
+        typer.Option("--offload", help="Where memory lacks, activations may wait in the host's."),
+    ] = False,
     explain: Annotated[
         tuple[int, int] | None, typer.Option(metavar="A B", help="Compare two of the plans.")
     ] = None,
@@ -38,6 +47,7 @@ def search_command(
         raise ConfigError(f"--top must be at least 1, got {top}.")
     if explain is not None and not all(1 <= number <= top for number in explain):
         raise ConfigError(f"--explain compares two of the plans shown, 1 to {top}: {explain}.")
+    measured = measured_messages(nccl or [])
     with stop_on_interrupt("stopping after this plan") as stop:
         stop.defer()
         result = search(
@@ -45,6 +55,8 @@ def search_command(
             large_cluster(cluster, world),
             memory_bytes=None if memory is None else size_of(memory),
             top=top,
+            measured=measured,
+            can_offload=offload,
             on_progress=say,
             should_stop=stop.is_set,
         )

@@ -4,7 +4,8 @@ Peaks and bandwidths are the makers' figures, without sparsity; where a share of
 it says so. Latencies are assumed as in `clusters.py`.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -171,11 +172,44 @@ CLUSTERS: Mapping[str, Callable[[int], Cluster]] = {
 }
 
 
+GPUS: Mapping[str, str] = {
+    "A100": "a100",
+    "H100": "h100",
+    "GH200": "h100",
+    "H100 PCIe": "h100_pcie",
+    "H200": "h200",
+    "B200": "b200",
+    "MI300X": "mi300x",
+}
+"""Clusters, by what the names of their GPUs hold."""
+_OTHER_GPUS = ("H100 NVL",)  # by its name an H100, by its figures none
+
+
 def find_cluster(name: str, num_ranks: int) -> Cluster:
     """The cluster of that name with so many ranks. Raises PlanError with the nearest name."""
     if name not in CLUSTERS:
         raise PlanError(f"there is no cluster {name!r}. {nearest_name(name, CLUSTERS)}")
     return CLUSTERS[name](num_ranks)
+
+
+def cluster_of_gpu(gpu: str) -> str:
+    """Name of the cluster that has GPUs of this name (as of `torch.cuda.get_device_name`).
+
+    Raises PlanError with the known GPUs if no cluster has.
+    """
+    found = longest_in(gpu, (*GPUS, *_OTHER_GPUS))
+    if found is None or found in _OTHER_GPUS:
+        raise PlanError(
+            f"there are no figures of a GPU {gpu!r}. Known are {', '.join(GPUS)}. Describe it as a "
+            "Device and learn its table with plait.dryrun.learn.learn_table."
+        )
+    return GPUS[found]
+
+
+def longest_in(gpu: str, names: Iterable[str]) -> str | None:
+    """The longest of the names that stands in a GPU's in whole words; None if none does."""
+    known = [name for name in names if re.search(rf"\b{re.escape(name)}\b", gpu)]
+    return max(known, key=len, default=None)
 
 
 def _nodes_of_8(name: str, num_ranks: int, device: Device, inside: Link, between: Link) -> Cluster:

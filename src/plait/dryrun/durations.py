@@ -3,18 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from plait.cost.clusters import Cluster, Link
-from plait.cost.collectives import collective_s
+from plait.cost.clusters import Cluster
+from plait.cost.nccl_tests import Measured
 from plait.cost.operations import Kind
 from plait.cost.simulate import COMPUTE, Operation, communication
 from plait.cost.table import Duration, Source, Table, roofline
+from plait.cost.topology import Algorithm, Placement, message, place
 from plait.dryrun.replay import Launched
+from plait.errors import GraphError
 
 _INNERMOST_FIRST = ("tp", "ep", "cp", "fsdp", "dp", "pp")
 """Neighbours on an axis are as far apart as the sizes of the axes before it, multiplied."""
 _WAIT = ".wait_tensor.default"
-_COLLECTIVE_LOW, _COLLECTIVE_HIGH = 0.8, 1.4
-"""How far a collective may be off the alpha-beta model (assumed)."""
+_MODEL_LOW, _MODEL_HIGH = 0.8, 1.4
+"""How far a collective may be off its model (assumed)."""
+_MEASURED_LOW, _MEASURED_HIGH = 0.9, 1.2
+"""How far a collective may be off nccl-tests, which print a mean of many alone (assumed)."""
 _NOTHING = Duration(seconds=0.0, low_s=0.0, high_s=0.0, source=Source.MEASURED)
 
 
@@ -32,9 +36,13 @@ def timed_launches(
     groups: Mapping[str, int],
     cluster: Cluster,
     table: Table | None,
+    measured: Sequence[Measured] = (),
 ) -> list[TimedLaunch]:
-    """The work of consecutive launches; what depends on earlier ones does not wait for them."""
-    durations = _Durations(cluster, table, groups)
+    """The work of consecutive launches; what depends on earlier ones does not wait for them.
+
+    measured: runs of nccl-tests, which go before the model of a message.
+    """
+    durations = _Durations(cluster, table, groups, measured)
     if not launched:
         return []
     first = launched[0].number
@@ -51,21 +59,27 @@ def timed_launches(
     return found
 
 
-def links_of(cluster: Cluster, groups: Mapping[str, int]) -> dict[str, Link]:
-    """The link of each axis on which a schedule communicates."""
-    links: dict[str, Link] = {}
+def placements_of(cluster: Cluster, groups: Mapping[str, int]) -> dict[str, Placement]:
+    """How each axis on which a schedule communicates lies in the cluster."""
+    placements: dict[str, Placement] = {}
     stride = 1
     known = [axis for axis in _INNERMOST_FIRST if axis in groups]
     for axis in (*known, *(axis for axis in groups if axis not in known)):
-        links[axis] = cluster.link(axis, size=groups[axis], stride=stride)
+        placements[axis] = place(cluster, axis, size=groups[axis], stride=stride)
         stride *= groups[axis]
-    return links
+    return placements
 
 
 class _Durations:
-    def __init__(self, cluster: Cluster, table: Table | None, groups: Mapping[str, int]) -> None:
-        self.cluster, self.table, self.groups = cluster, table, groups
-        self.links = links_of(cluster, groups)
+    def __init__(
+        self,
+        cluster: Cluster,
+        table: Table | None,
+        groups: Mapping[str, int],
+        measured: Sequence[Measured],
+    ) -> None:
+        self.cluster, self.table, self.measured = cluster, table, measured
+        self.placements = placements_of(cluster, groups)
         self.known: dict[int, Duration] = {}  # by identity of the outcome, which the launch keeps
 
     def of(self, each: Launched) -> Duration:
@@ -95,12 +109,18 @@ class _Durations:
     def _message(self, each: Launched) -> Duration:
         kind = each.outcome.collective
         assert kind is not None
-        size = self.groups.get(each.group, 1)
-        link = self.links.get(each.group, self.cluster.between)
-        seconds = collective_s(kind, each.outcome.collective_bytes, size, link)
+        if each.group not in self.placements:
+            raise GraphError(
+                f"{each.step.target} communicates over the group {each.group!r}, whose size the "
+                f"schedule does not say. It knows {', '.join(self.placements) or 'none'}: name "
+                "groups by the axes of the plan."
+            )
+        placement = self.placements[each.group]
+        found = message(kind, each.outcome.collective_bytes, placement, self.measured)
+        is_measured = found.algorithm is Algorithm.MEASURED
         return Duration(
-            seconds=seconds,
-            low_s=seconds * _COLLECTIVE_LOW,
-            high_s=seconds * _COLLECTIVE_HIGH,
-            source=Source.ROOFLINE,
+            seconds=found.duration_s,
+            low_s=found.duration_s * (_MEASURED_LOW if is_measured else _MODEL_LOW),
+            high_s=found.duration_s * (_MEASURED_HIGH if is_measured else _MODEL_HIGH),
+            source=Source.MEASURED if is_measured else Source.ROOFLINE,
         )

@@ -22,10 +22,14 @@ _FEWEST_ROUNDS = 1  # micro-batches over pipeline ranks, below which most of the
 
 @dataclass(frozen=True)
 class Candidate:
-    """A legal plan, with sequences in a micro-batch."""
+    """A legal plan, with sequences in a micro-batch.
+
+    offload: share of the saved activations that waits in the host's memory.
+    """
 
     plan: ParallelPlan
     micro_batch_size: int
+    offload: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def candidates(
     """Legal plans of a job on a world, and the refusals met on the way.
 
     tp stays inside a node; sp goes with tp; pipeline schedules as many stages as there are layers
-    for. Recompute is none, selective or full. Replicas are tried on the best plans afterwards.
+    for. Recompute is none, selective or full, offload that of the job. What is left to the search:
+    more offload where memory lacks, replicas, and tp without sp on the best plans.
     """
     for tp in _divisors(min(world, ranks_per_node)):
         wrong = [f"{name}={count}" for name, count in source.counts.items() if count % tp]
@@ -98,7 +103,8 @@ def _with_pipeline(
             for order in _orders(source, sized, spread.num_micro_batches):
                 for ep in _experts(source, order):
                     for policy in _POLICIES:
-                        yield Candidate(replace(order, ep=ep, recompute=policy), micro_batch_size)
+                        found = replace(order, ep=ep, recompute=policy)
+                        yield Candidate(found, micro_batch_size, job.offload)
 
 
 def _orders(source: ModelSource, plan: ParallelPlan, count: int) -> Iterator[ParallelPlan]:
@@ -110,10 +116,12 @@ def _orders(source: ModelSource, plan: ParallelPlan, count: int) -> Iterator[Par
         return
     room = source.num_layers + 2
     yield plan
-    for many in _MANY_STAGES:
-        rounds = max(1, count // plan.pp)
+    rounds = max(1, count // plan.pp)
+    for many in (1, *_MANY_STAGES):
         if plan.pp * many <= room and count % rounds == 0:
-            yield replace(plan, pipeline=Pipeline.INTERLEAVED, stages_per_rank=many)
+            if many > 1:
+                yield replace(plan, pipeline=Pipeline.INTERLEAVED, stages_per_rank=many)
+            yield replace(plan, pipeline=Pipeline.ZERO_BUBBLE, stages_per_rank=many)
     if plan.pp * 2 <= room:
         yield replace(plan, pipeline=Pipeline.ZBV, stages_per_rank=2)
         if count >= 2 * plan.pp and source.num_experts:
@@ -158,4 +166,8 @@ def describe(candidate: Candidate) -> str:
         words.append("reshard")
     if plan.replicas != 1:
         words.append(f"replicas {plan.replicas}")
+    if plan.tp > 1 and not plan.sp:
+        words.append("without sp")
+    if candidate.offload:
+        words.append(f"offload {candidate.offload:.0%}")
     return ", ".join(words)

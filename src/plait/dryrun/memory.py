@@ -11,7 +11,7 @@ from plait.cost.clusters import Cluster
 from plait.dryrun.allocator import Reserved, with_fragments
 from plait.dryrun.memory_trace import Kind, MemoryTrace
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 _NUM_LARGEST = 10
 CONTEXT_BYTES = 568 * _MIB
 """Of a CUDA context with its kernels; it is not PyTorch's (assumed; 400 to 600 MiB are usual)."""
@@ -58,6 +58,16 @@ class Ledger:
         """What the device must have: reserved where that is known, and what lies outside."""
         inside = self.peak_bytes if self.reserved is None else self.reserved.peak_bytes
         return inside + sum(self.outside_bytes.values())
+
+    def missing(self, limit_bytes: int) -> str:
+        """What is lacking of a limit, and what takes the memory, the largest first."""
+        inside = {kind.value: count for kind, count in self.by_kind.items()}
+        every = sorted((inside | dict(self.outside_bytes)).items(), key=lambda each: -each[1])
+        parts = ", ".join(f"{name} {count / _GIB:.2f}" for name, count in every if count)
+        return (
+            f"{(self.total_bytes - limit_bytes) / _GIB:.2f} GiB are missing: "
+            f"{self.total_bytes / _GIB:.2f} GiB are needed ({parts})"
+        )
 
 
 @dataclass(frozen=True)

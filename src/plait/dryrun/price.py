@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.cost.clusters import Cluster
+from plait.cost.nccl_tests import Measured
+from plait.cost.operations import Kind
 from plait.cost.overlap import exposed_s
 from plait.cost.simulate import Host, Simulation, simulate
 from plait.cost.table import Source, Table
 from plait.cost.timeline import Event, Stream, Timeline
-from plait.dryrun.durations import timed_launches
+from plait.dryrun.durations import placements_of, timed_launches
 from plait.dryrun.forms import Forms
 from plait.dryrun.memory import Ledger, Places, ledger_of, outside_bytes
 from plait.dryrun.memory_trace import MemoryTrace
@@ -23,6 +25,14 @@ from plait.dryrun.replay_step import StepReplay
 from plait.dryrun.workspace import Workspace
 from plait.errors import PlanError
 from plait.graph.schedule import Schedule
+
+_PRODUCTS, _OPTIMIZER = "matrix products", "optimizer"
+_PARTS = {
+    Kind.MATRIX: _PRODUCTS,
+    Kind.ATTENTION: "attention",
+    Kind.MEMORY: "memory-bound operators",
+    Kind.FREE: "views",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,9 @@ class Price:
     memory: of a step when the optimizer's state exists; first_memory: of the very first one.
     num_micro_batches: of the plan; timeline and memory show the first two, the others repeat the
     second. sources: by "measured", "interpolated", "roofline". bytes_over_time: (seconds, bytes).
+    parts_s: what the step is made of, by name: time of each kind of operator, all micro-batches
+    together, and that in which compute waits for messages. memory_limit_bytes: of the device; None
+    on a CPU, whose memory is the host's.
     """
 
     cluster: str
@@ -66,9 +79,33 @@ class Price:
     memory: Ledger
     first_memory: Ledger
     sources: Mapping[Source, SourceShare]
+    parts_s: Mapping[str, float]
+    memory_limit_bytes: int | None
     warnings: tuple[str, ...] = ()
     bytes_over_time: tuple[tuple[float, int], ...] = field(default=(), repr=False)
     trace: MemoryTrace = field(default_factory=MemoryTrace, repr=False, compare=False)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has the memory; None where that is not known."""
+        if self.memory_limit_bytes is None:
+            return None
+        return self.memory.total_bytes <= self.memory_limit_bytes
+
+    @property
+    def binding(self) -> str:
+        """What holds the step back: memory that is missing, or the largest loss of time.
+
+        Matrix products are a loss only where there is no other.
+        """
+        if self.memory_limit_bytes is not None and not self.fits:
+            return f"memory: {self.memory.missing(self.memory_limit_bytes)}"
+        taking = {name: seconds for name, seconds in self.parts_s.items() if seconds > 0}
+        losses = {name: seconds for name, seconds in taking.items() if name != _PRODUCTS} or taking
+        if not losses:
+            return "nothing: no operator takes time"
+        name = max(losses, key=lambda each: losses[each])
+        return f"{name}: {losses[name] / self.step_s:.0%} of the step"
 
 
 def price(
@@ -77,6 +114,7 @@ def price(
     *,
     steps: int = 2,
     table: Table | None = None,
+    measured: Sequence[Measured] = (),
     num_threads: int = 1,
     fragments: bool = True,
 ) -> Price:
@@ -84,8 +122,10 @@ def price(
 
     steps: which training step is priced: 1 is the first, during which the optimizer's state is
     made; it is there in all later ones, which cost the same. table: what was measured of the
-    device, by `plait calibrate`; else times are those of the roofline. num_threads: of a rank on a
-    CPU; its attention needs workspace for each. fragments: model the caching allocator too.
+    device, by `plait calibrate`; else times are those of the roofline. measured: runs of nccl-tests
+    (`plait.cost.nccl_tests`); a message of the same collective and placement takes their time.
+    num_threads: of a rank on a CPU; its attention needs workspace for each. fragments: model the
+    caching allocator too.
 
     Raises GraphError for sizes that depend on data and operators without a fake kernel; PlanError
     if the cluster has fewer ranks than the schedule's groups.
@@ -99,19 +139,25 @@ def price(
     makes_state = "optimizer" in schedule.programs
     for _ in range(min(steps, 2) if makes_state else 1):
         steps_replay.step()
-    return _Pricing(schedule, cluster, steps_replay, table).result(fragments=fragments)
+    return _Pricing(schedule, cluster, steps_replay, table, measured).result(fragments=fragments)
 
 
 class _Pricing:
     def __init__(
-        self, schedule: Schedule, cluster: Cluster, steps: StepReplay, table: Table | None
+        self,
+        schedule: Schedule,
+        cluster: Cluster,
+        steps: StepReplay,
+        table: Table | None,
+        measured: Sequence[Measured],
     ) -> None:
         self.schedule, self.cluster, self.steps = schedule, cluster, steps
         self.replay = steps.replay
         self.first = steps.first_launches[-1]
         self.launched = self.replay.launched[self.first :]
-        self.works = timed_launches(self.launched, schedule.groups, cluster, table)
-        self.table = table
+        self.works = timed_launches(self.launched, schedule.groups, cluster, table, measured)
+        self.table, self.measured = table, measured
+        self.is_cpu = cluster.device.name == "cpu"
 
     def result(self, *, fragments: bool) -> Price:
         simulation = self._simulated()
@@ -141,17 +187,18 @@ class _Pricing:
             memory=memory,
             first_memory=memory if end is None else self._ledger(-1, end, fragments),
             sources=self._sources(),
+            parts_s=self._parts_s(simulation, step_s),
+            memory_limit_bytes=None if self.is_cpu else self.cluster.device.memory_bytes,
             warnings=self._warnings(),
             bytes_over_time=self._curve(simulation),
             trace=self.replay.memory,
         )
 
     def _simulated(self) -> Simulation:
-        is_cpu = self.cluster.device.name == "cpu"
         operations = [work.operation for work in self.works]
-        host = Host.BLOCKING if is_cpu else Host.AHEAD
+        host = Host.BLOCKING if self.is_cpu else Host.AHEAD
         # A CPU's messages are copies by other threads; its device's figure is not about those.
-        slowdown = 1.0 if is_cpu else self.cluster.device.interference
+        slowdown = 1.0 if self.is_cpu else self.cluster.device.interference
         return simulate(operations, range(len(operations)), host=host, slowdown=slowdown)
 
     def _timeline(self, simulation: Simulation) -> Timeline:
@@ -189,6 +236,17 @@ class _Pricing:
             return 1
         *_, begins, ends = self.steps.micro_batches[-1]
         return 1 + missing if begins <= i + self.first < ends else 1
+
+    def _parts_s(self, simulation: Simulation, step_s: float) -> dict[str, float]:
+        """Compute is one stream: what it does not work in the step it waits for messages."""
+        found = dict.fromkeys((*_PARTS.values(), _OPTIMIZER), 0.0)
+        for i, each in enumerate(self.launched):
+            cost = each.outcome.cost
+            if cost is not None:
+                part = _OPTIMIZER if each.program == "optimizer" else _PARTS[cost.kind]
+                duration_s = simulation.end_s[i] - simulation.start_s[i]
+                found[part] += self._micro_batch_weight(i) * duration_s
+        return found | {"exposed messages": max(0.0, step_s - sum(found.values()))}
 
     def _flops(self) -> tuple[int, int]:
         """Arithmetic of products and attention, and what of it repeats a step of the forward."""
@@ -290,12 +348,32 @@ class _Pricing:
                 if each.outcome.is_unknown and work.duration.source is Source.ROOFLINE
             }
         )
-        if not unknown:
-            return ()
-        return (
-            f"no cost is known of {', '.join(unknown)}: priced by the bytes that go in and out. "
-            "Register a formula with torch.utils.flop_counter.register_flop_formula, or measure it "
-            "with plait calibrate.",
+        found: list[str] = []
+        if unknown:
+            found.append(
+                f"no cost is known of {', '.join(unknown)}: priced by the bytes that go in and "
+                "out. Register a formula with torch.utils.flop_counter.register_flop_formula, or "
+                "measure it with plait calibrate."
+            )
+        if self.measured and not self._has_measured_message():
+            placements = placements_of(self.cluster, self.schedule.groups).values()
+            axes = ", ".join(
+                f"{x.num_ranks} ranks, {x.ranks_in_node} in a node" for x in placements
+            )
+            runs = ", ".join(
+                f"{run.collective.value} of {run.num_ranks} ranks, {run.ranks_per_node} in a node"
+                for run in self.measured
+            )
+            found.append(
+                f"no message is one that nccl-tests measured ({runs}): the schedule's are of "
+                f"{axes or 'no ranks'}. Measure those."
+            )
+        return tuple(found)
+
+    def _has_measured_message(self) -> bool:
+        return any(
+            each.outcome.collective is not None and work.duration.source is Source.MEASURED
+            for each, work in zip(self.launched, self.works, strict=True)
         )
 
     def _curve(self, simulation: Simulation) -> tuple[tuple[float, int], ...]:

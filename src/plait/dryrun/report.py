@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from plait.cost.timeline import Stream
 from plait.dryrun.memory import Ledger
 from plait.dryrun.price import Price
+from plait.errors import PlanError
 
 _MIB, _GIB = 2**20, 2**30
 _NUM_OPERATORS = 8
@@ -15,17 +16,38 @@ _LEAST_S = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Titled:
-    """A price and what it is the price of. tokens: of one step, on all ranks."""
+    """A price and what it is the price of.
+
+    tokens: of one step, on all ranks; 0 where there is no such thing. dollars_per_rank_hour: what a
+    rank costs, if the report is to say what tokens do. Raises PlanError if there are none.
+    """
 
     title: str
     price: Price
     num_ranks: int = 1
     tokens: int = 0
+    dollars_per_rank_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there are tokens to have a cost."""
+        if self.dollars_per_rank_hour is not None and not self.tokens:
+            raise PlanError(
+                "dollars_per_rank_hour asks what tokens cost, and the tokens of a step are not "
+                "known. Give tokens, of all ranks together, or leave the price out."
+            )
 
     @property
     def tokens_per_s(self) -> float:
         """Of all ranks together."""
         return self.tokens / self.price.step_s if self.price.step_s else 0.0
+
+    @property
+    def dollars_per_billion_tokens(self) -> float | None:
+        """What a billion tokens cost; None without a price of a rank."""
+        if self.dollars_per_rank_hour is None:
+            return None
+        step_dollars = self.price.step_s / 3600 * self.num_ranks * self.dollars_per_rank_hour
+        return 1e9 / self.tokens * step_dollars
 
 
 def bytes_text(num_bytes: float) -> str:
@@ -42,10 +64,11 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
-def to_text(titled: Titled, *, memory_bytes: int = 0) -> str:
-    """Lay it out in aligned lines. memory_bytes: what a device has; 0 leaves the comparison out."""
+def to_text(titled: Titled) -> str:
+    """Lay it out in aligned lines."""
     price = titled.price
-    lines = [titled.title, *_rows(_headline(titled, memory_bytes)), ""]
+    lines = [titled.title, *_rows(_headline(titled)), ""]
+    lines += ["what the step is made of", *_rows(_parts(price)), ""]
     lines += ["memory at the peak of a later step", *_rows(_kinds(price.memory)), ""]
     lines += _moment(price.memory)
     lines += ["largest at the peak"]
@@ -82,6 +105,10 @@ def to_json(titled: Titled) -> str:
         "compute_s": price.compute_s,
         "communication_s": price.communication_s,
         "exposed_s": price.exposed_s,
+        "binding": price.binding,
+        "parts_s": dict(price.parts_s),
+        "memory_limit_bytes": price.memory_limit_bytes,
+        "fits": price.fits,
         "programs_s": dict(price.programs_s),
         "num_micro_batches": price.num_micro_batches,
         "saved_bytes": price.saved_bytes,
@@ -95,7 +122,8 @@ def to_json(titled: Titled) -> str:
         },
         "warnings": list(price.warnings),
     }
-    return json.dumps(data)
+    cost = titled.dollars_per_billion_tokens
+    return json.dumps(data if cost is None else data | {"dollars_per_billion_tokens": cost})
 
 
 def operators_s(price: Price) -> dict[str, float]:
@@ -105,7 +133,7 @@ def operators_s(price: Price) -> dict[str, float]:
     }
 
 
-def _headline(titled: Titled, memory_bytes: int) -> dict[str, str]:
+def _headline(titled: Titled) -> dict[str, str]:
     price = titled.price
     interval = f"{time_text(price.low_s)} to {time_text(price.high_s)}"
     rows = {"step time": f"{time_text(price.step_s)}  ({interval})"}
@@ -117,6 +145,9 @@ def _headline(titled: Titled, memory_bytes: int) -> dict[str, str]:
         rows["tokens per second"] = (
             f"{titled.tokens_per_s:,.0f}  ({low:,.0f} to {high:,.0f}) on {titled.num_ranks} ranks"
         )
+    cost = titled.dollars_per_billion_tokens
+    if cost is not None:
+        rows["cost"] = f"{cost:,.2f} for a billion tokens"
     shares = [price.mfu * price.step_s / max(t, _LEAST_S) for t in (price.high_s, price.low_s)]
     rows["model FLOPs utilization"] = f"{price.mfu:.1%}  ({shares[0]:.1%} to {shares[1]:.1%})"
     rows["arithmetic of a rank"] = f"{price.flops / 1e12:.3f} TFLOP"
@@ -132,21 +163,21 @@ def _headline(titled: Titled, memory_bytes: int) -> dict[str, str]:
         rows["with fragments"] = bytes_text(memory.reserved.peak_bytes)
         assert memory.expandable is not None
         rows["with expandable segments"] = bytes_text(memory.expandable.peak_bytes)
-    if memory_bytes and memory.outside_bytes:
-        missing = memory.total_bytes - memory_bytes
-        verdict = f"{bytes_text(missing)} too much: {_by_size(memory)}" if missing > 0 else "fits"
+    if price.memory_limit_bytes is not None:
         rows["of the device"] = (
-            f"{bytes_text(memory.total_bytes)} of {bytes_text(memory_bytes)}: {verdict}"
+            f"{bytes_text(memory.total_bytes)} of {bytes_text(price.memory_limit_bytes)}: "
+            f"{'fits' if price.fits else 'does not fit'}"
         )
+    rows["bound by"] = price.binding
     return rows
 
 
-def _by_size(ledger: Ledger) -> str:
-    """Every kind, and what lies outside of the allocator, the largest first."""
-    inside = {kind.value: count for kind, count in ledger.by_kind.items()}
-    every = inside | dict(ledger.outside_bytes)
-    largest = sorted(every.items(), key=lambda each: -each[1])
-    return ", ".join(f"{name} {bytes_text(count)}" for name, count in largest if count)
+def _parts(price: Price) -> dict[str, str]:
+    return {
+        name: f"{time_text(seconds):>12} {seconds / max(price.step_s, _LEAST_S):>7.1%}"
+        for name, seconds in price.parts_s.items()
+        if seconds
+    }
 
 
 def _kinds(ledger: Ledger) -> dict[str, str]:

@@ -68,6 +68,7 @@ def _figures(titled: Titled) -> str:
         ("model FLOPs utilization", f"{price.mfu:.1%}"),
         ("memory of the first step", bytes_text(price.first_memory.peak_bytes)),
         ("memory of later steps", bytes_text(price.memory.peak_bytes)),
+        ("bound by", html.escape(price.binding)),
     ]
     if titled.tokens:
         rows.append(("tokens per second", f"{titled.tokens_per_s:,.0f}"))

@@ -2,18 +2,20 @@
 
 Plans are enumerated (`legal_plans.py`), pruned by the least memory of their parameters, then by the
 ledger of every rank class, and priced. Pieces are captured and timed once for all plans that share
-them. The best are priced again with the whole pipeline, and with replicas.
+them. The best are priced again with the whole pipeline, with replicas, and without sp.
 """
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from plait.collector import collector_paused
 from plait.cost.clusters import Cluster
+from plait.cost.nccl_tests import Measured
 from plait.dryrun.job_memory import least_bytes
-from plait.dryrun.job_price import JobPrice, missing
+from plait.dryrun.job_price import JobPrice, RankClass, missing
 from plait.dryrun.legal_plans import (
     MICRO_BATCH_SIZES,
     Candidate,
@@ -30,8 +32,9 @@ from plait.plan.parallel_plan import Recompute
 
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
-_REPLICAS = (2,)
+_REPLICAS = (2, 3, 4)
 _MOST_SPLIT = 3  # kinds of pieces made with replicas, which take seconds each
+_OFFLOAD_STEPS = 20  # shares of the activations that may be offloaded: twentieths
 _TELL_EVERY, _TELL_EVERY_S = 25, 1.0
 OnProgress = Callable[[str], None]
 
@@ -109,10 +112,16 @@ def search(
     source: ModelSource | None = None,
     top: int = 10,
     micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
+    measured: Sequence[Measured] = (),
+    can_offload: bool = False,
     on_progress: OnProgress = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SearchResult:
     """Search the plans of a job. memory_bytes: of a rank, by default all that the device has.
+
+    measured: runs of nccl-tests, which go before the model of a message, as in `price_job`.
+    can_offload: a plan that lacks memory may keep the least share of its activations in the host's
+    memory with which it fits; others have the offload of the job, for it makes no plan faster.
 
     should_stop is asked before each plan. It, or a KeyboardInterrupt, ends the search; what was
     found so far is returned, with is_complete False. Raises PlanError with what is missing if no
@@ -121,8 +130,9 @@ def search(
     found = source or source_of(job)
     limit = memory_bytes or cluster.device.memory_bytes
     result = SearchResult(job, limit)
-    hunt = _Search(job, cluster, found, result, on_progress)
+    hunt = _Search(job, cluster, found, result, on_progress, measured)
     hunt.micro_batch_sizes, hunt.should_stop = micro_batch_sizes, should_stop
+    hunt.can_offload = can_offload
     try:
         hunt.run()
         hunt.refine(top)
@@ -134,7 +144,7 @@ def search(
     result.best.sort(key=lambda each: each.price.step_s)
     del result.best[top:]
     if not result.best:
-        raise PlanError(_nothing(result, cluster))
+        raise PlanError(_nothing(result, cluster, can_offload))
     return result
 
 
@@ -146,13 +156,15 @@ class _Search:
         source: ModelSource,
         result: SearchResult,
         on_progress: OnProgress,
+        measured: Sequence[Measured],
     ) -> None:
         self.job, self.cluster, self.source, self.result = job, cluster, source, result
         self.on_progress = on_progress
         self.micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
         self.should_stop: Callable[[], bool] = lambda: False
+        self.can_offload = False
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
-        self.pricer = Pricer(job, limited, source)
+        self.pricer = Pricer(job, limited, source, measured)
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
         self.told_s = 0.0
 
@@ -223,9 +235,15 @@ class _Search:
 
     def _price(self, candidate: Candidate) -> None:
         self._check_stop()
-        job = with_plan(self.job, candidate.plan, candidate.micro_batch_size)
         try:
-            planned = self.pricer.planned(job)
+            planned = self.pricer.planned(self._job(candidate))
+            if self.can_offload:
+                share = least_offload(
+                    planned.classes(), self.result.limit_bytes, offload=candidate.offload
+                )
+                if share > candidate.offload:
+                    candidate = replace(candidate, offload=share)
+                    planned = self.pricer.planned(self._job(candidate))
             fullest = max(planned.classes(), key=lambda each: each.ledger.total_bytes)
             needed = fullest.ledger.total_bytes
             if needed > self.result.limit_bytes:
@@ -246,7 +264,7 @@ class _Search:
             self.result.nearest = needed, f"{describe(candidate)}{': ' if text else ''}{text}"
 
     def refine(self, top: int) -> None:
-        """Price the best again, exactly and with replicas."""
+        """Price the best again, exactly, with replicas, and without sp."""
         self.on_progress(f"the best {max(top, _NUM_AGAIN)} again, exactly and with replicas")
         self.result.best.sort(key=lambda each: each.price.step_s)
         again = self.result.best[: max(top, _NUM_AGAIN)]
@@ -262,16 +280,19 @@ class _Search:
             if kind not in made:
                 self.on_progress(f"replicas of tp={plan.tp}, micro-batch {size}")
             made.add(kind)
-            for replicas in _REPLICAS:
-                split = Candidate(replace(plan, replicas=replicas), size)
-                try:
-                    price = self._exact(split)
-                except (PlanError, GraphError) as error:
-                    self.result.reject(f"replicas: {str(error).split('. ')[0]}", describe(split))
-                    continue
-                if price.fits:
-                    self.result.best.append(Priced(split, price))
-                    self.result.num_priced += 1
+            for variant in _variants(each.candidate):
+                self._refine_to(variant)
+
+    def _refine_to(self, variant: Candidate) -> None:
+        try:
+            price = self._exact(variant)
+        except (PlanError, GraphError) as error:
+            what = "replicas" if variant.plan.replicas != 1 else "without sp"
+            self.result.reject(f"{what}: {str(error).split('. ')[0]}", describe(variant))
+            return
+        if price.fits:
+            self.result.best.append(Priced(variant, price))
+            self.result.num_priced += 1
 
     def _check_stop(self) -> None:
         if self.should_stop():
@@ -279,7 +300,43 @@ class _Search:
 
     def _exact(self, candidate: Candidate) -> JobPrice:
         self._check_stop()
-        return self.pricer.price(with_plan(self.job, candidate.plan, candidate.micro_batch_size))
+        price = self.pricer.price(self._job(candidate))
+        if not candidate.offload:
+            return price
+        note = f"{candidate.offload:.0%} of the saved activations wait in the host's memory"
+        return replace(price, notes=(*price.notes, f"{note} (offload={candidate.offload:g})"))
+
+    def _job(self, candidate: Candidate) -> PretrainJob:
+        job = with_plan(self.job, candidate.plan, candidate.micro_batch_size)
+        return replace(job, offload=candidate.offload)
+
+
+def least_offload(classes: Sequence[RankClass], limit_bytes: int, *, offload: float) -> float:
+    """The least share of saved activations in the host's memory with which every rank fits.
+
+    classes: of the job as it is, with a share `offload` there already, which is returned where they
+    fit. In twentieths, rounded up; 1 where even that is not enough.
+    """
+    share = offload
+    for each in classes:
+        lack = each.ledger.total_bytes - limit_bytes
+        kept = each.ledger.bytes_by_kind["saved activations"]
+        if lack >= kept and lack > 0:
+            return 1.0
+        if lack > 0:
+            share = max(share, offload + (1 - offload) * lack / kept)
+    if share == offload:
+        return offload
+    return math.ceil(share * _OFFLOAD_STEPS) / _OFFLOAD_STEPS
+
+
+def _variants(candidate: Candidate) -> Iterator[Candidate]:
+    """What is tried of the best plans only, as it takes pieces of its own."""
+    plan = candidate.plan
+    for replicas in _REPLICAS:
+        yield replace(candidate, plan=replace(plan, replicas=replicas))
+    if plan.sp and plan.num_expert_ranks // plan.tp % plan.ep == 0:
+        yield replace(candidate, plan=replace(plan, sp=False))
 
 
 def _sharing(candidate: Candidate) -> tuple[object, ...]:
@@ -294,7 +351,7 @@ def _row(name: str, a: float, b: float) -> str:
     return f"{name:<32}{a:>12.3f}{b:>12.3f}{b - a:>+14.3f}"
 
 
-def _nothing(result: SearchResult, cluster: Cluster) -> str:
+def _nothing(result: SearchResult, cluster: Cluster, can_offload: bool) -> str:
     limit = result.limit_bytes / _GIB
     text = (
         f"no plan of {result.job.name} fits {cluster.num_ranks} ranks of {cluster.name} with "
@@ -308,5 +365,6 @@ def _nothing(result: SearchResult, cluster: Cluster) -> str:
     needed, example = result.nearest
     return (
         f"{text} The nearest needs {needed / _GIB:.1f} GiB, {needed / _GIB - limit:.1f} more: "
-        f"{example}. Take more ranks, devices with more memory, or offload."
+        f"{example}. Take more ranks, or devices with more memory"
+        f"{'' if can_offload else ', or let plans offload (--offload)'}."
     )

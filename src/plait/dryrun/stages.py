@@ -47,13 +47,29 @@ def spread_of(job: PretrainJob, plan: ParallelPlan, world: int) -> Spread:
     if job.sequence_length % (plan.cp * (plan.tp if plan.sp else 1)):
         raise PlanError(
             f"sequence_length={job.sequence_length} cannot be parted over cp={plan.cp}"
-            f"{f' and tp={plan.tp} (sp)' if plan.sp else ''}."
+            f"{f' and tp={plan.tp} (sp)' if plan.sp else ''}. {_ways_to_part(job, plan)}"
         )
     return Spread(
         copies=copies,
         sequences=job.micro_batch_size / plan.cp,
         num_micro_batches=job.batch_size // group,
     )
+
+
+def _ways_to_part(job: PretrainJob, plan: ParallelPlan) -> str:
+    """What to choose in place of a cp and an sp that do not divide the tokens, near what was."""
+    tokens, shared = job.sequence_length, plan.tp if plan.sp else 1
+    ways: list[str] = []
+    of_cp = [n for n in range(1, 2 * plan.cp + 1) if tokens % (n * shared) == 0]
+    if of_cp:
+        ways.append(f"cp from {', '.join(map(str, of_cp))}")
+    of_tp = [n for n in range(2, 2 * shared + 1) if tokens % (plan.cp * n) == 0]
+    if plan.sp and of_tp:
+        ways.append(f"tp from {', '.join(map(str, of_tp))}")
+    if plan.sp and tokens % plan.cp == 0:
+        ways.append("sp=False")
+    ways.append(f"a sequence_length that {plan.cp * shared} divides")
+    return f"Choose {', or '.join(ways)}."
 
 
 def check_model(source: ModelSource, plan: ParallelPlan) -> None:

@@ -85,10 +85,16 @@ def own_number(axis: RankOfAxis, device: torch.device) -> Tensor:
 
 def check_tokens(x: Tensor, axis: RankOfAxis) -> None:
     """Raise PlanError if the tokens cannot be shared evenly."""
-    if x.dim() <= TOKENS or x.shape[TOKENS] % axis.size:
+    given = f"sp=True shares tokens, dim {TOKENS}, among tp={axis.size} ranks, and the shape is "
+    if x.dim() <= TOKENS:
+        raise PlanError(f"{given}{tuple(x.shape)}, which has no such dim. Use sp=False.")
+    tokens = x.shape[TOKENS]
+    if tokens % axis.size:
+        legal = [str(n) for n in range(2, 2 * axis.size + 1) if tokens % n == 0]
+        of_tp = f"tp from {', '.join(legal)}, or " if legal else ""
         raise PlanError(
-            f"sp=True shares tokens, dim {TOKENS}, among tp={axis.size} ranks, and the shape is "
-            f"{tuple(x.shape)}. Use a number of tokens that tp divides, or sp=False."
+            f"{given}{tuple(x.shape)}. Choose {of_tp}a number of tokens that {axis.size} divides, "
+            "or sp=False."
         )
 
 

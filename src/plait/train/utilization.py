@@ -4,26 +4,16 @@
 as recomputation, does not count.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
 
-from plait.cost.accelerators import CLUSTERS
+from plait.cost.accelerators import CLUSTERS, GPUS, longest_in
 from plait.models.decoder_config import DecoderConfig
 
-_CLUSTERS = {
-    "A100": "a100",
-    "H100": "h100",
-    "GH200": "h100",
-    "H100 PCIe": "h100_pcie",
-    "H200": "h200",
-    "B200": "b200",
-    "MI300X": "mi300x",
-}
 # Dense bfloat16 products [FLOP/s]: of those of the dry run, and from the makers' data sheets.
 PEAK_FLOPS: dict[str, float] = {
-    **{key: CLUSTERS[c](1).device.peak_flops_per_s[torch.bfloat16] for key, c in _CLUSTERS.items()},
+    **{key: CLUSTERS[c](1).device.peak_flops_per_s[torch.bfloat16] for key, c in GPUS.items()},
     "H100 NVL": 835e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
@@ -90,5 +80,5 @@ def utilization_on(
 
 def peak_of(name: str) -> float | None:
     """Peak of a device by whole words of its name; the longest match decides."""
-    known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    known = longest_in(name, PEAK_FLOPS)
+    return None if known is None else PEAK_FLOPS[known]
