@@ -58,11 +58,6 @@ class Run:
     timelines: list[Timeline] = field(default_factory=list)
 
     @property
-    def is_profiled(self) -> bool:
-        """Whether a table may be learnt from it: of several micro-batches none can."""
-        return self.recipe.micro_batches == 1
-
-    @property
     def spread(self) -> float:
         """From the 10th to the 90th percentile of single steps, over their median."""
         tenths = statistics.quantiles(self.steps_s, n=10)
@@ -94,17 +89,15 @@ def measure(quick: bool) -> list[Row]:
     for _ in range(QUICK_ROUNDS if quick else ROUNDS):
         for run in runs:
             run.step()
-            if run.is_profiled:
-                run.profile()
+            run.profile()
         if time.perf_counter() - start_s > TIME_LIMIT_S:
             break
     print(f"  {len(runs[0].steps_s)} rounds", flush=True)
-    profiled = [run for run in runs if run.is_profiled]
     hidden = half_of_pairs(runs)
     print("half of the pairs of operator and forms unseen", flush=True)
-    by_pair = compare(runs, learn(profiled, hidden))
+    by_pair = compare(runs, learn(runs, hidden))
     print("every other configuration unseen", flush=True)
-    seen = [run for run in runs[::2] if run.is_profiled]
+    seen = runs[::2]
     by_configuration = compare([run for run in runs if run not in seen], learn(seen))
     return [
         *by_pair.rows(f"half of {2 * len(hidden)} pairs unseen", len(runs)),

@@ -67,8 +67,8 @@ def test_a_table_is_written_and_read_and_anything_else_is_refused():
     with pytest.raises(PlanError, match="not a table of `plait calibrate`"):
         Table.from_json("[1, 2")
     with pytest.raises(PlanError, match="not a table"):
-        Table.from_json('{"format": 3}')
-    with pytest.raises(PlanError, match="format 7, this Plait reads 3"):
+        Table.from_json('{"format": 4}')
+    with pytest.raises(PlanError, match="format 7, this Plait reads 4"):
         Table.from_json('{"format": 7}')
     assert table.device.peak_flops_per_s[torch.float32] == DEVICE.peak_flops_per_s[torch.float32]
 

@@ -22,8 +22,10 @@ from plait.graph.capture import capture
 from plait.models.decoder import Decoder, DecoderConfig
 from plait.models.registry import FAMILIES
 from plait.ops.numerics import bfloat16_pays
+from plait.plan.parallel_plan import ParallelPlan
 
 _NUM_LAYERS = 2
+_MICRO_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Size:
     architecture: str = "LlamaForCausalLM"
     head_size: int = 64
     vocabulary: int = 4096
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,19 @@ class Ladder:
                 Size(width, *shape, dtype, name, self.head_size, self.vocabulary)
                 for name in OTHER_ARCHITECTURES
                 for width, shape in zip(self.widths, (small, middle, middle), strict=False)
+            ]
+            tokens, rows = small
+            found += [  # what operators take behind a first micro-batch
+                Size(
+                    width,
+                    tokens,
+                    _MICRO_BATCHES * rows,
+                    dtype,
+                    head_size=self.head_size,
+                    vocabulary=self.vocabulary,
+                    micro_batches=_MICRO_BATCHES,
+                )
+                for width in self.widths[:3]
             ]
         return tuple(found)
 
@@ -157,12 +173,16 @@ def _measured(sizes: tuple[Size, ...], num_steps: int, device: str) -> Iterator[
     for size in sizes:
         dtype = str(size.dtype).removeprefix("torch.")
         name = size.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        say(f"{name}, width {size.width}, {size.rows} rows of {size.tokens} tokens, {dtype}")
+        parts = f" in {size.micro_batches} micro-batches" if size.micro_batches > 1 else ""
+        say(f"{name}, width {size.width}, {size.rows} rows of {size.tokens} tokens{parts}, {dtype}")
         model = Decoder(model_config(size)).to(device, size.dtype)
         tokens_BT = torch.randint(0, size.vocabulary, (size.rows, size.tokens), device=device)
         optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-5, fused=True)
-        graph = capture(model, tokens_BT, loss=lambda model, x: model.loss(model(x), x) / x.numel())
-        schedule = compile(graph, optimizer=optimizer)
+        plan = ParallelPlan(num_micro_batches=size.micro_batches)
+        graph = capture(
+            model, tokens_BT, plan, loss=lambda model, x: model.loss(model(x), x) / x.numel()
+        )
+        schedule = compile(graph, plan, optimizer=optimizer)
         steps_s: list[float] = []
         timelines = []
         for _ in range(2):

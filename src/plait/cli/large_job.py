@@ -11,6 +11,7 @@ from plait.config import override
 from plait.cost.accelerators import find_cluster
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import Measured, read_measured
+from plait.cost.table import Table
 from plait.dryrun.job_page import job_page
 from plait.dryrun.job_report import job_report, pipeline_trace
 from plait.dryrun.pretrain_job import PretrainJob
@@ -30,6 +31,7 @@ def price_large_job(
     settings: Sequence[str] = (),
     memory: str | None = None,
     nccl: Sequence[Path] = (),
+    table: Path | None = None,
     dollars: float | None = None,
     as_json: bool = False,
     html: Path | None = None,
@@ -38,7 +40,8 @@ def price_large_job(
     """Price a recipe on a whole cluster and print it. A job that does not fit is an error too."""
     job = large_job(recipe, settings, world)
     machine = large_cluster(cluster, world, memory)
-    price = price_job(job, machine, measured=measured_messages(nccl))
+    times = None if table is None else Table.load(table)
+    price = price_job(job, machine, measured=measured_messages(nccl), table=times)
     if as_json:
         show_json(price.to_dict(dollars))
     else:

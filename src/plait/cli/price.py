@@ -103,8 +103,6 @@ def price_command(
     if dollars is not None and not dollars >= 0:
         raise ConfigError(f"--dollars is what a device costs in an hour, got {dollars}.")
     if recipe in PRETRAIN_RECIPES:
-        if table is not None:
-            raise ConfigError(f"--table is for one rank; {recipe} is a whole cluster.")
         ranks = world or find_pretrain_recipe(recipe).plan.num_ranks
         price_large_job(
             recipe,
@@ -112,6 +110,7 @@ def price_command(
             cluster=cluster,
             settings=given,
             nccl=nccl or [],
+            table=table,
             dollars=dollars,
             as_json=as_json,
             html=html,

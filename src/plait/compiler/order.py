@@ -95,6 +95,7 @@ def order_module(module: Module, machine: Machine, fillers: Iterable[Node] = ())
         problem.lanes(),
         host=machine.host,
         pinned_limit_bytes=machine.filler_limit_bytes,
+        bytes_per_s=machine.cluster.device.memory_bandwidth_bytes_per_s,
     )
     return Ordered(problem.written(best.order), best)
 

@@ -4,9 +4,14 @@ Replicas go through a piece one behind the other. How far one lags, its skew, co
 of which ends with a message. One skew for a whole piece is not always best: where little can be
 computed beside a message both replicas should have sent theirs, and where much can, one of them
 should be ahead. So the best skew is tried with a replica a stage earlier or later at each stage.
+
+What nothing waits for (fillers: weight gradients) can wait for a message. But what waits finds its
+operands gone from the caches, and keeps them alive meanwhile. So the best order is tried again with
+only so many fillers waiting as the messages need, the nearest before each; others stay in place.
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +32,8 @@ SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 _SHIFTS = (-1.0, 1.0)
 _MOST_STAGES = 32  # of a piece, where each is tried alone
 _ENOUGH = 0.02  # of the messages' time: less exposed is not worth another trial
+_WAITING = (0.0, 0.5, 1.0, 1.5)
+"""Time of the fillers that wait for a message, over that of the message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +47,15 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True)
 class _Skew:
-    """How many stages each replica lags; first: which leads; shifts: what is added at a stage."""
+    """How many stages each replica lags; first: which leads; shifts: what is added at a stage.
+
+    waiting: of `_WAITING`; None, all fillers wait.
+    """
 
     stages: float
     first: int
     shifts: tuple[tuple[int, float], ...] = ()
+    waiting: float | None = None
 
 
 def skewed_schedule(
@@ -54,12 +65,14 @@ def skewed_schedule(
     host: Host = Host.AHEAD,
     pinned_limit_bytes: int | None = None,
     slowdown: float = 1.0,
+    bytes_per_s: float | None = None,
 ) -> Simulation:
     """The best order of operations, each of its lane. They come after what they depend on.
 
-    host, slowdown: see `simulate`; pinned_limit_bytes: see `list_schedule`.
+    host, slowdown: see `simulate`; pinned_limit_bytes: see `list_schedule`. bytes_per_s: at which a
+    filler that has waited reads what it pins once more; None, at no cost.
     """
-    search = _Search(operations, lanes, host, pinned_limit_bytes, slowdown)
+    search = _Search(operations, lanes, host, pinned_limit_bytes, slowdown, bytes_per_s)
     if all(each.stream == COMPUTE for each in operations):
         # There is nothing to hide: every order takes as long, and the program's own frees soonest.
         search.play(_Skew(stages=0.0, first=0))
@@ -72,6 +85,7 @@ def skewed_schedule(
     search.play(None)
     if last:
         search.refine()
+    search.keep_in_place()
     return search.best()
 
 
@@ -83,15 +97,53 @@ class _Search:
         host: Host,
         pinned_limit_bytes: int | None,
         slowdown: float,
+        bytes_per_s: float | None,
     ) -> None:
         self.operations, self.lanes, self.host = operations, lanes, host
         self.pinned_limit_bytes, self.slowdown = pinned_limit_bytes, slowdown
+        self.bytes_per_s = bytes_per_s
         self.stages = _stages(operations)
         # Only how they compare counts: several skews may let the same operations go first.
         self.tried: dict[tuple[int, ...], tuple[Simulation, _Skew | None]] = {}
 
     def best(self) -> Simulation:
-        return min((found for found, _ in self.tried.values()), key=lambda found: found.total_s)
+        return min(self.tried.values(), key=self.cost_s)[0]
+
+    def cost_s(self, tried: tuple[Simulation, _Skew | None]) -> float:
+        """The time of an order, and of reading again what has waited."""
+        found, skew = tried
+        if self.bytes_per_s is None:
+            return found.total_s
+        waiting = self.waiting(None if skew is None else skew.waiting)
+        read_again = sum(self.operations[i].pinned_bytes for i in waiting)
+        return found.total_s + read_again / self.bytes_per_s
+
+    def waiting(self, share: float | None) -> set[int]:
+        """Fillers that wait: those nearest before each message that take that share of its time."""
+        fillers = [i for i, lane in enumerate(self.lanes) if lane.is_filler]
+        if share is None:
+            return set(fillers)
+        found: set[int] = set()
+        for i in reversed(range(len(self.operations))):
+            if self.operations[i].stream == COMPUTE:
+                continue
+            left_s = share * self.operations[i].duration_s
+            before = reversed(fillers[: bisect_left(fillers, i)])
+            for near in (k for k in before if k not in found):
+                if left_s <= 0:
+                    break
+                found.add(near)
+                left_s -= self.operations[near].duration_s
+        return found
+
+    def keep_in_place(self) -> None:
+        """Let fewer fillers wait, in the best order."""
+        if not any(lane.is_filler for lane in self.lanes):
+            return
+        skews = [(found, skew) for found, skew in self.tried.values() if skew is not None]
+        _, best = min(skews, key=lambda tried: tried[0].total_s)
+        for share in _WAITING:
+            self.play(replace(best, waiting=share))
 
     def play(self, skew: _Skew | None) -> None:
         """Try a skew, or the critical path first."""
@@ -124,16 +176,17 @@ class _Search:
     def critical(self) -> list[Priority]:
         paths_s = longest_paths_s(self.operations)
         return [
-            FILLER if lane.is_filler else (-path_s, float(i))
+            (*FILLER, -lane.place) if lane.is_filler else (-path_s, float(i))
             for i, (lane, path_s) in enumerate(zip(self.lanes, paths_s, strict=True))
         ]
 
     def by_stage(self, skew: _Skew) -> list[Priority]:
         shifts = dict(skew.shifts)
+        waiting = self.waiting(skew.waiting)
         priorities: list[Priority] = []
-        for lane, stage in zip(self.lanes, self.stages, strict=True):
-            if lane.is_filler:
-                priorities.append((*FILLER, lane.place))
+        for i, (lane, stage) in enumerate(zip(self.lanes, self.stages, strict=True)):
+            if i in waiting:
+                priorities.append((*FILLER, -lane.place))
                 continue
             behind = 0 if lane.replica is None else abs(lane.replica - skew.first)
             lag = (skew.stages + shifts.get(stage, 0.0)) * behind

@@ -37,10 +37,12 @@ def timed_launches(
     cluster: Cluster,
     table: Table | None,
     measured: Sequence[Measured] = (),
+    repeated: range = range(0),
 ) -> list[TimedLaunch]:
     """The work of consecutive launches; what depends on earlier ones does not wait for them.
 
-    measured: runs of nccl-tests, which go before the model of a message.
+    measured: runs of nccl-tests, which go before the model of a message. repeated: numbers of
+    launches in micro-batches behind the first.
     """
     durations = _Durations(cluster, table, groups, measured)
     if not launched:
@@ -48,7 +50,7 @@ def timed_launches(
     first = launched[0].number
     found: list[TimedLaunch] = []
     for each in launched:
-        duration = durations.of(each)
+        duration = durations.of(each, is_repeated=each.number in repeated)
         operation = Operation(
             each.step.name,
             COMPUTE if each.outcome.collective is None else communication(each.group),
@@ -80,24 +82,27 @@ class _Durations:
     ) -> None:
         self.cluster, self.table, self.measured = cluster, table, measured
         self.placements = placements_of(cluster, groups)
-        self.known: dict[int, Duration] = {}  # by identity of the outcome, which the launch keeps
+        # By identity of the outcome, which the launch keeps.
+        self.known: dict[tuple[int, bool], Duration] = {}
 
-    def of(self, each: Launched) -> Duration:
+    def of(self, each: Launched, *, is_repeated: bool) -> Duration:
         if each.outcome.collective is not None:
             return self._message(each)
         if each.step.target.endswith(_WAIT):
             return _NOTHING
-        known = self.known.get(id(each.outcome))
-        if known is None:
-            known = self.known[id(each.outcome)] = self._compute(each)
-        return known
+        key = id(each.outcome), is_repeated
+        if key not in self.known:
+            self.known[key] = self._compute(each, is_repeated=is_repeated)
+        return self.known[key]
 
-    def _compute(self, each: Launched) -> Duration:
+    def _compute(self, each: Launched, *, is_repeated: bool) -> Duration:
         cost = each.outcome.cost
         assert cost is not None
         if self.table is None:
             return _NOTHING if cost.kind is Kind.FREE else roofline(cost, self.cluster.device)
-        found = self.table.duration(each.step.target, each.outcome.key, cost)
+        found = self.table.duration(
+            each.step.target, each.outcome.key, cost, is_repeated=is_repeated
+        )
         launch_s = self.table.launch_s
         return Duration(
             seconds=max(found.seconds + launch_s, 0.0),

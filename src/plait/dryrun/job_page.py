@@ -232,9 +232,10 @@ def _ledgers(classes: Sequence[RankClass]) -> str:
         [kind, *(bytes_text(each.ledger.bytes_by_kind[kind]) for each in classes)] for kind in kinds
     ]
     rows.append(["all", *(bytes_text(each.ledger.total_bytes) for each in classes)])
-    if all(each.reserved_bytes is not None for each in classes):
-        reserved = [bytes_text(each.reserved_bytes or 0) for each in classes]
-        rows.append(["reserved, with fragments", *reserved])
+    if all(each.fragments is not None for each in classes):
+        reserved = (each.reserved_bytes for each in classes)
+        texts = ("runs out" if size is None else bytes_text(size) for size in reserved)
+        rows.append(["reserved, with fragments", *texts])
     rows.append(["ranks", *(f"{each.num_ranks:,}" for each in classes)])
     rows.append(["micro-batches in flight", *(str(each.in_flight) for each in classes)])
     return (

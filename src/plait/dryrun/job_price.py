@@ -94,8 +94,11 @@ class RankClass:
 
     @property
     def reserved_bytes(self) -> int | None:
-        """What the device must have with fragments, and what lies beside the allocator."""
-        if self.fragments is None:
+        """What the device must have with fragments, and what lies beside the allocator.
+
+        None where that is not known, or where the allocator ran out of memory first.
+        """
+        if self.fragments is None or not self.fragments.fixed.fits:
             return None
         return self.fragments.fixed.peak_bytes + self.ledger.outside_bytes
 

@@ -1,6 +1,6 @@
 """How the price of a large job and the result of a search read, and a pipeline as a trace."""
 
-from plait.dryrun.job_price import JobPrice
+from plait.dryrun.job_price import JobPrice, RankClass
 from plait.dryrun.legal_plans import Candidate, describe
 from plait.dryrun.search import SearchResult
 
@@ -11,7 +11,7 @@ _MICROSECONDS_PER_S = 1e6
 def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> str:
     """A price for people: rates, where the time goes, memory by class of ranks, what binds."""
     job = price.job
-    plan = describe(Candidate(job.plan, job.micro_batch_size))
+    plan = describe(Candidate(job.plan, job.micro_batch_size, job.offload))
     lines = [
         f"{job.name} on {price.num_ranks} ranks of {price.cluster}: {plan}",
         f"step             {price.step_s:.3f} s  ({price.low_s:.3f} to {price.high_s:.3f})",
@@ -44,18 +44,29 @@ def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> s
         kinds = sorted(each.ledger.bytes_by_kind.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds)
         lines.append(f"    {parts}")
-        if each.fragments is not None and each.reserved_bytes is not None:
-            grown = each.fragments.expandable.peak_bytes + each.ledger.outside_bytes
-            lines.append(
-                f"    reserved with fragments {each.reserved_bytes / _GIB:.1f}, with segments that "
-                f"grow {grown / _GIB:.1f}"
-            )
+        if each.fragments is not None:
+            lines.append(f"    {reserved_text(each)}")
     if price.largest:
         lines += ["", "what holds the fullest rank's memory"]
         lines += [f"  {each}" for each in price.largest]
     if price.notes:
         lines += ["", *price.notes]
     return "\n".join(lines)
+
+
+def reserved_text(each: RankClass) -> str:
+    """What the allocator reserves on a rank of a class, in words."""
+    assert each.fragments is not None
+    fixed, grown = (
+        (found.peak_bytes + each.ledger.outside_bytes) / _GIB if found.fits else None
+        for found in (each.fragments.fixed, each.fragments.expandable)
+    )
+    if fixed is None and grown is None:
+        return "the allocator runs out of memory"
+    if fixed is None:
+        return f"the allocator runs out of memory; with segments that grow it reserves {grown:.1f}"
+    text = f"reserved with fragments {fixed:.1f}"
+    return text if grown is None else f"{text}, with segments that grow {grown:.1f}"
 
 
 def search_report(result: SearchResult) -> str:

@@ -133,7 +133,8 @@ def price(
     if steps < 1:
         raise PlanError(f"steps={steps}: steps are counted from 1.")
     _check_size(schedule, cluster)
-    _check_table(table, cluster)
+    if table is not None:
+        table.check_device(cluster)
     replay = Replay(schedule, Forms(schedule.objects, Workspace(num_threads)))
     steps_replay = StepReplay(replay)
     makes_state = "optimizer" in schedule.programs
@@ -155,7 +156,9 @@ class _Pricing:
         self.replay = steps.replay
         self.first = steps.first_launches[-1]
         self.launched = self.replay.launched[self.first :]
-        self.works = timed_launches(self.launched, schedule.groups, cluster, table, measured)
+        self.works = timed_launches(
+            self.launched, schedule.groups, cluster, table, measured, steps.repeated
+        )
         self.table, self.measured = table, measured
         self.is_cpu = cluster.device.name == "cpu"
 
@@ -419,12 +422,4 @@ def _check_size(schedule: Schedule, cluster: Cluster) -> None:
         raise PlanError(
             f"the schedule communicates over {needed} ranks ({axes}), and the cluster "
             f"{cluster.name} has {cluster.num_ranks}. Price it on {cluster.name}({needed}) or more."
-        )
-
-
-def _check_table(table: Table | None, cluster: Cluster) -> None:
-    if table is not None and table.device.name != cluster.device.name:
-        raise PlanError(
-            f"the table was measured on {table.device.name}, and the cluster {cluster.name} is of "
-            f"{cluster.device.name}. Calibrate there, or leave the table out."
         )

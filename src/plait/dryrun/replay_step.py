@@ -46,6 +46,12 @@ class StepReplay:
         """How many are replayed; the others are like the last of them."""
         return min(self.schedule.num_micro_batches, _EXPANDED)
 
+    @property
+    def repeated(self) -> range:
+        """Numbers of the launches of the last step in micro-batches behind the first."""
+        _, *behind = self.micro_batches[-1] if self.micro_batches else [0]
+        return range(behind[0], behind[-1]) if behind else range(0)
+
     def step(self) -> None:
         """One training step, or one forward and backward of a model."""
         self.first_launches.append(len(self.replay.launched))

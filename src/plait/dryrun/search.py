@@ -269,7 +269,11 @@ class _Search:
         self.result.best.sort(key=lambda each: each.price.step_s)
         again = self.result.best[: max(top, _NUM_AGAIN)]
         rest = self.result.best[len(again) :]
-        exact = [Priced(each.candidate, self._exact(each.candidate)) for each in again]
+        exact = [
+            Priced(each.candidate, price)
+            for each in again
+            if (price := self._fitting(each.candidate)) is not None
+        ]
         self.result.best = exact + rest
         made: set[tuple[object, ...]] = set()
         for each in list(exact[:top]):
@@ -293,6 +297,14 @@ class _Search:
         if price.fits:
             self.result.best.append(Priced(variant, price))
             self.result.num_priced += 1
+
+    def _fitting(self, candidate: Candidate) -> JobPrice | None:
+        """The exact price; None, with the reason kept, where fragments do not fit."""
+        price = self._exact(candidate)
+        if price.fits:
+            return price
+        self.result.reject("the allocator's fragments exceed the memory", describe(candidate))
+        return None
 
     def _check_stop(self) -> None:
         if self.should_stop():
