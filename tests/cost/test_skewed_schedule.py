@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -109,6 +110,33 @@ def test_a_filler_waits_until_nothing_else_can_run():
     found = skewed_schedule(operations, lanes)
     assert found.exposed_s == 0
     assert found.order[-1] == len(operations) - 1
+
+
+def test_only_fillers_that_a_message_needs_wait_for_it_the_nearest_first():
+    """a and b are gradients of inputs, with a weight gradient each; the message is as long as one.
+
+    A filler that waits reads its operands again, so the one that need not wait goes first.
+    """
+    operations = [
+        Operation("a", COMPUTE, 1e-3),
+        Operation("weight of a", COMPUTE, 1e-3, (0,), pinned_bytes=1000),
+        Operation("b", COMPUTE, 1e-3, (0,)),
+        Operation("weight of b", COMPUTE, 1e-3, (2,), pinned_bytes=1000),
+        Operation("sum", TP, 1e-3, (2,)),
+        Operation("c", COMPUTE, 1e-3, (4,)),
+    ]
+    lanes = [
+        Lane(replica=None, place=float(i), is_filler="weight" in each.name)
+        for i, each in enumerate(operations)
+    ]
+    for host in Host:
+        found = skewed_schedule(operations, lanes, host=host, bytes_per_s=1e9)
+        names = [operations[i].name for i in found.order if operations[i].stream == COMPUTE]
+        assert names == ["a", "weight of a", "b", "weight of b", "c"]
+        assert found.exposed_s == 0
+    longer = [replace(each, duration_s=2e-3) if each.name == "sum" else each for each in operations]
+    found = skewed_schedule(longer, lanes, bytes_per_s=1e9)
+    assert found.exposed_s == 0  # both wait
 
 
 def test_without_messages_there_is_one_order():

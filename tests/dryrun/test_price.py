@@ -272,6 +272,34 @@ def test_measured_operators_price_the_step_that_they_came_from():
     assert other.sources[Source.INTERPOLATED].num_operators > 0
 
 
+def test_a_table_knows_how_long_operators_take_behind_the_first_micro_batch():
+    plan = plait.ParallelPlan(num_micro_batches=4)
+    model, x = Tower(), torch.randn(8, 32)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    schedule = schedule_of(model, x[:2], plan, optimizer=optimizer)
+    plait.run(schedule, model, x, optimizer=optimizer)
+    seen: set[tuple[object, ...]] = set()
+    events = []
+    for event in profile_step(schedule, model, x, optimizer=optimizer).timeline.events:
+        place = event.program, *(call.step for call in event.calls), event.name
+        events.append(replace(event, duration_s=1e-3 if place in seen else 2e-3))
+        seen.add(place)
+    step_s = sum(event.duration_s for event in events)
+    measured = MeasuredSteps(
+        schedule=schedule, timelines=[Timeline(tuple(events))], steps_s=[step_s]
+    )
+    table = learn_table("here", plait.clusters.cpu().device, [measured])
+    assert set(table.repeated.values()) == {0.5}
+    assert {"matrix", "memory"} <= set(table.repeated)
+    assert Table.from_json(table.to_json()) == table
+    found = plait.price(schedule, plait.clusters.cpu(), table=table)
+    assert found.step_s == pytest.approx(step_s, rel=0.1)  # sums of gradients are not measured
+    unaware = replace(table, repeated={})
+    assert plait.price(schedule, plait.clusters.cpu(), table=unaware).step_s > 1.5 * step_s
+    with pytest.raises(PlanError, match="not a table"):
+        Table.from_json(table.to_json().replace('"repeated": {', '"repeated": {"other": 1.0,'))
+
+
 def test_a_table_of_several_programs_knows_how_far_it_is_off_another():
     schedule = schedule_of(model := Tower(), x := torch.randn(6, 32))
     events = profile_step(schedule, model, x).timeline.events

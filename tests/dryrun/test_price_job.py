@@ -6,7 +6,10 @@ import torch
 from plait.cost.accelerators import find_cluster
 from plait.cost.collectives import Collective
 from plait.cost.nccl_tests import Measured
+from plait.cost.operations import Cost, Kind, operation_s
 from plait.cost.simulate import beside_s
+from plait.cost.table import Table
+from plait.cost.table_entry import Entry
 from plait.dryrun.data_parallel import owners_of
 from plait.dryrun.job_report import job_report, pipeline_trace
 from plait.dryrun.model_source import decoder_source, module_source
@@ -216,6 +219,44 @@ def test_measured_messages_change_the_price(cluster):
         for kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
     ]
     assert price_job(job, cluster, measured=slow).step_s > 10 * price_job(job, cluster).step_s
+
+
+def measured_product(device, sizes, slow_down):
+    rows, inner, columns = sizes
+    cost = Cost(
+        kind=Kind.MATRIX,
+        bytes=2 * (rows * inner + inner * columns + rows * columns),
+        flops=2 * rows * inner * columns,
+        dtype=torch.bfloat16,
+        sizes=sizes,
+    )
+    seconds = slow_down * operation_s(cost, device)
+    return Entry(
+        key=f"mm {sizes}",
+        operator="aten.mm.default",
+        seconds=seconds,
+        low_s=seconds,
+        high_s=seconds,
+        flops=cost.flops,
+        bytes=cost.bytes,
+        dtype="torch.bfloat16",
+        sizes=sizes,
+    )
+
+
+def test_a_table_of_the_device_prices_the_products_of_a_large_job(cluster):
+    """Products that were measured twice as slow as the roofline says take twice as long."""
+    sizes = [(1024, 512, n) for n in (512, 1024, 4096)] + [(1024, n, 512) for n in (1024, 4096)]
+    entries = tuple(measured_product(cluster.device, each, 2.0) for each in sizes)
+    table = Table("there", entries, cluster.device)
+    base, slow = price_job(JOB, cluster), price_job(JOB, cluster, table=table)
+    assert slow.parts.matrix_s == pytest.approx(2 * base.parts.matrix_s, rel=0.05)
+    assert dict(slow.sources)["interpolated"] == pytest.approx(slow.parts.matrix_s, rel=0.05)
+    assert dict(base.sources)["interpolated"] == 0
+    assert "interpolated" in job_report(slow)
+    other = replace(table, device=replace(cluster.device, name="a100"))
+    with pytest.raises(PlanError, match="measured on a100"):
+        price_job(JOB, cluster, table=other)
 
 
 def test_a_plan_that_does_not_divide_the_model_names_number_and_legal_ones(cluster):
