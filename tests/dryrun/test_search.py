@@ -75,7 +75,7 @@ def test_no_plan_that_fits_is_better_than_the_best(result, cluster):
     num_priced = 0
     for each in legal_plans():
         try:
-            price = pricer.price(job_of(each))
+            price = pricer.price(job_of(each), fragments=False)
         except PlanError:
             assert each.plan.pp > 1  # what PyTorch has no table for
             continue
@@ -93,7 +93,7 @@ def test_no_plan_with_replicas_or_without_sp_is_better_than_the_best(result, clu
     variants += [replace(plan, sp=False) for plan in plans]
     assert len(variants) == 4 * 2  # with and without reshard
     for plan in variants:
-        price = pricer.price(job_of(Candidate(plan, 1)))
+        price = pricer.price(job_of(Candidate(plan, 1)), fragments=False)
         assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
 
 
@@ -130,7 +130,7 @@ def test_a_plan_that_lacks_memory_offloads_the_least_that_makes_it_fit(result, c
         assert "wait in the host's memory" in each.price.notes[-1]
         assert f"offload {each.candidate.offload:.0%}" in describe(each.candidate)
         less = replace(each.candidate, offload=round(each.candidate.offload - 0.05, 2))
-        assert pricer.price(job_of(less)).peak_bytes > LIMIT
+        assert pricer.price(job_of(less), fragments=False).peak_bytes > LIMIT
 
 
 def test_the_least_offload_is_that_of_the_fullest_rank_in_twentieths(cluster):

@@ -7,14 +7,14 @@ the most micro-batches are in flight and the steady state has come round: what f
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from plait.dryrun.allocator import Reserved, with_fragments
 from plait.dryrun.piece import Piece
 from plait.dryrun.pipeline_tables import Action, Task
 from plait.dryrun.pretrain_job import PretrainJob
-from plait.dryrun.requests import Change
+from plait.dryrun.requests import CallRequests, Change
 from plait.plan.parallel_plan import ParallelPlan
 
 _FREED = -1
@@ -38,12 +38,7 @@ class Fragments:
 class _Call:
     """A call of a piece. gathered_bytes: its parameters, where they are gathered for each pass."""
 
-    sizes: Mapping[int, int]
-    forward: tuple[Change, ...]
-    backward: tuple[Change, ...]
-    results: frozenset[int]
-    gradients: frozenset[int]
-    input_bytes: int
+    requests: CallRequests
     offloaded: frozenset[int]
     gathered_bytes: int = 0
 
@@ -121,20 +116,20 @@ class RankRequests:
         calls = self.calls[task.stage]
         running: list[_Running] = []
         before: list[int] = []
-        if task.stage and calls and calls[0].input_bytes:
+        if task.stage and calls and calls[0].requests.input_bytes:
             before = [next(self.numbers)]
-            yield before[0], calls[0].input_bytes
+            yield before[0], calls[0].requests.input_bytes
         gathers = _Gathers(calls, self.numbers)
         for i, call in enumerate(calls):
             yield from gathers.around(i)
             one = _Running(call, self.numbers)
-            yield from one.play(call.forward)
-            if call.input_bytes:
+            yield from one.play(call.requests.forward)
+            if call.requests.input_bytes:
                 one.kept = before
             else:
                 yield from ((number, _FREED) for number in before)
             yield from one.give_back(call.offloaded)
-            before = [one.at[number] for number in sorted(call.results)]
+            before = [one.at[number] for number in sorted(call.requests.results)]
             running.append(one)
         yield from gathers.end()
         yield from ((number, _FREED) for number in before)
@@ -147,9 +142,9 @@ class RankRequests:
         for i, one in enumerate(reversed(running)):
             yield from gathers.around(i)
             yield from one.make_again(one.call.offloaded)
-            yield from one.play(one.call.backward)
+            yield from one.play(one.call.requests.backward)
             yield from ((number, _FREED) for number in (*before, *one.kept))
-            before = [one.at[number] for number in sorted(one.call.gradients)]
+            before = [one.at[number] for number in sorted(one.call.requests.gradients)]
         yield from gathers.end()
         yield from ((number, _FREED) for number in before)
 
@@ -163,12 +158,7 @@ class RankRequests:
             }
             found.append(
                 _Call(
-                    sizes=sizes,
-                    forward=call.forward,
-                    backward=call.backward,
-                    results=call.results,
-                    gradients=call.gradients,
-                    input_bytes=call.input_bytes,
+                    requests=replace(call, sizes=sizes),
                     offloaded=_offloaded(call.saved, sizes, self.job.offload),
                     gathered_bytes=0 if found else self.gathered_bytes[piece.name],
                 )
@@ -189,7 +179,7 @@ class _Running:
         for number, is_made in changes:
             if is_made:
                 self.at[number] = next(self.numbers)
-                yield self.at[number], self.call.sizes[number]
+                yield self.at[number], self.call.requests.sizes[number]
             else:
                 yield self.at[number], _FREED
 

@@ -102,10 +102,17 @@ class RankClass:
             return None
         return self.fragments.fixed.peak_bytes + self.ledger.outside_bytes
 
+    @property
+    def asked_bytes(self) -> int:
+        """What the device must have for the allocator's first request that it cannot serve."""
+        if self.fragments is None or self.fragments.fixed.fits:
+            return self.ledger.total_bytes
+        return self.fragments.fixed.needed_bytes + self.ledger.outside_bytes
+
     def fragmented(self) -> str:
         """What the allocator lacks, though its ledger fits, and whether growing segments help."""
         assert self.fragments is not None
-        needed = self.fragments.fixed.needed_bytes + self.ledger.outside_bytes
+        needed = self.asked_bytes
         advice = (
             "segments that grow (PYTORCH_ALLOC_CONF=expandable_segments:True) fit"
             if self.fragments.expandable.fits

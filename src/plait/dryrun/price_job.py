@@ -80,9 +80,14 @@ class Pricer:
         self.store = PieceStore(self.source, self.cluster)
         self.clock = PieceClock(self.store, self.cluster, self.measured, self.table)
 
-    def price(self, job: PretrainJob) -> JobPrice:
-        """The price of a job that differs in its plan and micro-batches only."""
-        return PlannedJob(self, job, exact=True).price()
+    def price(self, job: PretrainJob, *, fragments: bool = True) -> JobPrice:
+        """The price of a job that differs in its plan and micro-batches only.
+
+        fragments: play the allocator on a rank of each class too, which takes longest.
+        """
+        planned = PlannedJob(self, job, exact=True)
+        price = planned.price()
+        return replace(price, classes=planned.with_fragments()) if fragments else price
 
     def planned(self, job: PretrainJob) -> "PlannedJob":
         """The job with its memory; its price takes long pipelines from two short ones."""
@@ -214,7 +219,7 @@ class PlannedJob:
             memory_limit_bytes=self.cluster.device.memory_bytes,
             num_micro_batches=self.spread.num_micro_batches,
             parts=parts,
-            classes=self._with_fragments() if self.exact else self.classes(),
+            classes=self.classes(),
             sources=self._sources(parts, interpolated_s),
             notes=self._notes(),
             run=run,
@@ -427,7 +432,7 @@ class PlannedJob:
             )
         return tuple(found.values())
 
-    def _with_fragments(self) -> tuple[RankClass, ...]:
+    def with_fragments(self) -> tuple[RankClass, ...]:
         """The classes with what the allocator reserves on one rank of each."""
         table = self._table(self.spread.num_micro_batches)
         return tuple(

@@ -2,7 +2,8 @@
 
 Plans are enumerated (`legal_plans.py`), pruned by the least memory of their parameters, then by the
 ledger of every rank class, and priced. Pieces are captured and timed once for all plans that share
-them. The best are priced again with the whole pipeline, with replicas, and without sp.
+them. The best are priced again with the whole pipeline, with replicas, and without sp, and kept if
+their ranks have room for the allocator's fragments too.
 """
 
 import math
@@ -136,6 +137,7 @@ def search(
     try:
         hunt.run()
         hunt.refine(top)
+        hunt.keep_fitting(top)
         result.is_complete = True
     except KeyboardInterrupt:
         if not result.best:
@@ -269,11 +271,7 @@ class _Search:
         self.result.best.sort(key=lambda each: each.price.step_s)
         again = self.result.best[: max(top, _NUM_AGAIN)]
         rest = self.result.best[len(again) :]
-        exact = [
-            Priced(each.candidate, price)
-            for each in again
-            if (price := self._fitting(each.candidate)) is not None
-        ]
+        exact = [Priced(each.candidate, self._exact(each.candidate)) for each in again]
         self.result.best = exact + rest
         made: set[tuple[object, ...]] = set()
         for each in list(exact[:top]):
@@ -298,13 +296,23 @@ class _Search:
             self.result.best.append(Priced(variant, price))
             self.result.num_priced += 1
 
-    def _fitting(self, candidate: Candidate) -> JobPrice | None:
-        """The exact price; None, with the reason kept, where fragments do not fit."""
-        price = self._exact(candidate)
-        if price.fits:
-            return price
-        self.result.reject("the allocator's fragments exceed the memory", describe(candidate))
-        return None
+    def keep_fitting(self, top: int) -> None:
+        """Keep the best plans whose ranks also have room for what the allocator wastes."""
+        self.on_progress("what the allocator reserves for the best")
+        kept: list[Priced] = []
+        for each in sorted(self.result.best, key=lambda each: each.price.step_s):
+            if len(kept) == top:
+                break
+            self._check_stop()
+            classes = self.pricer.planned(self._job(each.candidate)).with_fragments()
+            price = replace(each.price, classes=classes)
+            if price.fits:
+                kept.append(Priced(each.candidate, price))
+                continue
+            reason = "the allocator's fragments exceed the memory"
+            self.result.reject(reason, describe(each.candidate))
+            self._near(max(x.asked_bytes for x in classes), each.candidate, price.missing())
+        self.result.best = kept
 
     def _check_stop(self) -> None:
         if self.should_stop():
@@ -312,7 +320,7 @@ class _Search:
 
     def _exact(self, candidate: Candidate) -> JobPrice:
         self._check_stop()
-        price = self.pricer.price(self._job(candidate))
+        price = self.pricer.price(self._job(candidate), fragments=False)
         if not candidate.offload:
             return price
         note = f"{candidate.offload:.0%} of the saved activations wait in the host's memory"
