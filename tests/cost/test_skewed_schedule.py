@@ -113,16 +113,17 @@ def test_a_filler_waits_until_nothing_else_can_run():
 
 
 def test_only_fillers_that_a_message_needs_wait_for_it_the_nearest_first():
-    """a and b are gradients of inputs, with a weight gradient each; the message is as long as one.
+    """a and b are gradients of inputs, with a weight gradient each, which may wait for the message.
 
-    A filler that waits reads its operands again, so the one that need not wait goes first.
+    A filler that waits reads its operands again, so one that need not wait goes first. It need, if
+    the other lasts just as long as the message: either may turn out a little different.
     """
     operations = [
         Operation("a", COMPUTE, 1e-3),
         Operation("weight of a", COMPUTE, 1e-3, (0,), pinned_bytes=1000),
         Operation("b", COMPUTE, 1e-3, (0,)),
         Operation("weight of b", COMPUTE, 1e-3, (2,), pinned_bytes=1000),
-        Operation("sum", TP, 1e-3, (2,)),
+        Operation("sum", TP, 0.5e-3, (2,)),
         Operation("c", COMPUTE, 1e-3, (4,)),
     ]
     lanes = [
@@ -134,9 +135,10 @@ def test_only_fillers_that_a_message_needs_wait_for_it_the_nearest_first():
         names = [operations[i].name for i in found.order if operations[i].stream == COMPUTE]
         assert names == ["a", "weight of a", "b", "weight of b", "c"]
         assert found.exposed_s == 0
-    longer = [replace(each, duration_s=2e-3) if each.name == "sum" else each for each in operations]
+    longer = [replace(each, duration_s=1e-3) if each.name == "sum" else each for each in operations]
     found = skewed_schedule(longer, lanes, bytes_per_s=1e9)
-    assert found.exposed_s == 0  # both wait
+    assert found.order.index(1) > found.order.index(4)  # both wait
+    assert found.exposed_s == 0
 
 
 def test_without_messages_there_is_one_order():
