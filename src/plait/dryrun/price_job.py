@@ -235,11 +235,11 @@ class PlannedJob:
 
     def _sources(self, parts: TimeParts, interpolated_s: float) -> tuple[tuple[str, float], ...]:
         compute_s = parts.matrix_s + parts.attention_s + parts.memory_s + parts.optimizer_s
-        messages = "messages, nccl-tests first" if self.pricer.measured else "messages, alpha-beta"
+        messages = "nccl-tests or alpha-beta" if self.pricer.measured else "alpha-beta"
         return (
             (Source.INTERPOLATED.value, interpolated_s),
             (Source.ROOFLINE.value, compute_s - interpolated_s),
-            (messages, parts.communication_s + parts.data_parallel_s),
+            (f"{messages} (messages)", parts.communication_s + parts.data_parallel_s),
         )
 
     def _largest(self) -> tuple[Owner, ...]:
