@@ -124,13 +124,14 @@ def test_a_plan_that_lacks_memory_offloads_the_least_that_makes_it_fit(result, c
     assert found.best[0].price.step_s <= result.best[0].price.step_s
     moved = [each for each in found.best if each.candidate.offload]
     assert moved
-    pricer = Pricer(JOB, cluster, decoder_source(CONFIG))
+    tight = replace(cluster, device=replace(cluster.device, memory_bytes=LIMIT))
+    pricer = Pricer(JOB, tight, decoder_source(CONFIG))
     for each in moved:
         assert each.price.peak_bytes <= LIMIT
         assert "wait in the host's memory" in each.price.notes[-1]
         assert f"offload {each.candidate.offload:.0%}" in describe(each.candidate)
         less = replace(each.candidate, offload=round(each.candidate.offload - 0.05, 2))
-        assert pricer.price(job_of(less), fragments=False).peak_bytes > LIMIT
+        assert not pricer.price(job_of(less)).fits
 
 
 def test_the_least_offload_is_that_of_the_fullest_rank_in_twentieths(cluster):

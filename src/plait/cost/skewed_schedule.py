@@ -6,9 +6,8 @@ computed beside a message both replicas should have sent theirs, and where much 
 should be ahead. So the best skew is tried with a replica a stage earlier or later at each stage.
 
 What nothing waits for (fillers: weight gradients) can wait for a message. But what waits finds its
-operands gone from the caches, the more so if the oldest goes first. So the best order is tried
-again with the newest first, and with only so many fillers waiting as the messages need, the nearest
-before each; others stay in place.
+operands gone from the caches, and keeps them alive. So the best order is tried again with only so
+many fillers waiting as the messages need, the nearest before each; others stay in place.
 
 An order is a plan for times that will differ a little. One whose fillers last just as long as their
 message exposes what they turn out shorter, so the best few are compared with longer messages too.
@@ -40,9 +39,9 @@ _WAITING = (0.0, 0.5, 1.0, 1.5)
 """Time of the fillers that wait for a message, over that of the message."""
 _LONGER = 1.25
 """Messages over what the cost model says, with which orders are compared too."""
-_OLD, _NEW = 1.0, 0.5
-"""How much of what a filler pins it reads from memory, not from caches, after it has waited: where
-the oldest goes first, and where the newest does (measured on a CPU: 0.9 and 0.54)."""
+_ALL_WAIT, _FEW_WAIT = 1.0, 0.5
+"""How much of what a filler pins it reads from memory, not from caches, after it has waited: among
+all others, and among few (measured on a CPU: 0.9 and about a half)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +57,13 @@ class Lane:
 class _Skew:
     """How many stages each replica lags; first: which leads; shifts: what is added at a stage.
 
-    newest_first: of fillers that wait. waiting: of `_WAITING`; None, all fillers wait. longer: how
-    many times longer messages are taken to be.
+    waiting: of `_WAITING`; None, all fillers wait. longer: how many times longer messages are taken
+    to be.
     """
 
     stages: float
     first: int
     shifts: tuple[tuple[int, float], ...] = ()
-    newest_first: bool = False
     waiting: float | None = None
     longer: float = 1.0
 
@@ -130,7 +128,7 @@ class _Search:
             return mean_s
         waiting = self.waiting(None if skew is None else skew.waiting)
         pinned_bytes = sum(self.operations[i].pinned_bytes for i in waiting)
-        share = _NEW if skew is not None and skew.newest_first else _OLD
+        share = _ALL_WAIT if skew is None or skew.waiting is None else _FEW_WAIT
         return mean_s + share * pinned_bytes / self.bytes_per_s
 
     def waiting(self, share: float | None) -> set[int]:
@@ -152,15 +150,15 @@ class _Search:
         return found
 
     def best_in_practice(self) -> Simulation:
-        """Of the best order and others that let the newest fillers go first, or fewer wait."""
+        """Of the best order and others: for longer messages, and in which fewer fillers wait."""
         best = min(self.tried.values(), key=lambda tried: tried[0].total_s)
         skews = [(found, skew) for found, skew in self.tried.values() if skew is not None]
         if not skews or not any(lane.is_filler for lane in self.lanes):
             return best[0]
         _, skew = min(skews, key=lambda tried: tried[0].total_s)
         self.tried.clear()
-        for share, longer in itertools.product((None, *_WAITING), (1.0, _LONGER)):
-            self.play(replace(skew, newest_first=True, waiting=share, longer=longer))
+        for share, longer in itertools.product((*_WAITING, None), (1.0, _LONGER)):
+            self.play(replace(skew, waiting=share, longer=longer))
         return min((best, *self.tried.values()), key=self.cost_s)[0]
 
     def play(self, skew: _Skew | None) -> None:
@@ -202,11 +200,10 @@ class _Search:
     def by_stage(self, skew: _Skew) -> list[Priority]:
         shifts = dict(skew.shifts)
         waiting = self.waiting(skew.waiting)
-        sign = -1 if skew.newest_first else 1
         priorities: list[Priority] = []
         for i, (lane, stage) in enumerate(zip(self.lanes, self.stages, strict=True)):
             if i in waiting:
-                priorities.append((*FILLER, sign * lane.place))
+                priorities.append((*FILLER, lane.place))
                 continue
             behind = 0 if lane.replica is None else abs(lane.replica - skew.first)
             lag = (skew.stages + shifts.get(stage, 0.0)) * behind
