@@ -86,12 +86,13 @@ class _Sample:
 class _Observed:
     """A program as it was measured.
 
-    launched: what it launches, and how often in a step. samples: by key. launch_s: what a launch
-    takes beside its operator, negative where the clock, which each measured operator reads, takes
-    longer. relative: single steps that nobody observed, over their median step_s.
+    launched: what it launches, how often in a step, and whether behind the first micro-batch.
+    samples: by key. launch_s: what a launch takes beside its operator, negative where the
+    clock, which each measured operator reads, takes longer. relative: single steps that nobody
+    observed, over their median step_s.
     """
 
-    launched: Sequence[tuple[Launched, int]]
+    launched: Sequence[tuple[Launched, int, bool]]
     samples: Mapping[str, _Sample]
     launch_s: float
     step_s: float
@@ -107,7 +108,7 @@ def _observed(measured: MeasuredSteps) -> _Observed:
             runs = times_s.setdefault(place, [[] for _ in measured.timelines])
             runs[i].append(event.duration_s)
     samples: dict[str, _Sample] = {}
-    launched: list[tuple[Launched, int]] = []
+    launched: list[tuple[Launched, int, bool]] = []
     whole_s, number = 0.0, 0
     seen: set[tuple[object, ...]] = set()
     for each in launched_in_a_step(measured.schedule):
@@ -117,7 +118,7 @@ def _observed(measured: MeasuredSteps) -> _Observed:
         runs = [run for run in times_s.get(place, ()) if run]
         # Micro-batches behind the second are like it: the replay has two.
         count = max(1, len(runs[0]) - 1) if is_repeated and runs else 1
-        launched.append((each, count))
+        launched.append((each, count, is_repeated))
         if not runs or each.outcome.cost is None:
             continue
         sample = samples.setdefault(each.outcome.key, _Sample(outcome=each.outcome))
@@ -200,16 +201,12 @@ def _table(
 def _step_s(table: Table, program: _Observed) -> float:
     """What a table makes of a program that it may not know."""
     whole_s = 0.0
-    seen: set[tuple[object, ...]] = set()
-    for each, count in program.launched:
-        place = (each.program, *(call.step for call in each.calls), each.step.name)
+    for each, count, is_repeated in program.launched:
         cost = each.outcome.cost
         if cost is not None:
-            found = table.duration(
-                each.step.target, each.outcome.key, cost, is_repeated=place in seen
-            )
+            key = each.outcome.key
+            found = table.duration(each.step.target, key, cost, is_repeated=is_repeated)
             whole_s += count * max(found.seconds + table.launch_s, 0.0)
-        seen.add(place)
     return whole_s
 
 

@@ -36,6 +36,11 @@ class Line:
         return max(0.0, self.low + share * (self.high - self.low))
 
 
+def _between(points: Points, sequences: float) -> Callable[[float, float], int]:
+    """The whole number for so many sequences, from those at the two points."""
+    return lambda first, second: round(Line(points, first, second).at(sequences))
+
+
 @dataclass(frozen=True)
 class ScaledWork:
     """An operation at two numbers of sequences."""
@@ -46,10 +51,7 @@ class ScaledWork:
 
     def at(self, sequences: float) -> Work:
         """The operation with so many sequences."""
-
-        def between(first: float, second: float) -> int:
-            return round(Line(self.points, first, second).at(sequences))
-
+        between = _between(self.points, sequences)
         pairs = zip(self.low.kernels, self.high.kernels, strict=True)
         return replace(
             self.low,
@@ -85,10 +87,7 @@ class ScaledCall:
 
     def at(self, sequences: float) -> CallRequests:
         """The requests with so many sequences."""
-
-        def between(first: int, second: int) -> int:
-            return round(Line(self.points, first, second).at(sequences))
-
+        between = _between(self.points, sequences)
         sizes = {
             number: between(x, self.high.sizes[number]) for number, x in self.low.sizes.items()
         }

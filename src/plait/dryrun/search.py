@@ -304,25 +304,25 @@ class _Search:
             if len(kept) == top:
                 break
             self._check_stop()
-            price = self._with_fragments(each)
-            tries = _OFFLOAD_STEPS if self.can_offload else 0
-            while not price.fits and tries and each.candidate.offload < 1:
+            candidate, price = each.candidate, self._with_fragments(each.candidate, each.price)
+            while self.can_offload and not price.fits and candidate.offload < 1:
                 # The least share that the ledger asks for leaves the allocator no room.
-                more = min(1.0, round(each.candidate.offload + 1 / _OFFLOAD_STEPS, 2))
-                candidate = replace(each.candidate, offload=more)
-                each = Priced(candidate, self._exact(candidate))
-                price, tries = self._with_fragments(each), tries - 1
+                more = min(1.0, round(candidate.offload + 1 / _OFFLOAD_STEPS, 2))
+                candidate = replace(candidate, offload=more)
+                price = self._with_fragments(candidate, each.price)
             if price.fits:
-                kept.append(Priced(each.candidate, price))
+                if candidate is not each.candidate:
+                    price = replace(self._exact(candidate), classes=price.classes)
+                kept.append(Priced(candidate, price))
                 continue
             reason = "the allocator's fragments exceed the memory"
             self.result.reject(reason, describe(each.candidate))
             self._near(max(x.asked_bytes for x in price.classes), each.candidate, price.missing())
         self.result.best = kept
 
-    def _with_fragments(self, priced: Priced) -> JobPrice:
-        planned = self.pricer.planned(self._job(priced.candidate))
-        return replace(priced.price, classes=planned.with_fragments())
+    def _with_fragments(self, candidate: Candidate, price: JobPrice) -> JobPrice:
+        planned = self.pricer.planned(self._job(candidate))
+        return replace(price, classes=planned.with_fragments())
 
     def _check_stop(self) -> None:
         if self.should_stop():
