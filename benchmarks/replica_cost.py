@@ -1,8 +1,8 @@
 """What replicas cost beside the same plan without them: seconds to compile, and memory of a step.
 
 Each time is a process of its own, and the best of several that take turns, as other processes only
-ever add time. Memory is what PyTorch's allocator counts in a step of rank 0 with free
-communication, and what the dry run says of the same schedule.
+ever add time. Memory above the weights is what PyTorch's allocator counts in a step of rank 0 with
+free communication, and what the dry run says of the same schedule, and of those that are timed.
 """
 
 import json
@@ -40,7 +40,19 @@ def measure(quick: bool) -> list[Row]:
     else:
         large = [_child(model="405b", layers=126, replicas=4) for _ in range(LARGE_REPEATS)]
         rows.append(_row(claim, "s", 20.0, [min(large)]))
-    return [*rows, *_memory_rows()]
+    return [*rows, *_memory_rows(), *([] if quick else _priced_rows())]
+
+
+def _priced_rows() -> list[Row]:
+    """Memory of the models whose compilation is timed."""
+    rows: list[Row] = []
+    for model, layers, replicas in (("small", LAYERS, 2), ("405b", 126, 4)):
+        whole, split = (
+            _child(model=model, layers=layers, replicas=n, is_priced=True) for n in (1, replicas)
+        )
+        claim = f"{model}, {layers} layers: priced peak memory, R={replicas} / unsplit"
+        rows.append(_row(claim, "x", 1.03, [split / whole]))
+    return rows
 
 
 def _memory_rows() -> list[Row]:
@@ -67,7 +79,7 @@ def _child(**arguments: object) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def _work(*, model: str, layers: int, replicas: int) -> float:
+def _work(*, model: str, layers: int, replicas: int, is_priced: bool = False) -> float:
     """Seconds to capture and compile, or bytes of a step."""
     import torch
 
@@ -94,7 +106,9 @@ def _work(*, model: str, layers: int, replicas: int) -> float:
     plan = plait.ParallelPlan(tp=TP, sp=True, replicas=replicas)
     start_s = time.perf_counter()
     graph = plait.capture(decoder, tokens, plan, loss=_loss)
-    plait.compile(graph, plan)
+    schedule = plait.compile(graph, plan)
+    if is_priced:
+        return _priced_peak(schedule, plait.clusters.h100(TP))
     return time.perf_counter() - start_s
 
 
@@ -109,7 +123,6 @@ def _peak(replicas: int, *, is_priced: bool) -> float:
     import plait
     from plait.cost import clusters
     from plait.cost.clusters import Link
-    from plait.dryrun.memory_trace import Kind
     from plait.executor.delayed_process_group import delayed_groups
     from plait.executor.overlap_forms import forms_of, prepared
     from plait.executor.run import Runnable
@@ -131,13 +144,21 @@ def _peak(replicas: int, *, is_priced: bool) -> float:
     graph = prepared(plait.capture(model, tokens, plan, loss=_loss))
     forms = forms_of(graph, replicas, clusters.cpu(4))
     if is_priced:
-        ledger = plait.price(forms.overlapped, clusters.cpu(4), fragments=False).memory
-        return ledger.peak_bytes - ledger.by_kind[Kind.PARAMETERS]
+        return _priced_peak(forms.overlapped, clusters.cpu(4))
     runnable = Runnable(forms.overlapped)
     inputs = example_inputs(forms.overlapped, vocab_size=512)
     with delayed_groups({"tp": 4}, Link(latency_s=0.0, bandwidth_bytes_per_s=1e12), scale=0.0):
         timed_step(runnable, inputs)
         return peak_bytes(lambda: timed_step(runnable, inputs))
+
+
+def _priced_peak(schedule: Any, cluster: Any) -> float:
+    """Bytes above the weights at the peak of a step, by the dry run."""
+    import plait
+    from plait.dryrun.memory_trace import Kind
+
+    ledger = plait.price(schedule, cluster, fragments=False).memory
+    return ledger.peak_bytes - ledger.by_kind[Kind.PARAMETERS]
 
 
 if __name__ == "__main__":

@@ -103,13 +103,44 @@ def test_equal_problems_give_equal_orders():
         assert first.order == second.order
 
 
-def test_a_filler_waits_until_nothing_else_can_run():
-    operations, lanes = two_replicas([2e-3, 1e-3, 2e-3])
+def with_filler(durations_s):
+    """Two replicas, and last what nothing waits for, which stands first in its place."""
+    operations, lanes = two_replicas(durations_s)
     operations.append(Operation("weights", COMPUTE, 1e-3))
-    lanes.append(Lane(replica=None, place=0.0, is_filler=True))
+    lanes.append(Lane(replica=None, place=-1.0, is_filler=True))
+    return operations, lanes
+
+
+def test_a_filler_waits_for_what_replicas_do_not_hide():
+    operations, lanes = with_filler([2e-3, 3e-3, 2e-3])
     found = skewed_schedule(operations, lanes)
+    alone = skewed_schedule(operations[:-1], lanes[:-1])
+    assert found.exposed_s == pytest.approx(alone.exposed_s - 1e-3)
+    assert found.order.index(len(operations) - 1) > 2
+
+
+def test_a_filler_stays_in_its_place_where_replicas_hide_all():
+    found = skewed_schedule(*with_filler([2e-3, 1e-3, 2e-3]))
     assert found.exposed_s == 0
-    assert found.order[-1] == len(operations) - 1
+    assert found.order[0] == len(found.order) - 1
+
+
+def test_a_replica_follows_as_closely_as_hides_all():
+    """The last of four equal parts of a stage hides a message that lasts as long."""
+    step_s = 1e-3
+    operations, lanes = [], []
+    for replica in (0, 1):
+        first = len(operations)
+        streams = [*[COMPUTE] * 4, TP, *[COMPUTE] * 4]
+        for i, stream in enumerate(streams):
+            seconds = 0.7 * step_s if stream == TP else step_s
+            after = (first + i - 1,) if i else ()
+            operations.append(Operation(f"{replica}.{i}", stream, seconds, after))
+            lanes.append(Lane(replica=replica, place=float(i)))
+    found = skewed_schedule(operations, lanes)
+    names = [operations[i].name for i in found.order if operations[i].stream == COMPUTE]
+    assert found.exposed_s == 0
+    assert names[:8] == ["0.0", "0.1", "1.0", "0.2", "1.1", "0.3", "1.2", "1.3"]
 
 
 def test_only_fillers_that_a_message_needs_wait_for_it_the_nearest_first():

@@ -33,6 +33,7 @@ from plait.compiler.order import order
 from plait.compiler.recompute import recompute
 from plait.compiler.save_less import save_less
 from plait.compiler.separate import separate
+from plait.compiler.spread_late import spread_late
 from plait.compiler.strict import is_strict, strict_numerics
 from plait.compiler.whole_program import whole_programs
 from plait.cost.clusters import Cluster
@@ -80,6 +81,7 @@ LIFT_CONSTANTS = Pass(
 IDENTITIES = Pass("identities", lambda graph, plan, cluster: drop_identities(graph))
 RECOMPUTE = Pass("recompute", lambda graph, plan, cluster: recompute(graph, plan.recompute))
 
+SPREAD_LATE = Pass("spread late", lambda graph, plan, cluster: spread_late(graph))
 SEPARATE = Pass("separate", lambda graph, plan, cluster: separate(graph), moves=True)
 MERGE = Pass(
     "merge collectives", lambda graph, plan, cluster: merge(graph), False, TOLERANCE, moves=True
@@ -127,10 +129,11 @@ WHOLE = Pass(
 NUMERICS: dict[str, tuple[Pass, ...]] = {"fast": (), "strict": (STRICT,)}
 
 LEVELS: dict[str, tuple[Pass, ...]] = {
-    "O0": (LIFT_CONSTANTS, IDENTITIES, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
+    "O0": (LIFT_CONSTANTS, IDENTITIES, SPREAD_LATE, SEPARATE, MERGE, REPLICAS, RECOMPUTE, ORDER),
     "O1": (
         LIFT_CONSTANTS,
         IDENTITIES,
+        SPREAD_LATE,
         SEPARATE,
         MERGE,
         REPLICAS,
@@ -144,6 +147,7 @@ LEVELS: dict[str, tuple[Pass, ...]] = {
     "O2": (
         LIFT_CONSTANTS,
         IDENTITIES,
+        SPREAD_LATE,
         SEPARATE,
         MERGE,
         REPLICAS,
@@ -155,7 +159,7 @@ LEVELS: dict[str, tuple[Pass, ...]] = {
         WHOLE,
     ),
 }
-HIDING = (SEPARATE, MERGE, REPLICAS, ORDER)
+HIDING = (SPREAD_LATE, SEPARATE, MERGE, REPLICAS, ORDER)
 """Those that run only where the plan wants replicas."""
 
 

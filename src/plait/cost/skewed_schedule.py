@@ -1,9 +1,13 @@
 """The order of operations of replicas: several priorities are played, and the best is kept.
 
 Replicas go through a piece one behind the other. How far one lags, its skew, counts in stages, each
-of which ends with a message. One skew for a whole piece is not always best: where little can be
-computed beside a message both replicas should have sent theirs, and where much can, one of them
-should be ahead. So the best skew is tried with a replica a stage earlier or later at each stage.
+of which ends with a message. A replica that follows closely finds the weights in the caches, and
+keeps little alive; but what it has left to do when a message of the other is sent is all that hides
+it. So small skews are tried first, and others only where these expose something.
+
+One skew for a whole piece is not always best: where little can be computed beside a message both
+replicas should have sent theirs, and where much can, one of them should be ahead. So the best skew
+is tried with a replica a stage earlier or later at each stage.
 
 What nothing waits for (fillers: weight gradients) can wait for a message. But what waits finds its
 operands gone from the caches, and keeps them alive. So the best order is tried again with only so
@@ -30,8 +34,10 @@ from plait.cost.simulate import (
     simulate,
 )
 
+WITHIN = (0.25, 0.5, 1.0)
+"""Shares of a stage that a replica lags behind the one before it, in the same stage."""
 SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""How many stages a replica lags behind the one before it."""
+"""How many stages it lags; with 0 it does a stage when the one before it has done it."""
 _SHIFTS = (-1.0, 1.0)
 _MOST_STAGES = 32  # of a piece, where each is tried alone
 _ENOUGH = 0.02  # of the messages' time: less exposed is not worth another trial
@@ -57,12 +63,13 @@ class Lane:
 class _Skew:
     """How many stages each replica lags; first: which leads; shifts: what is added at a stage.
 
-    waiting: of `_WAITING`; None, all fillers wait. longer: how many times longer messages are taken
-    to be.
+    within: share of a stage that it lags in each, of `WITHIN`. waiting: of `_WAITING`; None, all
+    fillers wait. longer: how many times longer messages are taken to be.
     """
 
     stages: float
     first: int
+    within: float = 1.0
     shifts: tuple[tuple[int, float], ...] = ()
     waiting: float | None = None
     longer: float = 1.0
@@ -85,9 +92,13 @@ def skewed_schedule(
     search = _Search(operations, lanes, host, pinned_limit_bytes, slowdown, bytes_per_s)
     if all(each.stream == COMPUTE for each in operations):
         # There is nothing to hide: every order takes as long, and the program's own frees soonest.
-        search.play(_Skew(stages=0.0, first=0))
-        return search.best()
+        return search.play(_Skew(stages=0.0, first=0))
     last = max((lane.replica for lane in lanes if lane.replica is not None), default=0)
+    for within in WITHIN if last else ():
+        # No filler waits: where such an order hides all, there is nothing left to gain.
+        close = search.play(_Skew(stages=0.0, first=0, within=within, waiting=0.0))
+        if search.hides_all(close):
+            return close
     for stages in SKEWS if last else SKEWS[:1]:
         search.play(_Skew(stages=stages, first=0))
         if last:
@@ -113,11 +124,14 @@ class _Search:
         self.bytes_per_s = bytes_per_s
         self.longer = _with_messages(operations, _LONGER)
         self.stages = _stages(operations)
+        self.shares = _shares(operations, lanes, self.stages)
         # Only how they compare counts: several skews may let the same operations go first.
         self.tried: dict[tuple[bool, tuple[int, ...]], tuple[Simulation, _Skew | None]] = {}
 
-    def best(self) -> Simulation:
-        return min(self.tried.values(), key=lambda tried: tried[0].total_s)[0]
+    def hides_all(self, found: Simulation) -> bool:
+        """Whether an order exposes next to nothing, of longer messages neither."""
+        slower = simulate(self.longer, found.order, host=self.host, slowdown=self.slowdown)
+        return slower.exposed_s < _ENOUGH * slower.communication_s
 
     def cost_s(self, tried: tuple[Simulation, _Skew | None]) -> float:
         """The time of an order, by the model and with longer messages, and of reading again."""
@@ -161,13 +175,13 @@ class _Search:
             self.play(replace(skew, waiting=share, longer=longer))
         return min((best, *self.tried.values()), key=self.cost_s)[0]
 
-    def play(self, skew: _Skew | None) -> None:
+    def play(self, skew: _Skew | None) -> Simulation:
         """Try a skew, or the critical path first."""
         priority = self.critical() if skew is None else self.by_stage(skew)
         ranked = tuple(sorted(range(len(priority)), key=priority.__getitem__))
         is_longer = skew is not None and skew.longer != 1
         if (is_longer, ranked) in self.tried:
-            return
+            return self.tried[is_longer, ranked][0]
         found = list_schedule(
             self.longer if is_longer else self.operations,
             priority,
@@ -177,6 +191,7 @@ class _Search:
         if is_longer or self.host is Host.BLOCKING:
             found = simulate(self.operations, found.order, host=self.host, slowdown=self.slowdown)
         self.tried[is_longer, ranked] = found, skew
+        return found
 
     def refine(self) -> None:
         """Go on from the best skew, stage by stage."""
@@ -207,7 +222,8 @@ class _Search:
                 continue
             behind = 0 if lane.replica is None else abs(lane.replica - skew.first)
             lag = (skew.stages + shifts.get(stage, 0.0)) * behind
-            priorities.append((stage + lag, abs((lane.replica or 0) - skew.first), lane.place))
+            share = self.shares[i] + skew.within * behind
+            priorities.append((stage + lag, share, behind, lane.place))
         return priorities
 
 
@@ -215,6 +231,26 @@ def _with_messages(operations: Sequence[Operation], longer: float) -> list[Opera
     return [
         each if each.stream == COMPUTE else replace(each, duration_s=each.duration_s * longer)
         for each in operations
+    ]
+
+
+def _shares(
+    operations: Sequence[Operation], lanes: Sequence[Lane], stages: Sequence[int]
+) -> list[float]:
+    """How much of what its replica computes in its stage comes before each operation, below 1.
+
+    What belongs to no replica stands where the first one is in its place.
+    """
+    places = [(stage, lane.replica or 0) for stage, lane in zip(stages, lanes, strict=True)]
+    done_s = dict.fromkeys(places, 0.0)
+    before_s = [0.0] * len(operations)
+    for i in sorted(range(len(operations)), key=lambda i: lanes[i].place):
+        before_s[i] = done_s[places[i]]
+        if lanes[i].replica is not None and operations[i].stream == COMPUTE:
+            done_s[places[i]] += operations[i].duration_s
+    return [
+        before / done_s[place] if done_s[place] else 0.0
+        for before, place in zip(before_s, places, strict=True)
     ]
 
 

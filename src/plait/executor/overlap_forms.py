@@ -12,6 +12,7 @@ from plait.compiler.identities import drop_identities
 from plait.compiler.merge import merge
 from plait.compiler.order import Machine, Ordered, machine_of, order_pieces
 from plait.compiler.separate import separate
+from plait.compiler.spread_late import spread_late
 from plait.cost.clusters import Cluster
 from plait.cost.overlap import OverlapTimes
 from plait.errors import GraphError, PlanError
@@ -49,7 +50,7 @@ def prepared(graph: Graph) -> Graph:
 
     Raises GraphError if nothing is communicated, or if it has no backward.
     """
-    graph = merge(separate(drop_identities(graph)))
+    graph = merge(separate(spread_late(drop_identities(graph))))
     if not graph.groups:
         raise GraphError("nothing is communicated, so nothing can be hidden. Choose tp above 1.")
     if all(template.backward is None for template in graph.templates.values()):
