@@ -7,6 +7,7 @@ import json
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plait.ops import rms_norm, row_losses, triton_kernels
 
@@ -35,6 +36,16 @@ def loss_errors(dtype: torch.dtype, soft_cap: float) -> list[float]:
     return [_error(without, loss), _error(found, loss), _error(logits, gradient)]
 
 
+def check_fakes() -> None:
+    """On fake tensors nothing is launched, and results have their forms."""
+    with FakeTensorMode():
+        rows, targets = torch.empty(7, 43), torch.empty(7, dtype=torch.int64)
+        assert triton_kernels.losses_to_gradients(rows, targets, True, 0.0).shape == (7,)
+        given = (rows, None, rows, torch.empty(7), torch.empty(43))
+        found = triton_kernels.norm_gradients(*given, 1.0, num_programs=4)
+        assert [x.shape for x in found] == [(7, 43), (43,)]
+
+
 def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
@@ -42,6 +53,7 @@ def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
 if __name__ == "__main__":
     torch.manual_seed(0)
     assert row_losses.triton_kernels() is triton_kernels
+    check_fakes()
     cases = [
         (str(dtype), function.__name__, function(dtype, setting))
         for dtype in (torch.float32, torch.bfloat16)

@@ -14,6 +14,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _MAX_WIDTH = 2**16  # elements of a row that one program holds at once
 _MAX_ELEMENTS = 2**31 - 1  # offsets are 32 bits wide
@@ -39,20 +40,21 @@ def norm_gradients(
     num_rows, width = total_MD.shape
     dtotal_MD = torch.empty_like(total_MD)
     sums_PD = scale_M.new_empty(num_programs, width)
-    _norm_gradients[(num_programs,)](  # pyright: ignore[reportIndexIssue]
-        dnormed_MD,
-        total_MD if dsum_MD is None else dsum_MD,
-        total_MD,
-        scale_M,
-        weight_D,
-        dtotal_MD,
-        sums_PD,
-        num_rows,
-        width,
-        offset,
-        HAS_SUM=dsum_MD is not None,
-        BLOCK=triton.next_power_of_2(width),
-    )
+    if _has_values(total_MD):
+        _norm_gradients[(num_programs,)](  # pyright: ignore[reportIndexIssue]
+            dnormed_MD,
+            total_MD if dsum_MD is None else dsum_MD,
+            total_MD,
+            scale_M,
+            weight_D,
+            dtotal_MD,
+            sums_PD,
+            num_rows,
+            width,
+            offset,
+            HAS_SUM=dsum_MD is not None,
+            BLOCK=triton.next_power_of_2(width),
+        )
     return dtotal_MD, sums_PD.sum(0).to(weight_D.dtype)
 
 
@@ -64,17 +66,23 @@ def losses_to_gradients(
     Returns each row's loss; with gradients, the logits are overwritten by theirs.
     """
     losses_M = torch.empty(logits_MV.shape[0], dtype=torch.float32, device=logits_MV.device)
-    _losses[(logits_MV.shape[0],)](  # pyright: ignore[reportIndexIssue]
-        logits_MV,
-        targets_M,
-        losses_M,
-        logits_MV.shape[1],
-        soft_cap or 1.0,
-        HAS_CAP=soft_cap != 0,
-        WITH_GRADIENTS=with_gradients,
-        BLOCK=min(_BLOCK_COLUMNS, triton.next_power_of_2(logits_MV.shape[1])),
-    )
+    if _has_values(logits_MV):
+        _losses[(logits_MV.shape[0],)](  # pyright: ignore[reportIndexIssue]
+            logits_MV,
+            targets_M,
+            losses_M,
+            logits_MV.shape[1],
+            soft_cap or 1.0,
+            HAS_CAP=soft_cap != 0,
+            WITH_GRADIENTS=with_gradients,
+            BLOCK=min(_BLOCK_COLUMNS, triton.next_power_of_2(logits_MV.shape[1])),
+        )
     return losses_M
+
+
+def _has_values(x: Tensor) -> bool:
+    """Not a fake one, on which the dry run looks only at what is allocated."""
+    return not isinstance(x, FakeTensor)
 
 
 @triton.jit
