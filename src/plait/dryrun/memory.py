@@ -16,7 +16,8 @@ _NUM_LARGEST = 10
 CONTEXT_BYTES = 568 * _MIB
 """Of a CUDA context with its kernels; it is not PyTorch's (assumed; 400 to 600 MiB are usual)."""
 BLAS_BYTES = 32 * _MIB
-"""cuBLAS' workspace on Hopper [aten/src/ATen/cuda/CublasHandlePool.cpp, 4096 KiB * 8]."""
+"""cuBLAS' workspace on Hopper [aten/src/ATen/cuda/CublasHandlePool.cpp, 4096 KiB * 8]. PyTorch's
+allocator serves it, before the first product, and it is never given back; cuBLASLt has the same."""
 COMMUNICATOR_BYTES = 256 * _MIB
 """Of each process group: NCCL keeps 4 MiB a channel and direction for each peer of rings and trees
 [NCCL_BUFFSIZE, docs.nvidia.com/deeplearning/nccl]; 16 channels of a ring and a tree (assumed)."""
@@ -38,7 +39,7 @@ class Ledger:
     """Memory of one rank over a step.
 
     peak_bytes: live at once, at most; by_kind parts it. outside_bytes: beside PyTorch's allocator
-    (context, workspaces of libraries, communicators), not part of the peak. moment: number of the
+    (context, communicators), not part of the peak. moment: number of the
     launch at which the peak is; where: that launch in words. largest: what lives there, the largest
     first. reserved: with fragments; expandable: the same with segments that grow.
     """
@@ -121,7 +122,6 @@ def outside_bytes(cluster: Cluster, num_groups: int) -> dict[str, int]:
         return {}
     return {
         "device context": CONTEXT_BYTES,
-        "BLAS workspace": BLAS_BYTES,
         **({"communicators": num_groups * COMMUNICATOR_BYTES} if num_groups else {}),
     }
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import Measured
 from plait.cost.operations import Kind
@@ -17,8 +19,9 @@ from plait.cost.simulate import Host, Simulation, simulate
 from plait.cost.table import Source, Table
 from plait.cost.timeline import Event, Stream, Timeline
 from plait.dryrun.durations import placements_of, timed_launches
-from plait.dryrun.forms import Forms
-from plait.dryrun.memory import Ledger, Places, ledger_of, outside_bytes
+from plait.dryrun.forms import Form, Forms
+from plait.dryrun.memory import BLAS_BYTES, Ledger, Places, ledger_of, outside_bytes
+from plait.dryrun.memory_trace import Kind as MemoryKind
 from plait.dryrun.memory_trace import MemoryTrace
 from plait.dryrun.replay import Launched, Replay
 from plait.dryrun.replay_step import StepReplay
@@ -137,6 +140,9 @@ def price(
         table.check_device(cluster)
     replay = Replay(schedule, Forms(schedule.objects, Workspace(num_threads)))
     steps_replay = StepReplay(replay)
+    if cluster.device.name != "cpu":
+        space = Form((BLAS_BYTES,), (1,), torch.uint8, "cuda")
+        replay.hold(replay.make(space, MemoryKind.WORKSPACE, "cuBLAS workspace"))
     makes_state = "optimizer" in schedule.programs
     for _ in range(min(steps, 2) if makes_state else 1):
         steps_replay.step()

@@ -89,6 +89,50 @@ def _flash_backward(space: Workspace, args: Sequence[Any], kwargs: Any, result: 
     return space.num_threads * (2 * rows * columns * wide + reduced) + rows * wide
 
 
+def _flash_backward_cuda(space: Workspace, args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    """A float32 gradient of the queries, row sums, and the gradients of each query head's keys.
+
+    [transformers/cuda/flash_attn/flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded,
+    dv_expanded]. cuDNN does not publish what its kernel asks for; it is taken to be the same.
+    """
+    query, key = args[1], args[2]
+    batch, heads, num_queries, size = query.shape
+    rows = batch * heads * _rounded(num_queries, 128)
+    is_shared = key.shape[1] != heads
+    expanded = 2 * batch * heads * key.shape[2] * size * query.element_size() if is_shared else 0
+    return 4 * rows * (_rounded(size, 32) + 1) + expanded
+
+
+def _efficient_backward(space: Workspace, args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    """Row sums, and of narrow dtypes a float32 gradient of the queries.
+
+    [transformers/cuda/attention_backward.cu, _efficient_attention_backward: delta, workspace].
+    """
+    query = args[1]
+    batch, heads, num_queries, size = query.shape
+    wide = _rounded(size, 32) if query.element_size() < 4 else 0
+    return 4 * batch * heads * _rounded(num_queries, 64) * (wide + 1)
+
+
+def _embedding_backward(space: Workspace, args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    """On a GPU indices are sorted, and rows of equal ones summed ten at a time.
+
+    [cuda/Embedding.cu and EmbeddingBackwardKernel.cu: grad_weight_per_segment and six lists].
+    """
+    gradient, indices, num_weights = args[:3]
+    count = indices.numel()
+    if gradient.device.type == "cpu" or count <= 3072:
+        return 0
+    segments = min(count, num_weights)
+    partial = count // 10 + segments
+    lists = 3 * count + 2 * segments + partial
+    return 4 * partial * gradient.shape[-1] + indices.element_size() * lists
+
+
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
 def _linear_cross_entropy(
     space: Workspace, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 ) -> int:
@@ -106,4 +150,8 @@ _RULES: dict[str, Callable[[Workspace, Sequence[Any], Any, Any], int]] = {
     "plait.linear_cross_entropy": _linear_cross_entropy,
     "aten._scaled_dot_product_flash_attention_for_cpu": _flash_forward,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+    "aten._scaled_dot_product_flash_attention_backward": _flash_backward_cuda,
+    "aten._scaled_dot_product_cudnn_attention_backward": _flash_backward_cuda,
+    "aten._scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten.embedding_dense_backward": _embedding_backward,
 }
