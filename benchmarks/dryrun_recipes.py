@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 import plait
 from benchmarks.dryrun_pipeline import Logits, Order, keep_stage, pipeline_step
+from benchmarks.result import default_dtype
 from plait.dryrun.eager import EagerProgram
 from plait.executor.ranks import shard_parameters
 from plait.graph.parallelize import parallelize
@@ -149,14 +149,16 @@ def make_model(recipe: Recipe) -> nn.Module:
     if not recipe.hugging_face:
         family = FAMILIES[architecture]
         config = family.read_config({"architectures": [architecture], **_complete(settings)})
-        with _default_dtype(recipe.dtype):
+        with default_dtype(recipe.dtype):
             decoder = Decoder(config)
         decoder.initialize()
         return decoder
+    import transformers  # no recipe of Plait's own models needs it
+
     config_class = getattr(transformers, architecture).config_class
     settings = {**settings, "vocab_size": 2048, "use_cache": False}
     config = config_class(**settings, bos_token_id=1, eos_token_id=2)
-    with _default_dtype(recipe.dtype):
+    with default_dtype(recipe.dtype):
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -283,16 +285,6 @@ def _pipelined(
         dtype=recipe.dtype,
         loss=_logits_loss if recipe.hugging_face else partial(_hidden_loss, model),
     )
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.result import Row, run_benchmark
+from benchmarks.result import Row, default_dtype, run_benchmark
 from plait.cost.clusters import Link, h200
 from plait.errors import PlanError
 from plait.executor.delayed_process_group import registered
@@ -106,8 +106,9 @@ def _captured(quick: bool) -> Graph:
         head_size=128,
         max_positions=num_tokens,
     )
-    with FakeTensorMode(), torch.device("cuda"):  # as large as all ranks together, so not made
-        model = Decoder(config).to(torch.bfloat16)
+    # As large as all ranks together, so not made.
+    with FakeTensorMode(), torch.device("cuda"), default_dtype(torch.bfloat16):
+        model = Decoder(config)
         tokens_BT = torch.empty((1, num_tokens), dtype=torch.int64)
     plan = ParallelPlan(tp=TP, replicas="auto")
     return prepared(capture(model, tokens_BT, plan, loss=_loss))
