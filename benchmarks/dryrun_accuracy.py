@@ -1,6 +1,9 @@
-"""How far the dry run's memory is from the truth, on this machine's CPU.
+"""How far the dry run's memory is from the truth, on this machine's CPU or on its GPU.
 
-Each recipe (`dryrun_recipes`) runs six training steps in a process of its own, two for two ranks.
+    python -m benchmarks.dryrun_accuracy [--device cuda] [--quick]
+
+On a GPU ranks of large jobs are compared (`dryrun_gpu`). On a CPU each recipe (`dryrun_recipes`)
+runs six training steps in a process of its own, two for two ranks.
 The stages of a pipeline are compared one by one; of other ranks, which are alike, the first is.
 The truth is what PyTorch's allocator reports to the profiler, block by block (`allocator_events`):
 the peak of the first step, and the median peak of the five later ones. Printed beside the errors:
@@ -19,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import dryrun_gpu
 from benchmarks.dryrun_recipes import RECIPES, Recipe
 from benchmarks.dryrun_worker import measure_rank
-from benchmarks.result import ROOT, Row, run_benchmark
+from benchmarks.result import ROOT, Row, run_levels
 
 QUICK = ("llama float32", "eager llama", "FSDP2 llama")
 MEDIAN_TARGET, WORST_TARGET = 1.0, 3.0
@@ -68,7 +72,7 @@ def measured(recipe: Recipe) -> list[dict[str, Any]]:
     if one ends without figures.
     """
     ranks = multiprocessing.get_context("forkserver")
-    ranks.set_forkserver_preload(["benchmarks.dryrun_worker"])
+    ranks.set_forkserver_preload(["benchmarks.dryrun_worker", "transformers"])
     receive, send = ranks.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -110,4 +114,4 @@ def _row(claim: str, target: float | None, samples: list[float]) -> Row:
 
 
 if __name__ == "__main__":
-    run_benchmark("dryrun_accuracy", measure)
+    run_levels("dryrun_accuracy", {"cpu": measure, "cuda": dryrun_gpu.measure}, "device")
