@@ -15,10 +15,10 @@ from plait.cost.clusters import Cluster, Link, h100
 from plait.cost.collectives import Collective, collective_s
 from plait.cost.nccl_tests import Measured
 from plait.cost.table import Source, Table
-from plait.cost.timeline import Stream, Timeline
+from plait.cost.timeline import Event, Stream, Timeline
 from plait.cost.topology import message, place
 from plait.dryrun.compare import compare
-from plait.dryrun.learn import MeasuredSteps, learn_table
+from plait.dryrun.learn import MeasuredSteps, launched_in_a_step, learn_table
 from plait.dryrun.report import Titled, to_json, to_text
 from plait.errors import GraphError, PlanError
 from plait.executor.profile import profile_step
@@ -270,6 +270,46 @@ def test_measured_operators_price_the_step_that_they_came_from():
         schedule_of(Tower(48), torch.randn(6, 48)), plait.clusters.cpu(), table=table
     )
     assert other.sources[Source.INTERPOLATED].num_operators > 0
+
+
+def test_messages_are_taken_off_a_step_from_which_a_table_is_learnt():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32), plait.ParallelPlan(dp=2))
+    one_s, message_s = 1e-3, 20e-3
+    events, num_messages = [], 0
+    for each in launched_in_a_step(schedule):
+        is_wait = "wait_tensor" in each.step.target
+        num_messages += is_wait
+        events.append(
+            Event(
+                name=each.step.name,
+                operator=each.step.target,
+                program=each.program,
+                start_s=0.0,
+                duration_s=message_s if is_wait else one_s * (each.outcome.collective is None),
+                calls=each.calls,
+            )
+        )
+    assert num_messages
+    step_s = sum(event.duration_s for event in events)
+    measured = MeasuredSteps(
+        schedule=schedule, timelines=[Timeline(tuple(events))], steps_s=[step_s]
+    )
+    table = learn_table("here", plait.clusters.cpu().device, [measured])
+    assert table.launch_s == pytest.approx(0.0, abs=1e-6)
+    assert not [name for name in table.views_s if "wait_tensor" in name]
+    messages = [
+        Measured(
+            collective=kind,
+            num_ranks=2,
+            ranks_per_node=2,
+            num_bytes=(8, 2**30),
+            durations_s=(message_s, message_s),
+        )
+        for kind in Collective
+    ]
+    found = plait.price(schedule, plait.clusters.cpu(2), table=table, measured=messages)
+    assert found.communication_s == pytest.approx(num_messages * message_s)
+    assert found.compute_s == pytest.approx(step_s - num_messages * message_s)
 
 
 def test_a_table_knows_how_long_operators_take_behind_the_first_micro_batch():

@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import plait
+from plait.cost.timeline import Stream
 from plait.errors import PlanError
+from plait.executor.profile import profile_step
 from plait.executor.ranks import shard_parameters
 
 NUM_STEPS, ROWS = 3, 6
@@ -69,8 +71,11 @@ def run_ours(axis, mesh, batches, num_micro_batches, rank):
         shard_parameters(model, mesh)
     optimizer = sgd(model)
     schedule = plait.compile(graph, plan, optimizer=optimizer)
+    *batches, profiled = batches
     for batch in batches:
         plait.run(schedule, model, batch[rank], optimizer=optimizer, mesh=mesh)
+    found = profile_step(schedule, model, profiled[rank], optimizer=optimizer, mesh=mesh)
+    assert found.timeline.busy_s(Stream.COMMUNICATION) > 0
     return schedule, dict(model.named_parameters())
 
 

@@ -68,3 +68,8 @@ def collective_of(operator: str) -> Collective | None:
     if namespace not in ("_c10d_functional", "c10d_functional", "_c10d_functional_autograd"):
         return None
     return _OPERATORS.get(rest.split(".")[0])
+
+
+def waits(operator: str) -> bool:
+    """Whether an operator waits for a collective, by a name as in a schedule."""
+    return operator.endswith(".wait_tensor.default")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plait.cost.clusters import Cluster
+from plait.cost.collectives import waits
 from plait.cost.nccl_tests import Measured
 from plait.cost.operations import Kind
 from plait.cost.simulate import COMPUTE, Operation, communication
@@ -14,7 +15,6 @@ from plait.errors import GraphError
 
 _INNERMOST_FIRST = ("tp", "ep", "cp", "fsdp", "dp", "pp")
 """Neighbours on an axis are as far apart as the sizes of the axes before it, multiplied."""
-_WAIT = ".wait_tensor.default"
 _MODEL_LOW, _MODEL_HIGH = 0.8, 1.4
 """How far a collective may be off its model (assumed)."""
 _MEASURED_LOW, _MEASURED_HIGH = 0.9, 1.2
@@ -88,7 +88,7 @@ class _Durations:
     def of(self, each: Launched, *, is_repeated: bool) -> Duration:
         if each.outcome.collective is not None:
             return self._message(each)
-        if each.step.target.endswith(_WAIT):
+        if waits(each.step.target):
             return _NOTHING
         key = id(each.outcome), is_repeated
         if key not in self.known:

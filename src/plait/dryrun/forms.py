@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import plait.graph.exchange as _registers_own_part  # noqa: F401
-from plait.cost.collectives import Collective, collective_of
+from plait.cost.collectives import Collective, collective_of, waits
 from plait.cost.operations import Cost, cost_of, has_formula
 from plait.errors import GraphError
 from plait.graph.graph import Value
@@ -130,12 +130,11 @@ class Forms:
             numbers.setdefault(x.untyped_storage()._cdata, i)
         new: dict[int, int] = {}
         sizes: list[int] = []
-        waits = target.endswith(".wait_tensor.default")
 
         def describe(x: object) -> object:
             if isinstance(x, Tensor):
                 address = x.untyped_storage()._cdata
-                if waits:
+                if waits(target):
                     return Made(form_of(x), 0, is_new=False)
                 if address in numbers:
                     return Made(form_of(x), numbers[address], is_new=False)

@@ -2,7 +2,8 @@
 
 `plait calibrate` profiles steps of a few models; a replay of the same schedules says on which forms
 each operator ran, and their costs. So caches are as warm as in a step, and views and the host's own
-time are measured too.
+time are measured too. Messages are no operators: they are priced by themselves, as `nccl-tests`
+or a model says, and their time is taken off a step before anything is learnt of it.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from plait.cost.calibrate import fit_device
 from plait.cost.clusters import Device
+from plait.cost.collectives import collective_of, waits
 from plait.cost.interpolate import quantile
 from plait.cost.operations import Kind
 from plait.cost.table import Table
@@ -88,14 +90,15 @@ class _Observed:
 
     launched: what it launches, how often in a step, and whether behind the first micro-batch.
     samples: by key. launch_s: what a launch takes beside its operator, negative where the
-    clock, which each measured operator reads, takes longer. relative: single steps that nobody
-    observed, over their median step_s.
+    clock, which each measured operator reads, takes longer. step_s: without its messages, which
+    take message_s. relative: single steps that nobody observed, over their median.
     """
 
     launched: Sequence[tuple[Launched, int, bool]]
     samples: Mapping[str, _Sample]
     launch_s: float
     step_s: float
+    message_s: float
     relative: Sequence[float]
 
 
@@ -112,6 +115,8 @@ def _observed(measured: MeasuredSteps) -> _Observed:
     whole_s, number = 0.0, 0
     seen: set[tuple[object, ...]] = set()
     for each in launched_in_a_step(measured.schedule):
+        if _is_message(each.step.target):
+            continue
         place = (each.program, *(call.step for call in each.calls), each.step.name)
         is_repeated = place in seen
         seen.add(place)
@@ -130,14 +135,26 @@ def _observed(measured: MeasuredSteps) -> _Observed:
         number += count
     if not number:
         raise PlanError("the profiles are of another schedule: no operator is in both.")
-    step_s = statistics.median(measured.steps_s)
+    message_s = statistics.median(map(_message_s, measured.timelines))
+    whole_step_s = statistics.median(measured.steps_s)
+    step_s = max(whole_step_s - message_s, _LEAST_S)
     return _Observed(
         launched=launched,
         samples=samples,
         launch_s=(step_s - whole_s) / number,
         step_s=step_s,
-        relative=[each / step_s for each in measured.steps_s],
+        message_s=message_s,
+        relative=[each / whole_step_s for each in measured.steps_s],
     )
+
+
+def _message_s(timeline: Timeline) -> float:
+    """Time in which the host launches messages or waits for them."""
+    return sum(event.duration_s for event in timeline.events if _is_message(event.operator))
+
+
+def _is_message(operator: str) -> bool:
+    return waits(operator) or collective_of(operator) is not None
 
 
 def _repeated(programs: Sequence[_Observed], without: Container[str]) -> dict[str, float]:
@@ -186,11 +203,13 @@ def _table(
     if every_view_s:
         views[""] = statistics.median(every_view_s)
     relative = [x for each in programs for x in each.relative]
+    # Messages of an unobserved step are known by those of another: the rest is less certain.
+    certain = [each for each in programs if not each.message_s] or programs
     return Table(
         machine,
         tuple(entries),
         fit_device(device, samples),
-        statistics.median(each.launch_s for each in programs),
+        statistics.median(each.launch_s for each in certain),
         views,
         step_low=quantile(relative, 0.1),
         step_high=quantile(relative, 0.9),

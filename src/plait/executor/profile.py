@@ -8,11 +8,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from plait.cost.timeline import Event, Stream, Timeline
 from plait.executor.observe import Lookout, Sighting, tensors_in
 from plait.executor.optimize import Optimizers
 from plait.executor.outcome import Outcome, outcome_of
+from plait.executor.ranks import groups_of
 from plait.executor.run import Runnable, run_loaded
 from plait.graph.place import Place
 from plait.graph.schedule import (
@@ -81,17 +83,24 @@ def profile(
 
 
 def profile_step(
-    schedule: Schedule, model: nn.Module, *inputs: object, optimizer: Optimizers = None
+    schedule: Schedule,
+    model: nn.Module,
+    *inputs: object,
+    optimizer: Optimizers = None,
+    mesh: DeviceMesh | None = None,
 ) -> Profile:
     """Measure one `plait.run` of a training step: all micro-batches, and the optimizer's program.
 
     It is a step like any other: gradients are added, or parameters updated. The outcome holds the
     loss. A first step of an optimizer, which makes its state, shows no program.
+
+    mesh: as of `plait.run`; every rank profiles. A wait for a message lasts until the last rank has
+    sent its part.
     """
     on_gpu = any(x.device.type == "cuda" for x in model.parameters())
     clock = _DeviceClock() if on_gpu else _HostClock()
     profiler = _Profiler(schedule, clock)
-    runnable = Runnable(schedule, profiler)
+    runnable = Runnable(schedule, profiler, groups_of(schedule, model, mesh))
     clock.start()
     loss = run_loaded(runnable, model, *inputs, optimizer=optimizer)
     outcome = Outcome(outputs=(loss,) if isinstance(loss, Tensor) else loss, gradients={})
