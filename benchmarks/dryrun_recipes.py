@@ -201,16 +201,22 @@ def make_schedule(recipe: Recipe) -> Schedule:
     return plait.compile(graph, recipe.plan, optimizer=make_optimizer(recipe, model))
 
 
-def build_scheduled(recipe: Recipe, schedule: Schedule, mesh: DeviceMesh | None) -> EagerProgram:
-    """A real model, and a step of the schedule on it."""
-    torch.manual_seed(0)  # ranks must agree on the weights
-    model, tokens_BT = make_model(recipe), make_tokens(recipe)
+def make_placed_model(recipe: Recipe, mesh: DeviceMesh | None) -> nn.Module:
+    """What a rank holds of the model that a schedule runs on; ranks agree on the weights."""
+    torch.manual_seed(0)
+    model = make_model(recipe)
     if recipe.parallel == "tp":
         assert mesh is not None
         parallelize(model, recipe.plan, mesh)
     elif recipe.parallel == "fsdp":
         assert mesh is not None
         shard_parameters(model, mesh)
+    return model
+
+
+def build_scheduled(recipe: Recipe, schedule: Schedule, mesh: DeviceMesh | None) -> EagerProgram:
+    """A real model, and a step of the schedule on it."""
+    model, tokens_BT = make_placed_model(recipe, mesh), make_tokens(recipe)
     optimizer = make_optimizer(recipe, model)
 
     def step() -> None:

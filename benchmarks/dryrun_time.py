@@ -1,12 +1,17 @@
-"""How far the dry run's step time is from the truth, on one core of this machine.
+"""How far the dry run's step time is from the truth, on one core and on two ranks of this machine.
 
-The recipes of `dryrun_recipes` that one rank runs by a schedule, in float32 (a CPU without bfloat16
-units emulates its products, 8 to 20 times slower, which no recipe would choose). Steps that nobody
-observes are timed in turns with profiled ones, so that both see the same machine. Two tables are
-learnt from the profiles as `plait calibrate` does, and asked for all configurations:
+Every recipe of `dryrun_recipes` that a schedule runs, and others like them (`dryrun_time_runs`).
+Eager runs (FSDP2, DTensor, PyTorch's pipelining) have no price in time: no schedule runs them.
 
-- one without half of all pairs of operator and forms, drawn at random;
-- one that has seen every other configuration only, all forms and operators of the others unseen.
+Steps that nobody observes are timed in turns with profiled ones and with messages, so that all see
+the same machine. Tables are learnt from the profiles as `plait calibrate` does:
+
+- one of one core, without half of all pairs of operator and forms, drawn at random; asked for all
+  configurations of one rank;
+- one of two ranks, without the same half, from configurations that are not compared; asked for
+  those of two ranks, whose messages take what they took alone, as in nccl-tests;
+- one that has seen every other configuration of one core only, all forms and operators of the
+  others unseen.
 
 Truth is the median step. Printed beside each error: the spread of single steps and the interval.
 """
@@ -15,118 +20,87 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import torch
 
 import plait
-from benchmarks.dryrun_recipes import (
-    RECIPES,
-    Recipe,
-    make_model,
-    make_optimizer,
-    make_schedule,
-    make_tokens,
+from benchmarks.dryrun_time_ranks import Ranks
+from benchmarks.dryrun_time_runs import (
+    SEEN_BY_RANKS,
+    Run,
+    build,
+    on_one_core,
+    on_two_ranks,
+    run_of,
 )
 from benchmarks.result import Row, run_benchmark
+from plait.cost.nccl_tests import Measured
 from plait.cost.operations import Kind
 from plait.cost.table import Source, Table
-from plait.cost.timeline import Timeline
 from plait.dryrun.learn import MeasuredSteps, launched_in_a_step, learn_table
 from plait.dryrun.price import Price
-from plait.executor.profile import profile_step
-from plait.graph.schedule import Schedule
 
-WARM_UP, ROUNDS, QUICK_ROUNDS = 2, 30, 5
-QUICK = 5
+ROUNDS, QUICK_ROUNDS = 20, 4
+QUICK, QUICK_ON_RANKS, QUICK_SEEN = 5, 1, 3
 SEED = 0
-TIME_LIMIT_S = 400  # of the rounds: the machine is taken from others meanwhile
-
-
-@dataclass(eq=False)
-class Run:
-    """A recipe on real tensors, and what was measured of it."""
-
-    recipe: Recipe
-    schedule: Schedule
-    model: Any
-    tokens_BT: torch.Tensor
-    optimizer: Any
-    steps_s: list[float] = field(default_factory=list)
-    timelines: list[Timeline] = field(default_factory=list)
-
-    @property
-    def spread(self) -> float:
-        """From the 10th to the 90th percentile of single steps, over their median."""
-        tenths = statistics.quantiles(self.steps_s, n=10)
-        return (tenths[-1] - tenths[0]) / statistics.median(self.steps_s)
-
-    def step(self) -> None:
-        """Time one step."""
-        start_s = time.perf_counter()
-        plait.run(self.schedule, self.model, self.tokens_BT, optimizer=self.optimizer)
-        self.steps_s.append(time.perf_counter() - start_s)
-
-    def profile(self) -> None:
-        """Profile one step."""
-        found = profile_step(self.schedule, self.model, self.tokens_BT, optimizer=self.optimizer)
-        self.timelines.append(found.timeline)
+TIME_LIMIT_S = 270  # of the rounds: the machine is taken from others meanwhile
 
 
 def measure(quick: bool) -> list[Row]:
-    """Learn two tables in turns with the truth, and compare all configurations with each."""
+    """Learn tables in turns with the truth, and compare all configurations with them."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    recipes = configurations()[: QUICK if quick else None]
-    runs = [build(recipe) for recipe in recipes]
-    for run in runs:
-        for _ in range(WARM_UP):
-            run.step()
-        run.steps_s.clear()
-    start_s = time.perf_counter()
-    for _ in range(QUICK_ROUNDS if quick else ROUNDS):
-        for run in runs:
-            run.step()
-            run.profile()
-        if time.perf_counter() - start_s > TIME_LIMIT_S:
-            break
-    print(f"  {len(runs[0].steps_s)} rounds", flush=True)
-    hidden = half_of_pairs(runs)
-    print("half of the pairs of operator and forms unseen", flush=True)
-    by_pair = compare(runs, learn(runs, hidden))
-    print("every other configuration unseen", flush=True)
-    seen = runs[::2]
-    by_configuration = compare([run for run in runs if run not in seen], learn(seen))
+    alone = [run_of(recipe) for recipe in on_one_core()[: QUICK if quick else None]]
+    ranked = [run_of(recipe) for recipe in on_two_ranks()[: QUICK_ON_RANKS if quick else None]]
+    seen = [run_of(recipe) for recipe in SEEN_BY_RANKS[: QUICK_SEEN if quick else None]]
+    measured = measure_in_turns(alone, ranked, seen, QUICK_ROUNDS if quick else ROUNDS)
+    hidden = half_of_pairs([*alone, *ranked])
+    print("on one core, half of the pairs of operator and forms unseen", flush=True)
+    on_core = compare(alone, learn(alone, hidden))
+    print("on two ranks, the same pairs unseen", flush=True)
+    on_ranks = compare(ranked, learn(seen, hidden), measured)
+    print("on one core, every other configuration unseen", flush=True)
+    others = compare(alone[1::2], learn(alone[::2]))
+    both = on_core.and_of(on_ranks)
+    unseen = f"half of {2 * len(hidden)} pairs unseen"
     return [
-        *by_pair.rows(f"half of {2 * len(hidden)} pairs unseen", len(runs)),
-        *by_configuration.rows("never profiled", len(runs) - len(seen)),
+        *both.rows(f"step time, {len(alone) + len(ranked)} configurations, {unseen}"),
+        *on_core.rows(f"step time on one core, {len(alone)} configurations, {unseen}"),
+        *on_ranks.rows(f"step time of two ranks, {len(ranked)} configurations, {unseen}"),
+        *others.rows(f"step time on one core, {len(alone[1::2])} configurations, never profiled"),
         _row(
             "step times, spread of single steps (10th to 90th percentile over median)",
             "%",
             None,
-            [run.spread * 100 for run in runs],
+            [run.spread * 100 for run in (*alone, *ranked)],
         ),
         *(
             _row(f"{run.recipe.name}: step time, error", "%", None, [abs(error) * 100])
-            for run, error in zip(runs, by_pair.errors, strict=True)
+            for run, error in zip((*alone, *ranked), both.errors, strict=True)
         ),
     ]
 
 
-def configurations() -> list[Recipe]:
-    """One rank, a schedule, float32; each once."""
-    found: list[Recipe] = []
-    for recipe in RECIPES.values():
-        if recipe.way != "schedule" or recipe.parallel:
-            continue
-        if recipe.dtype is not torch.float32:
-            name = recipe.name.replace("bfloat16", "float32")
-            recipe = replace(recipe, dtype=torch.float32, name=name)
-        if all(recipe.name != each.name for each in found):
-            found.append(recipe)
-    return found
+def measure_in_turns(
+    alone: Sequence[Run], ranked: Sequence[Run], seen: Sequence[Run], num_rounds: int
+) -> list[Measured]:
+    """Time and profile every run, round by round; the messages between two ranks."""
+    with Ranks(ranked, seen) as ranks:
+        programs = [build(run.recipe, run.schedule) for run in alone]
+        start_s = time.perf_counter()
+        for _ in range(num_rounds):
+            for run, program in zip(alone, programs, strict=True):
+                run.steps_s.append(program.step_s())
+                run.timelines.append(program.profile())
+            ranks.round()
+            if time.perf_counter() - start_s > TIME_LIMIT_S:
+                break
+        print(
+            f"  {len(alone[0].steps_s)} rounds in {time.perf_counter() - start_s:.0f} s", flush=True
+        )
+        return ranks.measured()
 
 
 def half_of_pairs(runs: Sequence[Run]) -> frozenset[str]:
@@ -148,63 +122,76 @@ def learn(runs: Sequence[Run], without: frozenset[str] = frozenset()) -> Table:
     return learn_table("this machine", plait.clusters.cpu().device, measured, without=without)
 
 
-def build(recipe: Recipe) -> Run:
-    """Compile, and make a model."""
-    schedule = make_schedule(recipe)
-    model, tokens_BT = make_model(recipe), make_tokens(recipe)
-    return Run(recipe, schedule, model, tokens_BT, make_optimizer(recipe, model))
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """Relative errors in the order of the runs, times, and what lies outside of its interval."""
+    """Times in the order of the runs, and for each whether it lies outside of its interval.
 
-    errors: list[float]
+    single_outside: the share of its single steps that do.
+    """
+
     predicted_s: list[float]
     measured_s: list[float]
-    outside: float
-    single_outside: float
+    outside: list[bool]
+    single_outside: list[float]
 
-    def rows(self, what: str, count: int) -> list[Row]:
+    @property
+    def errors(self) -> list[float]:
+        """Relative to the truth."""
+        pairs = zip(self.predicted_s, self.measured_s, strict=True)
+        return [predicted_s / measured_s - 1 for predicted_s, measured_s in pairs]
+
+    def and_of(self, other: "Comparison") -> "Comparison":
+        """Both, one behind the other."""
+        return Comparison(
+            self.predicted_s + other.predicted_s,
+            self.measured_s + other.measured_s,
+            self.outside + other.outside,
+            self.single_outside + other.single_outside,
+        )
+
+    def rows(self, title: str) -> list[Row]:
         """The claims of one table."""
         percent = [abs(error) * 100 for error in self.errors]
-        title = f"step time on one core, {count} configurations, {what}"
+        shares = [statistics.mean(each) for each in (self.outside, self.single_outside)]
         return [
             _row(f"{title}: median error", "%", 7.0, percent),
             _row(f"{title}: worst error", "%", 15.0, [max(percent)]),
-            Row(
-                claim=f"{title}: ranking, Kendall's tau",
-                unit="",
-                target=0.9,
-                better="higher",
-                samples=[kendall_tau(self.predicted_s, self.measured_s)],
-            ),
-            _row(f"{title}: median step outside of the interval", "of all", 0.1, [self.outside]),
-            _row(f"{title}: single steps outside", "of all", 0.2, [self.single_outside]),
+            *self._ranking(title),
+            _row(f"{title}: median step outside of the interval", "of all", 0.1, [shares[0]]),
+            _row(f"{title}: single steps outside", "of all", 0.2, [shares[1]]),
         ]
 
+    def _ranking(self, title: str) -> list[Row]:
+        if len(self.errors) < 2:
+            return []
+        tau = kendall_tau(self.predicted_s, self.measured_s)
+        claim = f"{title}: ranking, Kendall's tau"
+        return [Row(claim=claim, unit="", target=0.9, better="higher", samples=[tau])]
 
-def compare(runs: Sequence[Run], table: Table) -> Comparison:
+
+def compare(runs: Sequence[Run], table: Table, measured: Sequence[Measured] = ()) -> Comparison:
     """Price each run by a table, and print it beside the truth."""
     prices = [
-        plait.price(run.schedule, plait.clusters.cpu(), table=table, fragments=False)
+        plait.price(
+            run.schedule,
+            plait.clusters.cpu(run.recipe.ranks),
+            table=table,
+            measured=measured,
+            fragments=False,
+        )
         for run in runs
     ]
     truths_s = [statistics.median(run.steps_s) for run in runs]
     for run, price, truth_s in zip(runs, prices, truths_s, strict=True):
         print(_line(run, price, truth_s), flush=True)
-    inside = [p.low_s <= t <= p.high_s for p, t in zip(prices, truths_s, strict=True)]
-    singles = [
-        price.low_s <= step_s <= price.high_s
-        for run, price in zip(runs, prices, strict=True)
-        for step_s in run.steps_s
-    ]
     return Comparison(
-        errors=[p.step_s / t - 1 for p, t in zip(prices, truths_s, strict=True)],
         predicted_s=[price.step_s for price in prices],
         measured_s=truths_s,
-        outside=1 - sum(inside) / len(inside),
-        single_outside=1 - sum(singles) / len(singles),
+        outside=[_is_outside(p, t) for p, t in zip(prices, truths_s, strict=True)],
+        single_outside=[
+            statistics.mean(_is_outside(price, step_s) for step_s in run.steps_s)
+            for run, price in zip(runs, prices, strict=True)
+        ],
     )
 
 
@@ -217,6 +204,10 @@ def kendall_tau(first: list[float], second: list[float]) -> float:
     return sum(signs) / len(signs)
 
 
+def _is_outside(price: Price, step_s: float) -> bool:
+    return not price.low_s <= step_s <= price.high_s
+
+
 def _line(run: Run, price: Price, truth_s: float) -> str:
     total_s = sum(share.seconds for share in price.sources.values())
     known_s = price.sources[Source.MEASURED].seconds
@@ -224,6 +215,7 @@ def _line(run: Run, price: Price, truth_s: float) -> str:
         f"  {run.recipe.name:34} {truth_s * 1e3:9.2f} ms, predicted {price.step_s * 1e3:9.2f} "
         f"[{price.low_s * 1e3:.2f}, {price.high_s * 1e3:.2f}], "
         f"error {(price.step_s / truth_s - 1) * 100:+.1f} %, spread {run.spread * 100:.0f} %, "
+        f"messages {price.communication_s * 1e3:.2f} ms, "
         f"{(1 - known_s / total_s) * 100:.0f} % of the time of operators that were not measured"
     )
 

@@ -1,0 +1,147 @@
+"""What `dryrun_time` runs: its configurations, and steps of them on real tensors.
+
+Of `dryrun_recipes` all that a schedule runs. Recipes in bfloat16 have a twin in float32, and are in
+float32 alone where the CPU has no units for bfloat16, which it then emulates, 8 to 20 times slower.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import plait
+from benchmarks.dryrun_recipes import (
+    RECIPES,
+    Recipe,
+    make_optimizer,
+    make_placed_model,
+    make_schedule,
+    make_tokens,
+)
+from plait.cost.timeline import Timeline
+from plait.executor.optimize import Optimizers
+from plait.executor.profile import profile_step
+from plait.graph.schedule import Schedule
+from plait.ops.numerics import bfloat16_pays
+
+WARM_UP = 2
+_WIDE: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024}
+_MIDDLE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704}
+_NARROW: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+_BESIDE = (
+    Recipe(name="llama wide bfloat16", changes=_WIDE, dtype=torch.bfloat16),
+    Recipe(name="llama wide, recompute, 16 rows", changes=_WIDE, batch=16, recompute="full"),
+    Recipe(name="llama narrow, 16 rows", changes=_NARROW, batch=16, optimizer="sgd"),
+    Recipe(name="gpt2 long", model="gpt2", tokens=512, batch=4),
+    Recipe(name="mixtral, 3 micro-batches", model="mixtral", batch=12, micro_batches=3),
+    Recipe(name="qwen3 middle, recompute", model="qwen3", changes=_MIDDLE, recompute="selective"),
+)
+"""On one core, beside those of `dryrun_recipes`."""
+SEEN_BY_RANKS = (
+    Recipe(name="llama narrow", changes=_NARROW),
+    RECIPES["llama long"],
+    RECIPES["llama full recompute"],
+    RECIPES["llama 4 micro-batches, recompute"],
+    Recipe(name="llama middle", changes=_MIDDLE),
+    RECIPES["gpt2"],
+    Recipe(name="llama middle, tp", changes=_MIDDLE, parallel="tp"),
+    Recipe(name="gpt2, fsdp", model="gpt2", parallel="fsdp"),
+)
+"""What two ranks do for calibration, none of it compared: models of one rank on both at once too,
+because a core is slower while the other works."""
+
+
+@dataclass(eq=False)
+class Run:
+    """A recipe, and what was measured of it."""
+
+    recipe: Recipe
+    schedule: Schedule
+    steps_s: list[float] = field(default_factory=list[float])
+    timelines: list[Timeline] = field(default_factory=list[Timeline])
+
+    @property
+    def spread(self) -> float:
+        """From the 10th to the 90th percentile of single steps, over their median."""
+        tenths = statistics.quantiles(self.steps_s, n=10)
+        return (tenths[-1] - tenths[0]) / statistics.median(self.steps_s)
+
+
+@dataclass(eq=False)
+class Program:
+    """A schedule with a model to run on."""
+
+    schedule: Schedule
+    model: nn.Module
+    tokens_BT: Tensor
+    optimizer: Optimizers
+    mesh: DeviceMesh | None = None
+
+    def step_s(self) -> float:
+        """Time of a step."""
+        start_s = time.perf_counter()
+        plait.run(
+            self.schedule, self.model, self.tokens_BT, optimizer=self.optimizer, mesh=self.mesh
+        )
+        seconds = time.perf_counter() - start_s
+        self._clear()
+        return seconds
+
+    def profile(self) -> Timeline:
+        """Operators of a step."""
+        found = profile_step(
+            self.schedule, self.model, self.tokens_BT, optimizer=self.optimizer, mesh=self.mesh
+        )
+        self._clear()
+        return found.timeline
+
+    def _clear(self) -> None:
+        """Gradients, which an optimizer of the schedule has cleared."""
+        if self.optimizer is None:
+            self.model.zero_grad()
+
+
+def build(recipe: Recipe, schedule: Schedule, mesh: DeviceMesh | None = None) -> Program:
+    """Make a model of this rank, and let it warm up."""
+    model = make_placed_model(recipe, mesh)
+    optimizer = make_optimizer(recipe, model)
+    program = Program(schedule, model, make_tokens(recipe), optimizer, mesh)
+    for _ in range(WARM_UP):
+        program.step_s()
+    return program
+
+
+def run_of(recipe: Recipe) -> Run:
+    """Compile."""
+    return Run(recipe, make_schedule(recipe))
+
+
+def on_one_core() -> list[Recipe]:
+    """Configurations of one rank, each once."""
+    found: dict[str, Recipe] = {}
+    recipes = [x for x in RECIPES.values() if x.way == "schedule" and not x.parallel]
+    for recipe in (*recipes, *_BESIDE):
+        if recipe.dtype is torch.float32:
+            found.setdefault(recipe.name, recipe)
+            continue
+        if bfloat16_pays("cpu"):
+            found[recipe.name] = recipe
+        name = recipe.name.replace("bfloat16", "float32")
+        wide = name.removesuffix(" float32")  # the name of a float32 recipe with changes
+        if name not in found and wide not in found:
+            found[name] = replace(recipe, name=name, dtype=torch.float32)
+    return list(found.values())
+
+
+def on_two_ranks() -> list[Recipe]:
+    """Configurations of two ranks."""
+    return [x for x in RECIPES.values() if x.way == "schedule" and x.parallel]
