@@ -41,6 +41,7 @@ from plait.cost.operations import Kind
 from plait.cost.table import Source, Table
 from plait.dryrun.learn import MeasuredSteps, launched_in_a_step, learn_table
 from plait.dryrun.price import Price
+from plait.ops.numerics import bfloat16_pays
 
 ROUNDS, QUICK_ROUNDS = 20, 4
 QUICK, QUICK_ON_RANKS, QUICK_SEEN = 5, 1, 3
@@ -52,7 +53,8 @@ def measure(quick: bool) -> list[Row]:
     """Learn tables in turns with the truth, and compare all configurations with them."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    alone = [run_of(recipe) for recipe in on_one_core()[: QUICK if quick else None]]
+    recipes = on_one_core(has_bfloat16=bfloat16_pays("cpu"))
+    alone = [run_of(recipe) for recipe in recipes[: QUICK if quick else None]]
     ranked = [run_of(recipe) for recipe in on_two_ranks()[: QUICK_ON_RANKS if quick else None]]
     seen = [run_of(recipe) for recipe in SEEN_BY_RANKS[: QUICK_SEEN if quick else None]]
     measured = measure_in_turns(alone, ranked, seen, QUICK_ROUNDS if quick else ROUNDS)

@@ -26,7 +26,6 @@ from plait.cost.timeline import Timeline
 from plait.executor.optimize import Optimizers
 from plait.executor.profile import profile_step
 from plait.graph.schedule import Schedule
-from plait.ops.numerics import bfloat16_pays
 
 WARM_UP = 2
 _WIDE: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024}
@@ -125,15 +124,15 @@ def run_of(recipe: Recipe) -> Run:
     return Run(recipe, make_schedule(recipe))
 
 
-def on_one_core() -> list[Recipe]:
-    """Configurations of one rank, each once."""
+def on_one_core(*, has_bfloat16: bool) -> list[Recipe]:
+    """Configurations of one rank, each once. has_bfloat16: the CPU has units for its products."""
     found: dict[str, Recipe] = {}
     recipes = [x for x in RECIPES.values() if x.way == "schedule" and not x.parallel]
     for recipe in (*recipes, *_BESIDE):
         if recipe.dtype is torch.float32:
             found.setdefault(recipe.name, recipe)
             continue
-        if bfloat16_pays("cpu"):
+        if has_bfloat16:
             found[recipe.name] = recipe
         name = recipe.name.replace("bfloat16", "float32")
         wide = name.removesuffix(" float32")  # the name of a float32 recipe with changes
