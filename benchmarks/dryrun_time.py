@@ -13,7 +13,10 @@ the same machine. Tables are learnt from the profiles as `plait calibrate` does:
 - one that has seen every other configuration of one core only, all forms and operators of the
   others unseen.
 
-Truth is the median step. Printed beside each error: the spread of single steps and the interval.
+Truth is the median step. On one core it is a ratio to calibration: fixed work is timed between all
+steps, and each step and each profile are divided by what that took beside them (`Speed`). Steps of
+two ranks are as the clock says. Printed beside each error: the spread of single steps by the clock,
+and the interval.
 """
 
 import random
@@ -30,6 +33,7 @@ from benchmarks.dryrun_time_ranks import Ranks
 from benchmarks.dryrun_time_runs import (
     SEEN_BY_RANKS,
     Run,
+    Speed,
     build,
     on_one_core,
     on_two_ranks,
@@ -43,10 +47,10 @@ from plait.dryrun.learn import MeasuredSteps, launched_in_a_step, learn_table
 from plait.dryrun.price import Price
 from plait.ops.numerics import bfloat16_pays
 
-ROUNDS, QUICK_ROUNDS = 20, 4
-QUICK, QUICK_ON_RANKS, QUICK_SEEN = 5, 1, 3
+ROUNDS, QUICK_ROUNDS = 16, 4
+QUICK, QUICK_ON_RANKS, QUICK_SEEN = 4, 1, 2
 SEED = 0
-TIME_LIMIT_S = 270  # of the rounds: the machine is taken from others meanwhile
+TIME_LIMIT_S = 210  # of the rounds: the machine is taken from others meanwhile
 
 
 def measure(quick: bool) -> list[Row]:
@@ -91,17 +95,21 @@ def measure_in_turns(
     """Time and profile every run, round by round; the messages between two ranks."""
     with Ranks(ranked, seen) as ranks:
         programs = [build(run.recipe, run.schedule) for run in alone]
+        speed = Speed()
         start_s = time.perf_counter()
         for _ in range(num_rounds):
+            speed.probe()
             for run, program in zip(alone, programs, strict=True):
-                run.steps_s.append(program.step_s())
-                run.timelines.append(program.profile())
+                speed.measure(run, program)
             ranks.round()
             if time.perf_counter() - start_s > TIME_LIMIT_S:
                 break
         print(
             f"  {len(alone[0].steps_s)} rounds in {time.perf_counter() - start_s:.0f} s", flush=True
         )
+        speed.level(alone)
+        fast, *_, slow = statistics.quantiles(speed.all_s, n=10)
+        print(f"  the core's speed varied by {(slow / fast - 1) * 100:.0f} %", flush=True)
         return ranks.measured()
 
 

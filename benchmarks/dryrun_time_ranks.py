@@ -83,8 +83,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         for run, step_s in zip(self.compared, found.compared_s, strict=True):
             run.steps_s.append(step_s)
         for run, (step_s, timeline) in zip(self.seen, found.seen, strict=True):
-            run.steps_s.append(step_s)
-            run.timelines.append(timeline)
+            run.add(step_s, timeline)
         for message, message_s in found.messages_s.items():
             self.messages_s.setdefault(message, []).append(message_s)
 

@@ -6,6 +6,7 @@ float32 alone where the CPU has no units for bfloat16, which it then emulates, 8
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +39,8 @@ _NARROW: dict[str, Any] = {
 }
 _BESIDE = (
     Recipe(name="llama wide bfloat16", changes=_WIDE, dtype=torch.bfloat16),
+    Recipe(name="llama long bfloat16", tokens=512, batch=2, dtype=torch.bfloat16),
+    Recipe(name="gpt2 bfloat16", model="gpt2", dtype=torch.bfloat16, recompute="full", batch=8),
     Recipe(name="llama wide, recompute, 16 rows", changes=_WIDE, batch=16, recompute="full"),
     Recipe(name="llama narrow, 16 rows", changes=_NARROW, batch=16, optimizer="sgd"),
     Recipe(name="gpt2 long", model="gpt2", tokens=512, batch=4),
@@ -61,18 +64,77 @@ because a core is slower while the other works."""
 
 @dataclass(eq=False)
 class Run:
-    """A recipe, and what was measured of it."""
+    """A recipe, and what was measured of it. clock_s: steps before they were made comparable."""
 
     recipe: Recipe
     schedule: Schedule
     steps_s: list[float] = field(default_factory=list[float])
     timelines: list[Timeline] = field(default_factory=list[Timeline])
+    clock_s: list[float] = field(default_factory=list[float])
 
     @property
     def spread(self) -> float:
-        """From the 10th to the 90th percentile of single steps, over their median."""
-        tenths = statistics.quantiles(self.steps_s, n=10)
-        return (tenths[-1] - tenths[0]) / statistics.median(self.steps_s)
+        """From the 10th to the 90th percentile of single steps by the clock, over their median."""
+        steps_s = self.clock_s or self.steps_s
+        tenths = statistics.quantiles(steps_s, n=10)
+        return (tenths[-1] - tenths[0]) / statistics.median(steps_s)
+
+    def add(self, step_s: float, timeline: Timeline) -> None:
+        """One more step, and one more profile."""
+        self.steps_s.append(step_s)
+        self.timelines.append(timeline)
+
+
+class Speed:
+    """How fast this core is from moment to moment: a few ms of fixed work, timed in between.
+
+    Whoever works on the other core slows this one, by a third on the machine of the committed
+    result, for minutes; two configurations are comparable at one speed only.
+    """
+
+    def __init__(self) -> None:
+        self.square = torch.randn(256, 256)
+        self.vector = torch.randn(2**17)
+        self.all_s: list[float] = []
+        self.probe()
+
+    def probe(self) -> float:
+        """Time of the work, now."""
+        found_s: list[float] = []
+        for _ in range(3):  # the median: one may be interrupted
+            start_s = time.perf_counter()
+            for _ in range(3):
+                torch.mm(self.square, self.square)
+                for _ in range(4):
+                    self.vector.add(self.vector).mul_(0.5)
+            found_s.append(time.perf_counter() - start_s)
+        self.all_s.append(statistics.median(found_s))
+        return self.all_s[-1]
+
+    def measure(self, run: Run, program: "Program") -> None:
+        """Time a step and profile one; each keeps the mean of the probes on both its sides."""
+        before_s = self.all_s[-1]
+        step_s, between_s = program.step_s(), self.probe()
+        timeline, after_s = program.profile(), self.probe()
+        run.clock_s.append(step_s)
+        run.add(
+            step_s / (before_s + between_s),
+            _times(timeline, 1 / (between_s + after_s)),
+        )
+
+    def level(self, runs: Sequence[Run]) -> None:
+        """Make seconds of what was measured, at the usual speed."""
+        usual_s = 2 * statistics.median(self.all_s)
+        for run in runs:
+            run.steps_s = [each * usual_s for each in run.steps_s]
+            run.timelines = [_times(each, usual_s) for each in run.timelines]
+
+
+def _times(timeline: Timeline, factor: float) -> Timeline:
+    """So many times as long."""
+    return Timeline(
+        tuple(replace(each, duration_s=each.duration_s * factor) for each in timeline.events)
+    )
 
 
 @dataclass(eq=False)
