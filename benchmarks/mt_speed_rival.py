@@ -23,23 +23,29 @@ from simpeg import (
     regularization,
 )
 from simpeg.electromagnetics import natural_source
+from simpeg.utils import get_default_solver
 
 from plait.magnetotellurics.forward_2d import Problem
 
 _LOG10_AIR = 8.0  # what SimPEG's examples use; its edge elements do not stand much more
-SOLVERS = {
-    "SuperLU, its default": "SolverLU",
-    "MUMPS": "Mumps",
-    "MKL Pardiso": "Pardiso",
-}
+SOLVERS = {"SuperLU": "SolverLU", "MUMPS": "Mumps", "MKL Pardiso": "Pardiso"}
 
 
 def solvers() -> dict[str, Any]:
-    """SimPEG's default solver and the faster ones that are installed here, by name."""
-    return {
+    """SimPEG's direct solvers that are installed here, by name; the slowest first.
+
+    SuperLU comes with it and is its default where nothing else is installed; otherwise its default
+    is Pardiso, then MUMPS.
+    """
+    default = get_default_solver()
+    found = {
         name: getattr(pymatsolver, attribute)
         for name, attribute in SOLVERS.items()
         if pymatsolver.AvailableSolvers[attribute]
+    }
+    return {
+        f"{name}, its default here" if solver is default else name: solver
+        for name, solver in found.items()
     }
 
 
@@ -103,7 +109,7 @@ class Rival:
                 simulation.survey, dobs=values, standard_deviation=np.abs(error).ravel()
             )
             misfits.append(data_misfit.L2DataMisfit(data=measured, simulation=simulation))
-        misfit = misfits[0] + misfits[1]
+        misfit: Any = misfits[0] + misfits[1]
         mesh = self.simulations[0].mesh
         smooth = regularization.WeightedLeastSquares(
             mesh,
