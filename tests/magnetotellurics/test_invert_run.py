@@ -244,7 +244,49 @@ def test_the_commands_write_report_section_and_responses(survey, tmp_path, capsy
     rho = [float(line.split(",")[4]) for line in table[1:] if "TE_LOG10_RHO" in line]
     assert min(rho) > 0.8
     assert max(rho) < 2.3
-    assert (tmp_path / "forward" / "response.png").stat().st_size > 5000
+    page = (tmp_path / "forward" / "report.html").read_text()
+    for name in ("section.png", "response.png"):
+        assert f'src="{name}"' in page
+        assert (tmp_path / "forward" / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("target_rms=-1", "target_rms"),
+        ("max_steps=0", "max_steps"),
+        ("num_workers=0", "num_workers=0"),
+        ("huber=-2", "huber=-2"),
+        ("static_shift_weight=0", "static_shift_weight=0"),
+        ("start_log10_rho=9", "lies outside min_log10_rho"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused_before_its_folder_is_made(
+    survey, tmp_path, setting, message
+):
+    with pytest.raises(InversionError, match=message):
+        invert_command(survey / "line.dat", settings=[setting], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_inverts_the_data_that_it_chooses_and_keeps_its_bounds(survey, tmp_path):
+    (survey / "points.csv").write_text("c,TM,0,inf\n")
+    whole = InvertJob(survey=str(survey / "line.dat"), num_workers=1)
+    chosen = [
+        "data.stations_left_out=a",
+        "data.min_frequency_hz=5",
+        f"data.left_out={survey / 'points.csv'}",
+        "min_log10_rho=1.0",
+        "max_log10_rho=1.9",
+        "start_log10_rho=1.5",
+    ]
+    found = run_inversion(override(whole, chosen), tmp_path / "run", on_progress=lambda _: None)
+    assert found.observations.num_data == 6 * 2 * 4 - 2 * 2
+    assert found.observations.notes[-1].startswith("40 of 84 data dropped")
+    assert found.smooth.log10_rho.min() >= 1.0
+    assert found.smooth.log10_rho.max() <= 1.9
+    write_report(found, tmp_path / "run")
+    assert "40 of 84 data dropped" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_survey_is_told_by_its_first_lines_and_anything_else_is_refused(survey, tmp_path):

@@ -7,8 +7,8 @@ import typer
 
 from plait.cli.output import show_table
 from plait.config import override
-from plait.magnetotellurics.forward_job import ForwardJob, response_table, run_forward
-from plait.magnetotellurics.plots import response_figure, section_figure
+from plait.magnetotellurics.forward_job import ForwardJob, run_forward
+from plait.magnetotellurics.forward_page import write_forward_report
 
 
 def forward_command(
@@ -23,7 +23,7 @@ def forward_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
-    """Compute TE, TM and tipper responses of a section; write a table and pictures.
+    """Compute TE, TM and tipper responses of a section; write a table and a report.
 
     Example: plait forward section.rho --set num_stations=30 --set min_frequency_hz=0.01
     """
@@ -33,26 +33,12 @@ def forward_command(
     )
     run = run_forward(job)
     folder = out or Path("runs") / f"forward_{model.stem}"
-    folder.mkdir(parents=True, exist_ok=True)
-    table = folder / "response.csv"
-    table.write_text(response_table(run.observations), encoding="utf-8")
-    stations = run.observations.position_m
-    section = folder / "section.png"
-    reach = max(float(stations.max() - stations.min()) / 2, 10 * run.problem.mesh.width_m.min())
-    section_figure(
-        run.problem.mesh,
-        run.log10_rho,
-        station_m=stations,
-        max_depth_m=min(reach, float(run.problem.mesh.z_m[-1])),
-    ).savefig(section, dpi=110)
-    pictures = folder / "response.png"
-    response_figure(run.observations).savefig(pictures, dpi=110)
+    page = write_forward_report(run, folder, model=model.name)
     show_table(
         [
-            ("stations", str(len(stations))),
+            ("stations", str(len(run.observations.position_m))),
             ("frequencies", str(len(run.observations.frequency_hz))),
-            ("responses", str(table)),
-            ("section", str(section)),
-            ("pseudo-sections", str(pictures)),
+            ("responses", str(folder / "response.csv")),
+            ("report", str(page)),
         ]
     )

@@ -16,7 +16,7 @@ from plait.magnetotellurics.report_page import write_report
 def invert_command(
     survey: Annotated[
         Path,
-        typer.Argument(help="MT2DData, Occam2D or ModEM 2-D data file, or a folder of stations."),
+        typer.Argument(help="MT2DData, Occam2D or ModEM data file, or a folder of stations."),
     ],
     prior: Annotated[
         Path | None, typer.Option(help="TOML file of what is known; it is learnt first.")

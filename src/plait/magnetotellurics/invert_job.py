@@ -6,11 +6,17 @@ from typing import Literal
 import numpy as np
 
 from plait.errors import InversionError
+from plait.magnetotellurics.data_choice import DataChoice, chosen_data
 from plait.magnetotellurics.forward_2d import Problem, make_problem
+from plait.magnetotellurics.inversion import StoppingRule
+from plait.magnetotellurics.layered_start import Start
 from plait.magnetotellurics.mesh_design import MeshDesign, mesh_from_skin_depths
 from plait.magnetotellurics.observations import Component, Observations, with_error_floor
+from plait.magnetotellurics.prior_inversion import PriorInversion, StepOrder
 from plait.magnetotellurics.prior_network import Training
 from plait.magnetotellurics.profile import ProfileSettings
+from plait.magnetotellurics.smooth_inversion import SmoothInversion
+from plait.magnetotellurics.step_rules import OccamRule
 from plait.magnetotellurics.survey_files import read_observations
 
 
@@ -24,14 +30,18 @@ class InvertJob:
         other_prior: a second one, deliberately different; None makes the layers of the first
             thicker than it allows.
         profile: strike, modes and floors of a folder of stations.
+        data: frequencies, stations and points that are taken.
         log10_rho_floor: errors of log10 rho are raised to this.
         phase_floor_rad: errors of phases are raised to this.
         mesh: grading.
         min_resistivity_ohm_m, max_resistivity_ohm_m: expected in the ground, for the mesh.
         start_log10_rho: of the half-space at the beginning, and the reference.
         start: "layered" fits each column alone first.
+        min_log10_rho, max_log10_rho: bounds of every section.
         target_rms: where all inversions stop.
         max_steps: of each inversion.
+        min_steps: taken even where the target is reached before. The first section at the target is
+            the end of one linearized step; later ones are smoother, or more likely by the prior.
         static_shift_weight: None, or the penalty on (log10 gain)^2 of each station and mode.
         huber: None, or the residual in errors beyond which data count less.
         order: pixels and codes in one "joint" step, or "alternating".
@@ -41,12 +51,14 @@ class InvertJob:
         num_seeds: networks in the ensemble; the first one's section is the result.
         max_depth_m: of the pictures; None: from the data.
         num_workers: threads.
+        device: where PyTorch factorizes: "cpu" or a GPU, "cuda".
     """
 
     survey: str
     prior: str | None = None
     other_prior: str | None = None
     profile: ProfileSettings = field(default_factory=ProfileSettings)
+    data: DataChoice = field(default_factory=DataChoice)
     log10_rho_floor: float = 0.0
     phase_floor_rad: float = 0.0
     mesh: MeshDesign = field(
@@ -58,8 +70,11 @@ class InvertJob:
     max_resistivity_ohm_m: float = 300.0
     start_log10_rho: float = 1.5
     start: Literal["layered", "uniform"] = "layered"
+    min_log10_rho: float = -2.0
+    max_log10_rho: float = 6.0
     target_rms: float = 1.0
     max_steps: int = 12
+    min_steps: int = 3
     static_shift_weight: float | None = None
     huber: float | None = None
     order: Literal["joint", "alternating"] = "joint"
@@ -69,6 +84,7 @@ class InvertJob:
     num_seeds: int = 1
     max_depth_m: float | None = None
     num_workers: int = 2
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.num_seeds < 1 or self.num_seeds > 100:
@@ -81,11 +97,54 @@ class InvertJob:
             raise InversionError(
                 "static shifts are solved for in joint steps only; set order=joint"
             )
+        low, high = self.min_log10_rho, self.max_log10_rho
+        if not low <= self.start_log10_rho <= high:
+            raise InversionError(
+                f"start_log10_rho={self.start_log10_rho} lies outside min_log10_rho={low} to "
+                f"max_log10_rho={high}"
+            )
+        # Both check themselves: a job that cannot run must not leave a folder behind.
+        smooth_settings(self, target_rms=self.target_rms)
+        prior_settings(self, target_rms=self.target_rms)
+
+
+def smooth_settings(job: InvertJob, *, target_rms: float) -> SmoothInversion:
+    """Give the settings of the conventional inversion."""
+    return SmoothInversion(
+        start_log10_rho=job.start_log10_rho,
+        start=Start(job.start),
+        rule=OccamRule(max_drop=10, max_corrections=4),
+        stopping=_stopping(job, target_rms),
+        bounds=(job.min_log10_rho, job.max_log10_rho),
+        static_shift_weight=job.static_shift_weight,
+        huber=job.huber,
+        num_workers=job.num_workers,
+    )
+
+
+def prior_settings(job: InvertJob, *, target_rms: float) -> PriorInversion:
+    """Give the settings of the inversion with a learnt prior."""
+    return PriorInversion(
+        start_log10_rho=job.start_log10_rho,
+        start=Start(job.start),
+        stopping=_stopping(job, target_rms),
+        bounds=(job.min_log10_rho, job.max_log10_rho),
+        static_shift_weight=job.static_shift_weight,
+        huber=job.huber,
+        num_workers=job.num_workers,
+        order=StepOrder(job.order),
+    )
+
+
+def _stopping(job: InvertJob, target_rms: float) -> StoppingRule:
+    least = min(job.min_steps, job.max_steps)
+    return StoppingRule(target_rms=target_rms, max_steps=job.max_steps, min_steps=least)
 
 
 def read_data(job: InvertJob) -> Observations:
-    """Read the survey and raise its errors to the floors."""
-    observations = read_observations(job.survey, settings=job.profile)
+    """Read the survey, leave out what is not asked for, raise its errors to the floors."""
+    read = read_observations(job.survey, settings=job.profile)
+    observations = chosen_data(read, job.data)
     if job.log10_rho_floor > 0 or job.phase_floor_rad > 0:
         observations = with_error_floor(
             observations, log10_rho=job.log10_rho_floor, phase_rad=job.phase_floor_rad
@@ -103,7 +162,10 @@ def lay_out(job: InvertJob, observations: Observations) -> Problem:
         design=job.mesh,
     )
     return make_problem(
-        mesh, position_m=observations.position_m, frequency_hz=observations.frequency_hz
+        mesh,
+        position_m=observations.position_m,
+        frequency_hz=observations.frequency_hz,
+        device=job.device,
     )
 
 

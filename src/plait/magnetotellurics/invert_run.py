@@ -16,13 +16,19 @@ from plait.magnetotellurics.arrays import BoolArray, RealArray
 from plait.magnetotellurics.coded_section import CodedSection, Region
 from plait.magnetotellurics.forward_2d import Problem
 from plait.magnetotellurics.influence import Influence, deliberately_different, influence_of
-from plait.magnetotellurics.inversion import Checkpoint, InversionResult, StoppingRule
-from plait.magnetotellurics.invert_job import InvertJob, lay_out, read_data, shown_depth_m
-from plait.magnetotellurics.layered_start import Start
+from plait.magnetotellurics.inversion import Checkpoint, InversionResult
+from plait.magnetotellurics.invert_job import (
+    InvertJob,
+    lay_out,
+    prior_settings,
+    read_data,
+    shown_depth_m,
+    smooth_settings,
+)
 from plait.magnetotellurics.observations import Observations
 from plait.magnetotellurics.prior import Prior
 from plait.magnetotellurics.prior_file import read_prior
-from plait.magnetotellurics.prior_inversion import PriorInversion, StepOrder, invert_with_prior
+from plait.magnetotellurics.prior_inversion import invert_with_prior
 from plait.magnetotellurics.prior_network import PriorNetwork, learn_prior
 from plait.magnetotellurics.prior_store import load_network, save_network
 from plait.magnetotellurics.resolution import Resolution, coded_deviation, smooth_resolution
@@ -32,7 +38,6 @@ from plait.magnetotellurics.smooth_inversion import (
     SmoothSection,
     invert_smoothly,
 )
-from plait.magnetotellurics.step_rules import OccamRule
 
 _DEPARTURE_STEPS = 3  # towards the learnt section, along the target
 _SAME_RMS = 1.03  # sections whose RMS differ by less than this factor fit equally well
@@ -241,7 +246,7 @@ class _Tools:
         found = invert_smoothly(
             self._problem,
             self._observations,
-            settings=self._smooth_settings(target_rms),
+            settings=smooth_settings(self._job, target_rms=target_rms),
             resume=load_state(self._state(name)),
             on_step=self._watch(name),
         )
@@ -265,7 +270,7 @@ class _Tools:
             self._problem,
             self._observations,
             section=section,
-            settings=self._prior_settings(target_rms),
+            settings=prior_settings(self._job, target_rms=target_rms),
             resume=load_state(self._state(name)),
             on_step=self._watch(name),
         )
@@ -286,7 +291,7 @@ class _Tools:
         section, which does, and go as near to the learnt one as they can at its RMS.
         """
         goal = max(self._job.target_rms, smooth.result.rms)
-        settings = self._smooth_settings(goal)
+        settings = smooth_settings(self._job, target_rms=goal)
         added = self._departures(f"{name}_departures", found, found, settings)
         if added.result.rms > _SAME_RMS * goal:
             steps = min(_DEPARTURE_STEPS, settings.stopping.max_steps)
@@ -331,7 +336,7 @@ class _Tools:
             self._problem,
             self._observations,
             result=found.result,
-            settings=self._smooth_settings(self._job.target_rms),
+            settings=smooth_settings(self._job, target_rms=self._job.target_rms),
         )
 
     def learnt_deviation(self, found: Found) -> RealArray:
@@ -343,31 +348,7 @@ class _Tools:
             self._observations,
             section=found.section,
             result=found.coded,
-            settings=self._prior_settings(self._job.target_rms),
-        )
-
-    def _smooth_settings(self, target_rms: float) -> SmoothInversion:
-        job = self._job
-        return SmoothInversion(
-            start_log10_rho=job.start_log10_rho,
-            start=Start(job.start),
-            rule=OccamRule(max_drop=10, max_corrections=4),
-            stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
-            static_shift_weight=job.static_shift_weight,
-            huber=job.huber,
-            num_workers=job.num_workers,
-        )
-
-    def _prior_settings(self, target_rms: float) -> PriorInversion:
-        job = self._job
-        return PriorInversion(
-            start_log10_rho=job.start_log10_rho,
-            start=Start(job.start),
-            stopping=StoppingRule(target_rms=target_rms, max_steps=job.max_steps),
-            static_shift_weight=job.static_shift_weight,
-            huber=job.huber,
-            num_workers=job.num_workers,
-            order=StepOrder(job.order),
+            settings=prior_settings(self._job, target_rms=self._job.target_rms),
         )
 
     def _network(self, name: str, prior: Prior, region: Region, seed: int) -> PriorNetwork:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.magnetotellurics.html_page import picture, write_page
 from plait.magnetotellurics.invert_job import shown_depth_m
 from plait.magnetotellurics.invert_run import Found, InvertRun
 from plait.magnetotellurics.misfit import Misfit
@@ -22,17 +23,6 @@ from plait.magnetotellurics.plots import (
 from plait.magnetotellurics.prior_file import prior_to_table
 from plait.magnetotellurics.run_files import write_whole
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-img { max-width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right;
-       border-bottom: 1px solid #ddd; } td:first-child, th:first-child { text-align: left; }
-pre { background: #f5f5f5; padding: .6rem; overflow-x: auto; font-size: .85rem; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
-"""
-
 
 def write_report(run: InvertRun, folder: Path) -> Path:
     """Write pictures, report.html, result.json, section.rho and response.csv; give the page."""
@@ -44,14 +34,9 @@ def write_report(run: InvertRun, folder: Path) -> Path:
         *_fit(run, folder),
         *_notes(run),
     ]
-    title = f"Magnetotelluric inversion of {html.escape(Path(run.job.survey).name)}"
     page = folder / "report.html"
-    body = "\n".join(parts)
-    write_whole(
-        page,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n{body}\n</body></html>\n",
-    )
+    title = f"Magnetotelluric inversion of {Path(run.job.survey).name}"
+    write_page(page, title=title, parts=parts)
     _write_numbers(run, folder)
     return page
 
@@ -109,7 +94,7 @@ def _sections(run: InvertRun, folder: Path, limits: tuple[float, float]) -> list
                 if reached
                 else "Nowhere in view would half of a change of the reference model show up."
             )
-        parts.append(_picture(figure, folder / name, caption))
+        parts.append(picture(figure, folder / name, caption))
     return parts
 
 
@@ -132,7 +117,7 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
         **_frame(run),
     )
     parts.append(
-        _picture(
+        picture(
             figure,
             folder / "deviation.png",
             "Linearized posterior of the smooth section: the spread of sections as smooth as this "
@@ -148,7 +133,7 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
             **_frame(run),
         )
         parts.append(
-            _picture(
+            picture(
                 figure,
                 folder / "learnt_deviation.png",
                 "Linearized posterior of the learnt section, before any departures from it: the "
@@ -161,7 +146,7 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
             mesh, spread, most=0.5, label="deviation over seeds (decades)", **_frame(run)
         )
         parts.append(
-            _picture(
+            picture(
                 figure,
                 folder / "ensemble.png",
                 f"Standard deviation over {len(run.learnt)} networks, each learnt from another "
@@ -181,7 +166,7 @@ def _influence(run: InvertRun, folder: Path, limits: tuple[float, float]) -> lis
         f"{run.other.result.rms:.3f}). {_verdict_on_other(run)} {share:.0f} % of the area "
         "under the stations moved by more than the data allow (two posterior deviations, between "
         "0.1 and 0.3 decades): there the section shows the prior.</p>",
-        _picture(figure, folder / "influence.png", "Largest difference from the other sections."),
+        picture(figure, folder / "influence.png", "Largest difference from the other sections."),
         "<details><summary>The prior</summary><pre>"
         f"{html.escape(json.dumps(prior_to_table(run.priors[0]), indent=1))}</pre></details>",
         "<details><summary>The different prior</summary><pre>"
@@ -203,16 +188,16 @@ def _fit(run: InvertRun, folder: Path) -> list[str]:
     values = run.best.result.values
     parts = ["<h2>Fit</h2>"]
     figure = convergence_figure(run.best.result.history, target_rms=run.job.target_rms)
-    parts.append(_picture(figure, folder / "convergence.png", f"Convergence, {run.best.title}."))
+    parts.append(picture(figure, folder / "convergence.png", f"Convergence, {run.best.title}."))
     parts.append(
-        _picture(
+        picture(
             pseudo_section_figure(run.observations, values),
             folder / "pseudo_sections.png",
             "Data, response and residual over error.",
         )
     )
     parts.append(
-        _picture(
+        picture(
             fit_figure(run.observations, values),
             folder / "fit.png",
             "Each station: data with errors, response as lines.",
@@ -241,15 +226,6 @@ def _notes(run: InvertRun) -> list[str]:
         "<a href='response.csv'>response.csv</a>.</p>"
     )
     return [settings]
-
-
-def _picture(figure: Any, path: Path, caption: str) -> str:
-    figure.savefig(path, dpi=110)
-    text = html.escape(caption)
-    return (
-        f'<figure><img src="{path.name}" alt="{text or path.stem}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
 
 
 def _write_numbers(run: InvertRun, folder: Path) -> None:

@@ -60,6 +60,24 @@ class SmoothInversion:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise InversionError(f"num_workers={self.num_workers} must be at least 1")
+        check_weights(
+            bounds=self.bounds, static_shift_weight=self.static_shift_weight, huber=self.huber
+        )
+
+
+def check_weights(
+    *, bounds: tuple[float, float], static_shift_weight: float | None, huber: float | None
+) -> None:
+    """Check what conventional and learnt inversions share.
+
+    Raises:
+        InversionError: bounds that do not increase, weights that are not positive.
+    """
+    if not bounds[0] < bounds[1]:
+        raise InversionError(f"bounds={bounds} must increase; they are of log10 rho")
+    for name, weight in (("static_shift_weight", static_shift_weight), ("huber", huber)):
+        if weight is not None and weight <= 0:
+            raise InversionError(f"{name}={weight} must be positive, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
