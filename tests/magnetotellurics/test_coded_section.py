@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from plait.errors import InversionError
-from plait.magnetotellurics.code_penalty import CodePenalty
+from plait.magnetotellurics.code_penalty import CodePenalty, share_of_own_weight
 from plait.magnetotellurics.coded_section import CodedSection, Region
 from plait.magnetotellurics.data_model import SectionModel, StaticShiftModel
 from plait.magnetotellurics.earth import flat_mesh
@@ -186,7 +186,7 @@ def test_a_region_that_codes_do_not_fill_or_of_another_network_is_refused(mesh, 
         CodedSection(mesh=mesh, region=other, network=network)
 
 
-def make_penalty(section, edge=np.inf):
+def make_penalty(section, edge=np.inf, order=1):
     return CodePenalty(
         section=section,
         roughness=cell_roughness(
@@ -199,12 +199,15 @@ def make_penalty(section, edge=np.inf):
         code=0.2,
         lateral=0.7,
         edge=edge,
+        order=order,
     )
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("edge", [0.1, 1.0, np.inf])
-def test_the_penaltys_quadratic_has_its_gradient(section, parameters, edge):
-    penalty = PenaltyWithShifts(inner=make_penalty(section, edge), num_shifts=2, weight=3.0)
+def test_the_penaltys_quadratic_has_its_gradient(section, parameters, edge, order):
+    inner = make_penalty(section, edge, order)
+    penalty = PenaltyWithShifts(inner=inner, num_shifts=2, weight=3.0)
     at = np.concatenate([parameters, [0.3, -0.1]])
     near = penalty.near(at)
     gradient = 2 * (near.matrix @ (at - near.reference))
@@ -225,6 +228,38 @@ def test_small_changes_of_codes_cost_their_square_and_an_edge_its_logarithm(sect
         stepped = np.append(start[: len(section.pixel_cells)], codes)
         saved = square.value(stepped) - edges.value(stepped)
         assert saved == pytest.approx(0.7 * (size**2 - cost), rel=1e-6, abs=1e-12)
+
+
+def test_codes_that_go_on_along_a_straight_line_cost_nothing_on_columns_of_any_width(
+    mesh, region, network, parameters
+):
+    uneven = replace(mesh, y_m=np.sign(mesh.y_m) * np.abs(mesh.y_m) ** 1.2)
+    for section in (CodedSection(mesh=m, region=region, network=network) for m in (mesh, uneven)):
+        plain = replace(
+            make_penalty(section, order=2), roughness=0 * make_penalty(section).roughness
+        )
+        slope = np.linspace(-1, 1, section.network.num_latent)
+        codes = 0.5 + np.outer(section.code_y_m / 3000, slope)
+        straight = np.append(parameters[: len(section.pixel_cells)], codes)
+        assert plain.value(straight) == pytest.approx(0.2 * np.sum(codes**2), rel=1e-9)
+        bent = np.array(codes)
+        bent[6, 1] += 0.5
+        changed = np.append(parameters[: len(section.pixel_cells)], bent)
+        more = plain.value(changed) - 0.2 * np.sum(bent**2)
+        even = 0.7 * 6 * 0.25  # 1, -2 and 1 times 0.5
+        assert more == pytest.approx(even, rel=1e-9 if section.mesh is mesh else 0.5)
+
+
+@pytest.mark.parametrize("lateral", [5.0, 200.0, 3000.0])
+def test_a_code_on_a_long_line_varies_as_much_as_a_code_alone(lateral):
+    count = 400
+    own = share_of_own_weight(lateral, count)
+    bend = np.diff(np.eye(count), n=2, axis=0)
+    covariance = np.linalg.inv(own * np.eye(count) + lateral * bend.T @ bend)
+    assert covariance[count // 2, count // 2] == pytest.approx(1.0, rel=0.05)
+    assert share_of_own_weight(lateral, 1) == 1.0
+    assert share_of_own_weight(lateral, 4) >= 0.25
+    assert share_of_own_weight(0.0, 50) == 1.0
 
 
 def test_the_penaltys_quadratic_never_falls_below_it(section, parameters):

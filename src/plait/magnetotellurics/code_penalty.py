@@ -1,10 +1,10 @@
 """What an inversion with a learnt prior minimizes beside the misfit: roughness, codes, their edges.
 
-Neighbour codes that differ a little are one body whose shape changes along the line; neighbours
-that differ much lie on two sides of an edge. Squares of differences would smear the edge over
-columns, so a difference well over edge costs by its logarithm only [Geman and Reynolds 1992, IEEE
-Trans. Pattern Anal. 14, 367; the Lorentzian of Black and Rangarajan 1996, Int. J. Comput. Vis. 19,
-57].
+Codes of neighbours are compared by first differences, which say that a body goes on as it is, or by
+second ones, which say that its boundaries go on dipping as they do. Where neighbours lie on two
+sides of an edge, squares of differences would smear it over columns, so a difference well over edge
+costs by its logarithm only [Geman and Reynolds 1992, IEEE Trans. Pattern Anal. 14, 367; the
+Lorentzian of Black and Rangarajan 1996, Int. J. Comput. Vis. 19, 57].
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from plait.magnetotellurics.penalty import Quadratic
 class CodePenalty:
     """Roughness of the section beside the size of its codes and their changes along the line.
 
-    (m - m_ref)^T R (m - m_ref) + sum_j code |v_j|^2 + lateral edge^2 ln(1 + |v_j - v_j+1|^2/edge^2)
+    (m - m_ref)^T R (m - m_ref) + code sum_j |v_j|^2 + lateral edge^2 sum_j ln(1 + |d_j|^2/edge^2)
+
+    d_j = v_j+1 - v_j, or for order 2 the change of its slope over the mean distance of neighbours,
+    which is v_j+1 - 2 v_j + v_j-1 on columns of one width
 
     Attributes:
         section: the map.
@@ -33,6 +36,7 @@ class CodePenalty:
         code: weight of the codes' size; the prior's negative logarithm is |v|^2 / 2.
         lateral: weight of the squared difference of neighbour codes, where it is small.
         edge: size of a difference from which on it counts as an edge; infinite for squares alone.
+        order: of the differences, 1 or 2.
     """
 
     section: CodedSection
@@ -41,24 +45,23 @@ class CodePenalty:
     code: float
     lateral: float
     edge: float = np.inf
+    order: int = 1
 
     @cached_property
     def _step(self) -> Any:
-        """Differences of neighbours, sparse (n_codes - 1, n_codes)."""
+        """Differences of neighbours, sparse (n_codes - order or none, n_codes)."""
         count = self.section.num_codes
-        ends = np.arange(count - 1)
-        return sparse.csr_array(
-            (
-                np.repeat([-1.0, 1.0], count - 1),
-                (np.tile(ends, 2), np.concatenate([ends, ends + 1])),
-            ),
-            shape=(count - 1, count),
-        )
+        step = np.diff(np.eye(count), axis=0)
+        if self.order == 2 and count > 1:
+            distance = np.diff(self.section.code_y_m)
+            between = (distance[1:] + distance[:-1]) / 2
+            step = between[:, None] * np.diff(step / distance[:, None], axis=0)
+        return sparse.csr_array(step)
 
     def value(self, parameters: RealArray) -> float:
         """Give the penalty of a model."""
         codes = self.section.codes(parameters)
-        square = _squares(codes)
+        square = self._squares(codes)
         if np.isfinite(self.edge):
             square = self.edge**2 * np.log1p(square / self.edge**2)
         change = self._change(parameters)
@@ -78,7 +81,7 @@ class CodePenalty:
         return Quadratic(matrix=matrix, reference=parameters - BandFactor(matrix).solve(gradient))
 
     def _of_codes(self, codes: RealArray) -> Any:
-        weight = 1 / (1 + _squares(codes) / self.edge**2)
+        weight = 1 / (1 + self._squares(codes) / self.edge**2)
         joined = self._step.T @ sparse.diags_array(weight) @ self._step
         along = self.code * sparse.eye_array(len(codes)) + self.lateral * joined
         num_pixels = len(self.section.pixel_cells)
@@ -93,7 +96,24 @@ class CodePenalty:
     def _change(self, parameters: RealArray) -> RealArray:
         return (self.section.log10_rho(parameters) - self.reference_log10_rho).ravel()
 
+    def _squares(self, codes: RealArray) -> RealArray:
+        """Give |d_j|^2 of the differences of neighbours."""
+        return np.sum((self._step @ codes) ** 2, axis=1)
 
-def _squares(codes: RealArray) -> RealArray:
-    """Give |v_j - v_j+1|^2 of neighbours, (n_codes - 1,)."""
-    return np.sum(np.diff(codes, axis=0) ** 2, axis=1)
+
+def share_of_own_weight(lateral: float, num_codes: int) -> float:
+    """Give how much of its own negative logarithm a code among neighbours may count.
+
+    Codes along a line that hang together say the same thing many times: with the whole weight for
+    each, the line would be far less likely to leave the prior's mean than one of its columns. The
+    stationary line with the energy a v^2 + b (second difference)^2 has the variance
+    a^(-3/4) b^(-1/4) / sqrt(8) (its spectrum is 1 / (a + b k^4)), which is 1, as for a code alone,
+    with a = b^(-1/3) / 4. A line shorter than its own memory is one code, a = 1 / num_codes.
+
+    Args:
+        lateral: b, weight of squared second differences over that of a code alone.
+        num_codes: on the line.
+    """
+    if lateral <= 0:
+        return 1.0
+    return float(min(1.0, max(1 / num_codes, lateral ** (-1 / 3) / 4)))

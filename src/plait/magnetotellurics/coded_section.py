@@ -109,6 +109,12 @@ class CodedSection:
         return len(self.code_cells)
 
     @property
+    def code_y_m(self) -> RealArray:
+        """Give the middles of the sub-regions, (n_codes,)."""
+        middle = (self.mesh.y_m[1:] + self.mesh.y_m[:-1]) / 2
+        return middle[slice(*self.region.columns)].reshape(self.num_codes, -1).mean(1)
+
+    @property
     def num_parameters(self) -> int:
         """Pixels and all codes' numbers."""
         return len(self.pixel_cells) + self.num_codes * self.network.num_latent

@@ -1,7 +1,7 @@
 """Inversion for pixels and codes together: a learnt prior where it speaks, smoothness elsewhere."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from plait.errors import InversionError
 from plait.magnetotellurics.alternation import AlternatingRule
 from plait.magnetotellurics.arrays import RealArray
-from plait.magnetotellurics.code_penalty import CodePenalty
+from plait.magnetotellurics.code_penalty import CodePenalty, share_of_own_weight
 from plait.magnetotellurics.coded_section import CodedSection
 from plait.magnetotellurics.data_model import DataModel, SectionModel, StaticShiftModel
 from plait.magnetotellurics.forward_2d import Problem
@@ -27,11 +27,13 @@ from plait.magnetotellurics.model_map import pixel_map
 from plait.magnetotellurics.observations import Observations
 from plait.magnetotellurics.penalty import Penalty, PenaltyWithShifts, RoughnessPenalty
 from plait.magnetotellurics.regularization import Smoothness, cell_roughness, roughness_matrix
+from plait.magnetotellurics.smooth_inversion import check_weights
 from plait.magnetotellurics.step_rules import OccamRule
 
 LEARNT_RULE = OccamRule(
     search_factor=3, max_trials=14, max_drop=10, max_corrections=4, follow=True, max_trade_off=200
 )
+_START_LATERAL, _START_EDGE = 60.0, 0.3  # over code_weight, and of first differences: fitted
 
 
 class StepOrder(Enum):
@@ -51,9 +53,10 @@ class PriorInversion:
         region_smoothness: of the decoded cells. None by default: order downwards is the prior's
             matter, and along the line cells would count an interface that dips by its contrast and
             flatten it; codes are compared instead.
-        code_weight: of |v|^2, beside roughness and times the same trade-off.
-        lateral_weight: of the difference between the codes of neighbours.
-        lateral_edge: a larger difference of neighbours is an edge, and costs by its logarithm.
+        code_weight: of |v|^2 of a code alone, beside roughness and times the same trade-off; of
+            neighbours that hang together a share (code_penalty.share_of_own_weight).
+        lateral_weight: of the second difference of the codes of neighbours.
+        lateral_edge: a larger one is an edge, and costs by its logarithm.
         code_bound: codes stay within this; beyond, the decoder has not been taught.
         start: LAYERED fits each column alone first; UNIFORM begins with the codes of a half-space.
         rule: follows the curve of decoded sections, and ends at a trade-off of 200 at most, one
@@ -70,7 +73,7 @@ class PriorInversion:
     )
     code_weight: float = 0.005
     lateral_weight: float = 0.3
-    lateral_edge: float = 0.3
+    lateral_edge: float = 0.2
     code_bound: float = 4.0
     start: Start = Start.LAYERED
     rule: StepRule = LEARNT_RULE
@@ -91,6 +94,9 @@ class PriorInversion:
             raise InversionError(f"num_workers={self.num_workers} must be at least 1")
         if self.order is StepOrder.ALTERNATING and self.static_shift_weight is not None:
             raise InversionError("static shifts are solved for in joint steps only")
+        check_weights(
+            bounds=self.bounds, static_shift_weight=self.static_shift_weight, huber=self.huber
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,7 @@ def invert_with_prior(
     misfit = Misfit(observations=observations, huber=settings.huber)
     if settings.start is Start.LAYERED:
         start = layered_start(
-            parts.layered, misfit=misfit, penalty=penalty, start=start, bounds=bounds
+            parts.layered, misfit=misfit, penalty=parts.start_penalty, start=start, bounds=bounds
         )
     rule = settings.rule
     if settings.order is StepOrder.ALTERNATING:
@@ -174,12 +180,15 @@ class CodedParts:
         model: pixels, codes and static shifts to data.
         layered: the same with each column alone.
         penalty: of the same parameters.
+        start_penalty: for the layered start, which finds the edges: by first differences, since
+            second ones let codes swing beside an edge that is not yet found.
         num_shifts: static shifts at their end.
     """
 
     model: DataModel
     layered: DataModel
     penalty: Penalty
+    start_penalty: Penalty
     num_shifts: int
 
 
@@ -198,7 +207,8 @@ def coded_parts(
         num_workers=settings.num_workers,
     )
     layered: DataModel = LayeredModel(problem=problem, observations=observations, model_map=section)
-    penalty: Penalty = CodePenalty(
+    own = settings.code_weight
+    along = CodePenalty(
         section=section,
         roughness=cell_roughness(
             problem.mesh,
@@ -207,18 +217,28 @@ def coded_parts(
             inside_smoothness=settings.region_smoothness,
         ),
         reference_log10_rho=np.full(problem.mesh.ground_shape, settings.start_log10_rho),
-        code=settings.code_weight,
+        code=own * share_of_own_weight(settings.lateral_weight / own, section.num_codes),
         lateral=settings.lateral_weight,
         edge=settings.lateral_edge,
+        order=2,
     )
+    first = replace(along, code=own, lateral=_START_LATERAL * own, edge=_START_EDGE, order=1)
+    penalties: list[Penalty] = [along, first]
+    num_shifts = 0
     weight = settings.static_shift_weight
-    if weight is None:
-        return CodedParts(model=model, layered=layered, penalty=penalty, num_shifts=0)
-    num_shifts = 2 * problem.receivers.num_receivers
+    if weight is not None:
+        num_shifts = 2 * problem.receivers.num_receivers
+        model = StaticShiftModel(section=model, observations=observations)
+        layered = StaticShiftModel(section=layered, observations=observations)
+        penalties = [
+            PenaltyWithShifts(inner=penalty, num_shifts=num_shifts, weight=weight)
+            for penalty in penalties
+        ]
     return CodedParts(
-        model=StaticShiftModel(section=model, observations=observations),
-        layered=StaticShiftModel(section=layered, observations=observations),
-        penalty=PenaltyWithShifts(inner=penalty, num_shifts=num_shifts, weight=weight),
+        model=model,
+        layered=layered,
+        penalty=penalties[0],
+        start_penalty=penalties[1],
         num_shifts=num_shifts,
     )
 
