@@ -29,6 +29,7 @@ from plait.magnetotellurics.mt2d_data import read_mt2d_data
 from plait.magnetotellurics.observations import Component, Observations, as_log_data
 from plait.magnetotellurics.occam2d_data import read_occam2d_data
 from plait.magnetotellurics.occam2d_model import read_occam2d_mesh, read_occam2d_model
+from plait.magnetotellurics.plots import section_figure
 from plait.magnetotellurics.receivers import OnNode
 from plait.magnetotellurics.smooth_inversion import (
     SmoothInversion,
@@ -176,6 +177,13 @@ def coprod2_inversion(data: Path) -> list[Row]:
         start_log10_rho=1.5, stopping=StoppingRule(target_rms=1.3, max_steps=15)
     )
     found = invert_smoothly(problem, observations, settings=settings, on_step=progress)
+    section_figure(
+        mesh,
+        found.log10_rho,
+        station_m=raw.position_m,
+        max_depth_m=6e4,
+        title=f"COPROD2, smooth section, RMS {found.result.rms:.2f}",
+    ).savefig(ROOT / "benchmarks" / "results" / "mt_coprod2.png", dpi=90)
     rows = inversion_rows("COPROD2", found, target_rms=1.3, limits=Limits(seconds=300))
     return [*rows, *coprod2_structure(mesh, found.log10_rho)]
 

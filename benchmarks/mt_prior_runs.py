@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,11 @@ from plait.magnetotellurics.step_rules import OccamRule
 PRIORS = Path(__file__).parent / "priors"
 WORKERS = os.cpu_count() or 1
 RULE = OccamRule(max_drop=10, max_corrections=4)
-STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_relative_drop=0.0)
+STOPPING = StoppingRule(target_rms=1.05, max_steps=4, min_steps=3, min_relative_drop=0.0)
+AT_ONCE = replace(STOPPING, min_steps=0)  # the first section at the target
 ONE_COLUMN = Training(num_latent=8, num_hidden=64, num_steps=5000)
 WHOLE_DOMAIN = Training(num_latent=24, num_sections=6000, num_steps=3000, batch_size=128)
-PROVINCE_STOPPING = StoppingRule(target_rms=1.05, max_steps=8)
+PROVINCE_STOPPING = StoppingRule(target_rms=1.05, max_steps=8, min_steps=3)
 PROVINCE_NOISE = 0.025  # of |Z|
 TRAINING = Training(num_hidden=128, num_steps=5000)
 
