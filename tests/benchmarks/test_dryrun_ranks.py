@@ -36,7 +36,13 @@ def test_every_model_can_be_parted_as_planned(recipe):
     assert recipe.tokens % recipe.plan.tp == 0
 
 
-@pytest.mark.parametrize("recipe", UNLIKE, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(x, id=x.name, marks=[pytest.mark.slow] if i % 6 else [])
+        for i, x in enumerate(UNLIKE)
+    ],
+)
 def test_every_rank_is_compiled_and_priced(recipe):
     recipe = cut_down(recipe)
     schedule = make_schedule(recipe, "cpu", "h200")
@@ -54,10 +60,13 @@ def test_every_rank_is_compiled_and_priced(recipe):
 @pytest.mark.parametrize(
     "name",
     [
-        "Llama-3 8B, 32 layers, fsdp 8, tp 8, 1 x 8192",
-        "Llama-3 8B, 32 layers, tp 8, replicas 2, recompute full, 4 x 8192",
+        pytest.param("Llama-3 8B, 32 layers, fsdp 8, tp 8, 1 x 8192", id="fsdp and tp"),
+        pytest.param(
+            "Llama-3 8B, 32 layers, tp 8, replicas 2, recompute full, 4 x 8192",
+            id="replicas and recompute",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["fsdp and tp", "replicas and recompute"],
 )
 def test_a_rank_needs_what_is_predicted_in_another_process(name):
     number = f"small{NAMES.index(name)}"
