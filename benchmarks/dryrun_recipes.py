@@ -50,7 +50,7 @@ class Recipe:
 
     ranks: processes. parallel: "tp", "fsdp" or "pp" over them; eager tp is DTensor's, eager fsdp is
     FSDP2's; pp is eager only, PyTorch's pipelining in the `order`. recompute: of the plan; eager
-    "full" checkpoints each layer.
+    "full" checkpoints each layer. level: of the schedule.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Recipe:
     tokens: int = 128
     dtype: torch.dtype = torch.float32
     recompute: str = "none"
+    level: str = "O0"
     micro_batches: int = 1
     optimizer: str = "adamw"
     parallel: str = ""
@@ -109,6 +110,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="mixtral", model="mixtral"),
         Recipe(name="gemma2", model="gemma2", optimizer="sgd"),
         Recipe(name="olmo2 recompute", model="olmo2", recompute="full"),
+        Recipe(name="llama O1", level="O1"),
+        Recipe(name="llama O1, recompute", level="O1", recompute="full", batch=8),
+        Recipe(name="gpt2 O1", level="O1", model="gpt2"),
         Recipe(name="transformers llama", hugging_face=True),
         Recipe(name="transformers gpt2", model="gpt2", hugging_face=True, changes=NO_DROPOUT),
         Recipe(name="llama tp", parallel="tp"),
@@ -198,7 +202,9 @@ def make_schedule(recipe: Recipe) -> Schedule:
     if recipe.parallel == "fsdp":
         with plait_mesh(recipe) as mesh:
             shard_parameters(model, mesh)
-    return plait.compile(graph, recipe.plan, optimizer=make_optimizer(recipe, model))
+    return plait.compile(
+        graph, recipe.plan, level=recipe.level, optimizer=make_optimizer(recipe, model)
+    )
 
 
 def make_placed_model(recipe: Recipe, mesh: DeviceMesh | None) -> nn.Module:

@@ -189,7 +189,9 @@ def run_of(recipe: Recipe) -> Run:
 def on_one_core(*, has_bfloat16: bool) -> list[Recipe]:
     """Configurations of one rank, each once. has_bfloat16: the CPU has units for its products."""
     found: dict[str, Recipe] = {}
-    recipes = [x for x in RECIPES.values() if x.way == "schedule" and not x.parallel]
+    recipes = [
+        x for x in RECIPES.values() if x.way == "schedule" and x.level == "O0" and not x.parallel
+    ]
     for recipe in (*recipes, *_BESIDE):
         if recipe.dtype is torch.float32:
             found.setdefault(recipe.name, recipe)

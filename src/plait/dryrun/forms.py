@@ -25,7 +25,7 @@ from plait.cost.collectives import Collective, collective_of, waits
 from plait.cost.operations import Cost, cost_of, has_formula
 from plait.errors import GraphError
 from plait.graph.graph import Value
-from plait.graph.schedule import OBJECT, resolve
+from plait.graph.schedule import ISLAND, OBJECT, Schedule, interpreted, resolve
 
 _KNOWN_NAMESPACES = ("aten", "plait", "prims", "_c10d_functional", "c10d_functional", "c10d")
 _SLICE = "aten.slice.Tensor"
@@ -96,12 +96,12 @@ Workspace = Callable[[str, Sequence[Any], Mapping[str, Any], object], int]
 class Forms:
     """Outcomes of operators, by target and the forms of their operands.
 
-    objects: callables of the schedule that have no name. workspace: bytes that a kernel allocates
-    beside its results, from the target, fake operands and result.
+    schedule: whose operators they are. workspace: bytes that a kernel allocates beside its results,
+    from the target, fake operands and result.
     """
 
-    def __init__(self, objects: Mapping[str, Callable[..., object]], workspace: Workspace) -> None:
-        self.objects, self.workspace = objects, workspace
+    def __init__(self, schedule: Schedule, workspace: Workspace) -> None:
+        self.schedule, self.workspace = schedule, workspace
         self.mode = FakeTensorMode()
         self.known: dict[object, Outcome] = {}
 
@@ -168,17 +168,16 @@ class Forms:
             bytes_written=sum(form.num_bytes for form in outputs) if moves or not inputs else 0,
             key=signature(target, args, kwargs),
             is_unknown=target.startswith(OBJECT)
-            or (target.partition(".")[0] not in _KNOWN_NAMESPACES and not has_formula(target)),
+            or not (
+                target.startswith(ISLAND)
+                or target.partition(".")[0] in _KNOWN_NAMESPACES
+                or has_formula(target)
+            ),
         )
 
     def _call(self, target: str, args: Any, kwargs: Any) -> object:
-        called = (
-            self.objects[target.removeprefix(OBJECT)]
-            if target.startswith(OBJECT)
-            else resolve(target)
-        )
         try:
-            return called(*args, **kwargs)
+            return self._called(target)(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise GraphError(
                 f"the size of what {target} yields depends on the data, so it has no price. Give "
@@ -189,6 +188,19 @@ class Forms:
                 f"{target} says nothing of the form of its result: it has no fake kernel. Give it "
                 "one with torch.library.register_fake."
             ) from error
+
+    def _called(self, target: str) -> Callable[..., object]:
+        if target.startswith(OBJECT):
+            return self.schedule.objects[target.removeprefix(OBJECT)]
+        if not target.startswith(ISLAND):
+            return resolve(target)
+        island = self.schedule.islands[target.removeprefix(ISLAND)]
+        if island.mode:
+            raise GraphError(
+                "at level O2 a whole program is one kernel of TorchInductor's, and what is in it "
+                "is not known before it is made. Price the step at level O1 instead."
+            )
+        return interpreted(island.program)
 
     def _fakes(self, x: Any, operands: list[Tensor]) -> Any:
         if isinstance(x, Held):
@@ -287,12 +299,17 @@ def _from_zero(args: Sequence[Any]) -> Sequence[Any]:
 
 
 def _is_view(target: str) -> bool:
-    return not target.startswith(OBJECT) and bool(getattr(resolve(target), "is_view", False))
+    return _is_named(target) and bool(getattr(resolve(target), "is_view", False))
+
+
+def _is_named(target: str) -> bool:
+    """Whether it is an operator of a library."""
+    return not target.startswith((OBJECT, ISLAND))
 
 
 def _written(target: str, args: Any, kwargs: Any, operands: Sequence[Tensor]) -> tuple[int, ...]:
     """Numbers of the operands that the operator's schema says it changes."""
-    schema = None if target.startswith(OBJECT) else getattr(resolve(target), "_schema", None)
+    schema = getattr(resolve(target), "_schema", None) if _is_named(target) else None
     if schema is None or not schema.is_mutable:
         return ()
     numbers = {id(x): i for i, x in enumerate(operands)}

@@ -70,7 +70,7 @@ def learn_table(
 
 def launched_in_a_step(schedule: Schedule) -> list[Launched]:
     """What a first step of a schedule launches, on forms."""
-    steps = StepReplay(Replay(schedule, Forms(schedule.objects, Workspace())))
+    steps = StepReplay(Replay(schedule, Forms(schedule, Workspace())))
     steps.step()
     return steps.replay.launched
 

@@ -138,7 +138,7 @@ def price(
     _check_size(schedule, cluster)
     if table is not None:
         table.check_device(cluster)
-    replay = Replay(schedule, Forms(schedule.objects, Workspace(num_threads)))
+    replay = Replay(schedule, Forms(schedule, Workspace(num_threads)))
     steps_replay = StepReplay(replay)
     if cluster.device.name != "cpu":
         space = Form((BLAS_BYTES,), (1,), torch.uint8, "cuda")

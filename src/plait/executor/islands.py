@@ -9,7 +9,7 @@ island that cannot be compiled runs operator by operator, and is named in the re
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from plait.errors import CompilerWarning
 from plait.executor.codegen import Runner
 from plait.executor.kernel_batch import KernelBatch, forget_modules, num_modules, warm_up
 from plait.graph.graph import Value
-from plait.graph.schedule import IslandProgram, Program, Ref, Schedule, resolve
+from plait.graph.schedule import IslandProgram, Schedule, interpreted
 from plait.ops.fused_kernel import compile_kernel
 
 
@@ -88,7 +88,7 @@ def compile_island(island: IslandProgram) -> Runner:
             return [_empty(value) for value in island.takes]
 
     return compile_kernel(
-        _interpreter(island.program),
+        interpreted(island.program),
         operands,
         is_inference=not island.mode,
         settings=_whole_program_settings() if island.mode else None,
@@ -108,27 +108,6 @@ def _whole_program_settings() -> dict[str, Any]:
 
 def _empty(value: Value) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
-
-
-def _interpreter(program: Program) -> Callable:
-    """A function that runs the program's operators one by one, to be traced."""
-
-    def run(*operands: torch.Tensor) -> tuple:
-        known: dict[str, object] = dict(zip(program.inputs, operands, strict=True))
-
-        def value(x: Any) -> Any:
-            if isinstance(x, Ref):
-                return known[x.name]
-            if isinstance(x, list | tuple):
-                return type(x)(value(item) for item in x)
-            return x
-
-        for step in program.steps:
-            kwargs = {key: value(x) for key, x in step.kwargs}
-            known[step.name] = resolve(step.target)(*value(step.args), **kwargs)
-        return value(program.results)
-
-    return run
 
 
 def _reason(error: Exception) -> str:

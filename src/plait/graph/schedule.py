@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -229,6 +229,23 @@ def resolve(target: str) -> Callable[..., object]:
             f"there is no operator {target!r} in torch {torch.__version__}."
         ) from error
     return cast("Callable[..., object]", found)
+
+
+def interpreted(program: Program) -> Callable[..., tuple[object, ...]]:
+    """A function that runs a program of operators alone, as that of an island, one by one."""
+
+    def run(*operands: object) -> tuple[object, ...]:
+        known: dict[str, object] = dict(zip(program.inputs, operands, strict=True))
+
+        def value(argument: Argument) -> Any:
+            return map_refs(argument, lambda ref: known[ref.name])
+
+        for step in program.steps:
+            kwargs: dict[str, Any] = {name: value(argument) for name, argument in step.kwargs}
+            known[step.name] = resolve(step.target)(*value(step.args), **kwargs)
+        return cast("tuple[object, ...]", value(program.results))
+
+    return run
 
 
 def map_refs(argument: Argument, replace: Callable[[Ref], object]) -> object:
