@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from plait.errors import InversionError
-from plait.magnetotellurics.code_penalty import CodePenalty, share_of_own_weight
+from plait.magnetotellurics.code_penalty import CodePenalty
 from plait.magnetotellurics.coded_section import CodedSection, Region
 from plait.magnetotellurics.data_model import SectionModel, StaticShiftModel
 from plait.magnetotellurics.earth import flat_mesh
@@ -19,7 +19,12 @@ from plait.magnetotellurics.model_map import pixel_map
 from plait.magnetotellurics.observations import Component, Observations
 from plait.magnetotellurics.penalty import PenaltyWithShifts
 from plait.magnetotellurics.prior import Layer, Prior, Range
-from plait.magnetotellurics.prior_inversion import PriorInversion, StepOrder, invert_with_prior
+from plait.magnetotellurics.prior_inversion import (
+    PriorInversion,
+    StepOrder,
+    coded_parts,
+    invert_with_prior,
+)
 from plait.magnetotellurics.prior_network import Training, learn_prior
 from plait.magnetotellurics.prior_sampler import draw_sections
 from plait.magnetotellurics.prior_store import load_network, save_network
@@ -250,16 +255,21 @@ def test_codes_that_go_on_along_a_straight_line_cost_nothing_on_columns_of_any_w
         assert more == pytest.approx(even, rel=1e-9 if section.mesh is mesh else 0.5)
 
 
-@pytest.mark.parametrize("lateral", [5.0, 200.0, 3000.0])
-def test_a_code_on_a_long_line_varies_as_much_as_a_code_alone(lateral):
-    count = 400
-    own = share_of_own_weight(lateral, count)
-    bend = np.diff(np.eye(count), n=2, axis=0)
-    covariance = np.linalg.inv(own * np.eye(count) + lateral * bend.T @ bend)
-    assert covariance[count // 2, count // 2] == pytest.approx(1.0, rel=0.05)
-    assert share_of_own_weight(lateral, 1) == 1.0
-    assert share_of_own_weight(lateral, 4) >= 0.25
-    assert share_of_own_weight(0.0, 50) == 1.0
+@pytest.mark.parametrize(("columns_per_code", "share"), [(1, 0.3), (6, 0.5), (12, 1.0)])
+def test_codes_on_a_line_have_a_share_of_the_weight_and_one_alone_has_all(
+    survey, mesh, region, columns_per_code, share
+):
+    problem, observations, _ = survey
+    tiny = replace(QUICK, num_steps=2, num_sections=50)
+    grid = region.grid(mesh, columns_per_code=columns_per_code)
+    section = CodedSection(
+        mesh=mesh, region=region, network=learn_prior(PRIOR, grid, training=tiny)
+    )
+    parts = coded_parts(problem, observations, section=section, settings=PriorInversion())
+    assert isinstance(parts.penalty, CodePenalty)
+    assert parts.penalty.code == pytest.approx(share * PriorInversion().code_weight)
+    assert isinstance(parts.start_penalty, CodePenalty)
+    assert parts.start_penalty.code == PriorInversion().code_weight
 
 
 def test_the_penaltys_quadratic_never_falls_below_it(section, parameters):
@@ -419,6 +429,8 @@ def test_alternating_steps_fit_the_noise_monotonically_too(survey, section):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InversionError, match="code_weight"):
         PriorInversion(code_weight=0.0)
+    with pytest.raises(InversionError, match="line_share"):
+        PriorInversion(line_share=0.0)
     with pytest.raises(InversionError, match="lateral_edge"):
         PriorInversion(lateral_edge=0.0)
     with pytest.raises(InversionError, match="joint steps only"):

@@ -99,21 +99,3 @@ class CodePenalty:
     def _squares(self, codes: RealArray) -> RealArray:
         """Give |d_j|^2 of the differences of neighbours."""
         return np.sum((self._step @ codes) ** 2, axis=1)
-
-
-def share_of_own_weight(lateral: float, num_codes: int) -> float:
-    """Give how much of its own negative logarithm a code among neighbours may count.
-
-    Codes along a line that hang together say the same thing many times: with the whole weight for
-    each, the line would be far less likely to leave the prior's mean than one of its columns. The
-    stationary line with the energy a v^2 + b (second difference)^2 has the variance
-    a^(-3/4) b^(-1/4) / sqrt(8) (its spectrum is 1 / (a + b k^4)), which is 1, as for a code alone,
-    with a = b^(-1/3) / 4. A line shorter than its own memory is one code, a = 1 / num_codes.
-
-    Args:
-        lateral: b, weight of squared second differences over that of a code alone.
-        num_codes: on the line.
-    """
-    if lateral <= 0:
-        return 1.0
-    return float(min(1.0, max(1 / num_codes, lateral ** (-1 / 3) / 4)))

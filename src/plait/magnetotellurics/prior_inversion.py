@@ -9,7 +9,7 @@ import numpy as np
 from plait.errors import InversionError
 from plait.magnetotellurics.alternation import AlternatingRule
 from plait.magnetotellurics.arrays import RealArray
-from plait.magnetotellurics.code_penalty import CodePenalty, share_of_own_weight
+from plait.magnetotellurics.code_penalty import CodePenalty
 from plait.magnetotellurics.coded_section import CodedSection
 from plait.magnetotellurics.data_model import DataModel, SectionModel, StaticShiftModel
 from plait.magnetotellurics.forward_2d import Problem
@@ -53,8 +53,10 @@ class PriorInversion:
         region_smoothness: of the decoded cells. None by default: order downwards is the prior's
             matter, and along the line cells would count an interface that dips by its contrast and
             flatten it; codes are compared instead.
-        code_weight: of |v|^2 of a code alone, beside roughness and times the same trade-off; of
-            neighbours that hang together a share (code_penalty.share_of_own_weight).
+        code_weight: of |v|^2 of a code alone, beside roughness and times the same trade-off.
+        line_share: of this weight for each code on a line. Neighbours that hang together say the
+            same thing many times: with the whole weight for each they draw every body towards the
+            prior's mean.
         lateral_weight: of the second difference of the codes of neighbours.
         lateral_edge: a larger one is an edge, and costs by its logarithm.
         code_bound: codes stay within this; beyond, the decoder has not been taught.
@@ -72,8 +74,9 @@ class PriorInversion:
         default_factory=lambda: Smoothness(horizontal=0.0, vertical=0.0)
     )
     code_weight: float = 0.005
-    lateral_weight: float = 0.3
-    lateral_edge: float = 0.2
+    line_share: float = 0.3
+    lateral_weight: float = 1.0
+    lateral_edge: float = 0.1
     code_bound: float = 4.0
     start: Start = Start.LAYERED
     rule: StepRule = LEARNT_RULE
@@ -90,6 +93,8 @@ class PriorInversion:
             raise InversionError(
                 "need code_weight, lateral_edge and code_bound > 0 and lateral_weight >= 0"
             )
+        if not 0 < self.line_share <= 1:
+            raise InversionError(f"line_share={self.line_share} must be over 0, up to 1")
         if self.num_workers < 1:
             raise InversionError(f"num_workers={self.num_workers} must be at least 1")
         if self.order is StepOrder.ALTERNATING and self.static_shift_weight is not None:
@@ -217,7 +222,7 @@ def coded_parts(
             inside_smoothness=settings.region_smoothness,
         ),
         reference_log10_rho=np.full(problem.mesh.ground_shape, settings.start_log10_rho),
-        code=own * share_of_own_weight(settings.lateral_weight / own, section.num_codes),
+        code=own * max(settings.line_share, 1 / section.num_codes),
         lateral=settings.lateral_weight,
         edge=settings.lateral_edge,
         order=2,
