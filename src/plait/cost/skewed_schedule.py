@@ -94,7 +94,7 @@ def skewed_schedule(
         # There is nothing to hide: every order takes as long, and the program's own frees soonest.
         return search.play(_Skew(stages=0.0, first=0))
     last = max((lane.replica for lane in lanes if lane.replica is not None), default=0)
-    for within in WITHIN if last else ():
+    for within in WITHIN if last and search.may_hide_all() else ():
         # No filler waits: where such an order hides all, there is nothing left to gain.
         close = search.play(_Skew(stages=0.0, first=0, within=within, waiting=0.0))
         if search.hides_all(close):
@@ -127,6 +127,11 @@ class _Search:
         self.shares = _shares(operations, lanes, self.stages)
         # Only how they compare counts: several skews may let the same operations go first.
         self.tried: dict[tuple[bool, tuple[int, ...]], tuple[Simulation, _Skew | None]] = {}
+
+    def may_hide_all(self) -> bool:
+        """Whether there is more to compute than longer messages take."""
+        signed_s = (x.duration_s if x.stream == COMPUTE else -x.duration_s for x in self.longer)
+        return sum(signed_s) > 0
 
     def hides_all(self, found: Simulation) -> bool:
         """Whether an order exposes next to nothing, of longer messages neither."""
