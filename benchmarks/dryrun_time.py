@@ -1,6 +1,6 @@
 """How far the dry run's step time is from the truth, on one core and on two ranks of this machine.
 
-Every recipe of `dryrun_recipes` that a schedule runs, and others like them (`dryrun_time_runs`).
+Every recipe of `dryrun_recipes` that a schedule of level O0 runs, and others (`dryrun_time_runs`).
 Eager runs (FSDP2, DTensor, PyTorch's pipelining) have no price in time: no schedule runs them.
 
 Steps that nobody observes are timed in turns with profiled ones and with messages, so that all see

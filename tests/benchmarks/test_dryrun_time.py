@@ -9,10 +9,10 @@ from benchmarks.dryrun_time_runs import SEEN_BY_RANKS, on_one_core, on_two_ranks
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_every_recipe_that_a_schedule_runs_is_compared_once(has_bfloat16):
+def test_every_recipe_that_a_schedule_of_o0_runs_is_compared_once(has_bfloat16):
     found = [*on_one_core(has_bfloat16=has_bfloat16), *on_two_ranks()]
     assert len({recipe.name for recipe in found}) == len(found) >= 24
-    expected = [each for each in RECIPES.values() if each.way == "schedule"]
+    expected = [x for x in RECIPES.values() if x.way == "schedule" and x.level == "O0"]
     if not has_bfloat16:
         assert {each.dtype for each in found} == {torch.float32}
         expected = [each for each in expected if each.dtype is torch.float32]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import mt_sections as made
-from benchmarks.mt_prior import CASES, NUM_SEEDS, compared
+from benchmarks.mt_prior import CASES, NUM_SEEDS, Sides, compared
 from benchmarks.mt_prior_runs import Judged
 
 TRUTHS = [
@@ -58,12 +58,13 @@ def test_every_case_has_its_targets_and_ratios_are_learnt_over_conventional():
     assert NUM_SEEDS == 5
     ours = Judged(rms=1.0, residual=0.005, steps=2, base_error=10, value_error=0.02, seconds=1)
     theirs = replace(ours, base_error=40, value_error=0.05)
-    rows = {row.claim: row for row in compared("x", [ours], [theirs], low_noise=True)}
+    sides = Sides(ours=[ours], theirs=[theirs], first=[replace(theirs, value_error=0.1)])
+    rows = {row.claim: row for row in compared("x", sides, low_noise=True)}
     assert rows["x, learnt: |d-F|/|d|"].target == 0.0056
     assert rows["x, learnt: steps"].target == 4
     ratio = rows["x: lower boundary, error over conventional's"]
     assert ratio.value == 0.25
     assert ratio.holds is True
     assert rows["x: log10 rho in the target, error over conventional's"].holds is False
-    noisier = {row.claim: row for row in compared("x", [ours], [theirs], low_noise=False)}
+    noisier = {row.claim: row for row in compared("x", sides, low_noise=False)}
     assert noisier["x, learnt: RMS"].target == 1.05
