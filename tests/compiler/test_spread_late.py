@@ -7,31 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import plait
 from plait.compiler.spread_late import spread_late
-from tests.compiler.test_in_place import Block
+from tests.compiler.test_in_place import Block, compared
 
 
 def of_squares(x, w):
     """As a norm does."""
     return x * w * (x * w).pow(2).mean(-1, keepdim=True)
-
-
-def compared(model, x):
-    """Counts of values, of each product or quotient with a number; results are eager's."""
-
-    def loss(model, x):
-        return model(x).sum()
-
-    schedule = plait.compile(spread_late(plait.capture(model, x, loss=loss)))
-    with ByNumber() as seen:
-        value = plait.run(schedule, model, x)
-    found = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    expected = loss(model, x)
-    expected.backward()
-    assert torch.equal(value, expected)
-    for gradient, p in zip(found, model.parameters(), strict=True):
-        assert torch.equal(gradient, p.grad)
-    return sorted(seen.counts)
 
 
 class ByNumber(TorchDispatchMode):
@@ -53,10 +34,14 @@ def test_the_gradient_of_a_mean_of_squares_is_doubled_before_it_is_spread(dtype)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     blocks = nn.Sequential(Block(of_squares), Block(of_squares)).to(dtype)
     # A double of float16 may be beyond its greatest number; what is spread is divided before.
-    assert compared(blocks, x) == ([4, 4, 32, 32] if dtype is torch.float16 else [4] * 4)
+    schedule = compared(blocks, x, spread_late)
+    with ByNumber() as seen:
+        plait.run(schedule, blocks, x)
+    assert sorted(seen.counts) == ([4, 4, 32, 32] if dtype is torch.float16 else [4] * 4)
 
 
 @pytest.mark.parametrize("scale", [1e-41, 1e-20, 1e20, 1e37])
 def test_doubles_are_exact_of_small_and_large_values(scale):
     x = scale * torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    compared(nn.Sequential(Block(lambda x, w: (x + w * scale).pow(2).mean(-1, keepdim=True))), x)
+    block = Block(lambda x, w: (x + w * scale).pow(2).mean(-1, keepdim=True))
+    compared(nn.Sequential(block), x, spread_late)

@@ -126,7 +126,7 @@ def test_a_filler_stays_in_its_place_where_replicas_hide_all():
 
 
 def test_a_replica_follows_as_closely_as_hides_all():
-    """The last of four equal parts of a stage hides a message that lasts as long."""
+    """The last of four equal parts of a stage hides a message that is a little shorter."""
     step_s = 1e-3
     operations, lanes = [], []
     for replica in (0, 1):

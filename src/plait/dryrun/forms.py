@@ -177,7 +177,7 @@ class Forms:
 
     def _call(self, target: str, args: Any, kwargs: Any) -> object:
         try:
-            return self._called(target)(*args, **kwargs)
+            return self._callable(target)(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise GraphError(
                 f"the size of what {target} yields depends on the data, so it has no price. Give "
@@ -189,7 +189,7 @@ class Forms:
                 "one with torch.library.register_fake."
             ) from error
 
-    def _called(self, target: str) -> Callable[..., object]:
+    def _callable(self, target: str) -> Callable[..., object]:
         if target.startswith(OBJECT):
             return self.schedule.objects[target.removeprefix(OBJECT)]
         if not target.startswith(ISLAND):
