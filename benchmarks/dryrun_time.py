@@ -6,8 +6,9 @@ Eager runs (FSDP2, DTensor, PyTorch's pipelining) have no price in time: no sche
 Steps that nobody observes are timed in turns with profiled ones and with messages, so that all see
 the same machine. Tables are learnt from the profiles as `plait calibrate` does:
 
-- one of one core, without half of all pairs of operator and forms, drawn at random; asked for all
-  configurations of one rank;
+- one of one core, without half of all pairs of operator and forms, drawn at random: of each
+  operator and dtype half of its forms; asked for all configurations of one rank, and again with
+  other draws, and with one that leaves operators without any form (bfloat16's attention, say);
 - one of two ranks, without the same half, from configurations that are not compared; asked for
   those of two ranks, whose messages take what they took alone, as in nccl-tests;
 - one that has seen every other configuration of one core only, all forms and operators of the
@@ -22,7 +23,7 @@ and the interval.
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -50,6 +51,7 @@ from plait.ops.numerics import bfloat16_pays
 ROUNDS, QUICK_ROUNDS = 16, 4
 QUICK, QUICK_ON_RANKS, QUICK_SEEN = 4, 1, 2
 SEED = 0
+MORE_SEEDS = range(1, 5)
 TIME_LIMIT_S = 210  # of the rounds: the machine is taken from others meanwhile
 
 
@@ -62,20 +64,26 @@ def measure(quick: bool) -> list[Row]:
     ranked = [run_of(recipe) for recipe in on_two_ranks()[: QUICK_ON_RANKS if quick else None]]
     seen = [run_of(recipe) for recipe in SEEN_BY_RANKS[: QUICK_SEEN if quick else None]]
     measured = measure_in_turns(alone, ranked, seen, QUICK_ROUNDS if quick else ROUNDS)
-    hidden = half_of_pairs([*alone, *ranked])
+    pairs = pairs_of([*alone, *ranked])
+    hidden = half_of_each_operator(pairs, SEED)
     print("on one core, half of the pairs of operator and forms unseen", flush=True)
     on_core = compare(alone, learn(alone, hidden))
     print("on two ranks, the same pairs unseen", flush=True)
     on_ranks = compare(ranked, learn(seen, hidden), measured)
     print("on one core, every other configuration unseen", flush=True)
     others = compare(alone[1::2], learn(alone[::2]))
+    print("on one core, other halves unseen", flush=True)
+    drawn = [worst(alone, half_of_each_operator(pairs, seed)) for seed in MORE_SEEDS]
+    blind = worst(alone, half_of_all(pairs, SEED))
     both = on_core.and_of(on_ranks)
-    unseen = f"half of {2 * len(hidden)} pairs unseen"
+    unseen = f"half of {len(pairs)} pairs unseen"
     return [
         *both.rows(f"step time, {len(alone) + len(ranked)} configurations, {unseen}"),
         *on_core.rows(f"step time on one core, {len(alone)} configurations, {unseen}"),
         *on_ranks.rows(f"step time of two ranks, {len(ranked)} configurations, {unseen}"),
         *others.rows(f"step time on one core, {len(alone[1::2])} configurations, never profiled"),
+        _row("step time on one core, other halves: worst error of each draw", "%", 15.0, drawn),
+        _row("step time on one core, a half with whole operators: worst error", "%", None, [blind]),
         _row(
             "step times, spread of single steps (10th to 90th percentile over median)",
             "%",
@@ -113,15 +121,50 @@ def measure_in_turns(
         return ranks.measured()
 
 
-def half_of_pairs(runs: Sequence[Run]) -> frozenset[str]:
-    """Keys of half of all operators on their forms that take time, at random."""
-    keys = {
-        each.outcome.key
+def pairs_of(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
+    """Keys of all operators on their forms that take time, with operator and dtype."""
+    return {
+        each.outcome.key: (each.outcome.target, str(each.outcome.cost.dtype))
         for run in runs
         for each in launched_in_a_step(run.schedule)
         if each.outcome.cost is not None and each.outcome.cost.kind is not Kind.FREE
     }
-    return frozenset(random.Random(SEED).sample(sorted(keys), len(keys) // 2))
+
+
+def half_of_each_operator(pairs: Mapping[str, tuple[str, str]], seed: int) -> frozenset[str]:
+    """Half of the forms of each operator and dtype, at random.
+
+    One form of an operator stays; a half that is not whole is made up for by the next operators.
+    """
+    forms: dict[tuple[str, str], list[str]] = {}
+    for key in sorted(pairs):
+        forms.setdefault(pairs[key], []).append(key)
+    generator = random.Random(seed)
+    chosen: list[str] = []
+    owed = 0
+    for name in sorted(forms):
+        count = min((len(forms[name]) + owed) // 2, len(forms[name]) - 1)
+        owed += len(forms[name]) - 2 * count
+        chosen += generator.sample(forms[name], count)
+    return frozenset(chosen)
+
+
+def half_of_all(pairs: Mapping[str, tuple[str, str]], seed: int) -> frozenset[str]:
+    """Half of all keys, at random."""
+    return frozenset(random.Random(seed).sample(sorted(pairs), len(pairs) // 2))
+
+
+def worst(runs: Sequence[Run], hidden: frozenset[str]) -> float:
+    """The largest error in percent of a table without these keys, which is printed."""
+    compared = compare(runs, learn(runs, hidden), say=False)
+    errors = [abs(error) * 100 for error in compared.errors]
+    i = errors.index(max(errors))
+    print(
+        f"  {len(hidden)} unseen: median error {statistics.median(errors):.1f} %, "
+        f"worst {errors[i]:.1f} % ({runs[i].recipe.name})",
+        flush=True,
+    )
+    return errors[i]
 
 
 def learn(runs: Sequence[Run], without: frozenset[str] = frozenset()) -> Table:
@@ -179,8 +222,10 @@ class Comparison:
         return [Row(claim=claim, unit="", target=0.9, better="higher", samples=[tau])]
 
 
-def compare(runs: Sequence[Run], table: Table, measured: Sequence[Measured] = ()) -> Comparison:
-    """Price each run by a table, and print it beside the truth."""
+def compare(
+    runs: Sequence[Run], table: Table, measured: Sequence[Measured] = (), *, say: bool = True
+) -> Comparison:
+    """Price each run by a table. say: print it beside the truth."""
     prices = [
         plait.price(
             run.schedule,
@@ -192,8 +237,9 @@ def compare(runs: Sequence[Run], table: Table, measured: Sequence[Measured] = ()
         for run in runs
     ]
     truths_s = [statistics.median(run.steps_s) for run in runs]
-    for run, price, truth_s in zip(runs, prices, truths_s, strict=True):
-        print(_line(run, price, truth_s), flush=True)
+    if say:
+        for run, price, truth_s in zip(runs, prices, truths_s, strict=True):
+            print(_line(run, price, truth_s), flush=True)
     return Comparison(
         predicted_s=[price.step_s for price in prices],
         measured_s=truths_s,

@@ -82,6 +82,24 @@ def test_attention_counts_pairs_of_query_and_key(is_causal):
     assert backward.flops == 2.5 * forward.flops
 
 
+def test_attention_on_a_cpu_counts_the_blocks_of_its_kernel():
+    operator = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+
+    def blocks(queries, keys, *, is_causal, dtype=torch.bfloat16):
+        q = torch.zeros(2, 4, queries, 16, dtype=dtype)
+        k = torch.zeros(2, 4, keys, 16, dtype=dtype)
+        return cost_of(operator, (q, k, k, 0.0, is_causal), {}, (q,)).pieces / 8
+
+    assert blocks(128, 128, is_causal=True) == 4  # of 32 queries
+    assert blocks(512, 512, is_causal=True) == 8  # of 64
+    assert blocks(1024, 1024, is_causal=False) == 4 * 2  # of 256, and of 512 keys
+    assert blocks(1024, 1024, is_causal=True) == 1 + 1 + 2 + 2
+    assert blocks(33, 1, is_causal=False) == 2
+    q = new(2, 4, 32, 16)
+    packet = torch.ops.aten._scaled_dot_product_flash_attention
+    assert cost_of(f"{packet}.default", (q, q, q), {}, (q,)).pieces == 0  # of a GPU
+
+
 @pytest.mark.parametrize("flavour", ["flash", "efficient", "cudnn"])
 def test_flavours_of_attention_agree_with_pytorch(flavour):
     packet = getattr(torch.ops.aten, f"_scaled_dot_product_{flavour}_attention")

@@ -67,10 +67,60 @@ def test_a_table_is_written_and_read_and_anything_else_is_refused():
     with pytest.raises(PlanError, match="not a table of `plait calibrate`"):
         Table.from_json("[1, 2")
     with pytest.raises(PlanError, match="not a table"):
-        Table.from_json('{"format": 4}')
-    with pytest.raises(PlanError, match="format 7, this Plait reads 4"):
+        Table.from_json('{"format": 5}')
+    with pytest.raises(PlanError, match="format 7, this Plait reads 5"):
         Table.from_json('{"format": 7}')
     assert table.device.peak_flops_per_s[torch.float32] == DEVICE.peak_flops_per_s[torch.float32]
+
+
+def in_pieces(operator, pieces, flops, piece_s, flops_per_s, dtype=torch.float32):
+    """A kernel that does what it does in pieces, each of which takes its time beside arithmetic."""
+    cost = Cost(kind=Kind.ATTENTION, bytes=flops // 8, flops=flops, dtype=dtype, pieces=pieces)
+    seconds = piece_s * pieces + flops / flops_per_s
+    entry = Entry(
+        key=f"{operator}({flops}, {pieces})",
+        operator=operator,
+        seconds=seconds,
+        low_s=seconds,
+        high_s=seconds,
+        flops=flops,
+        bytes=cost.bytes,
+        dtype=str(dtype),
+        pieces=pieces,
+    )
+    return cost, entry
+
+
+def test_what_pieces_cost_is_told_from_arithmetic_and_carried_to_other_sizes():
+    # 100 us a piece, as of bfloat16's attention backward on a CPU: of small pieces most of the time
+    machine = {"piece_s": 1e-4, "flops_per_s": 5e10}
+    sizes = [(64, 2**25), (96, 2**25 + 2**24), (64, 2**27), (128, 2**26)]
+    entries = tuple(in_pieces("f.default", *each, **machine)[1] for each in sizes)
+    cost, truth = in_pieces("f.default", 256, 2**30, **machine)
+    found = Table("here", entries, DEVICE).duration("f.default", truth.key, cost)
+    assert found.source is Source.INTERPOLATED
+    assert found.seconds == pytest.approx(truth.seconds, rel=0.05)
+
+
+def test_where_all_pieces_are_alike_the_roofline_counts_once_and_pieces_cost_the_rest():
+    cost, entry = in_pieces("f.default", 64, 2**24, piece_s=1e-4, flops_per_s=1e11)
+    table = Table("here", (entry,), DEVICE)
+    more = Cost(kind=Kind.ATTENTION, bytes=cost.bytes, flops=4 * cost.flops, pieces=64)
+    expected_s = entry.seconds + operation_s(more, DEVICE) - operation_s(cost, DEVICE)
+    assert table.duration("f.default", "f.default(new)", more).seconds == pytest.approx(expected_s)
+
+
+def test_an_operator_that_is_known_in_another_dtype_is_as_far_from_its_roofline():
+    rows = [64, 128, 256]
+    entries = tuple(product(each)[1] for each in rows)
+    sizes = (128, 512, 512)
+    cost = Cost(
+        kind=Kind.MATRIX, bytes=2**18, flops=2 * 128 * 512**2, dtype=torch.bfloat16, sizes=sizes
+    )
+    found = Table("here", entries, DEVICE).duration("aten.mm.default", "mm new", cost)
+    assert found.source is Source.ROOFLINE  # not of its family
+    assert found.seconds == pytest.approx(2 * operation_s(cost, DEVICE))
+    assert found.high_s / found.seconds >= 1.5
 
 
 def pointwise(operator, num_bytes, seconds, given="float32[1]"):

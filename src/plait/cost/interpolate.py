@@ -2,8 +2,10 @@
 
 Between entries of one operator and dtype (a family) the ratio of measured time to roofline is
 interpolated over the logarithms of sizes. Entries of the same variant (what is constant, strided
-and of which dtype among the operands) go first: a mask or a cap may double a kernel's time. How far
-this may be off is measured: each entry is predicted from the others.
+and of which dtype among the operands) go first: a mask or a cap may double a kernel's time. A
+kernel that works in pieces (`Cost.pieces`) is compared with a roofline and a cost of each piece,
+which are fitted first. How far all this may be off is measured: each entry is predicted from the
+others.
 """
 
 import math
@@ -19,11 +21,14 @@ from plait.cost.table_entry import Entry, cost_of_entry
 _NUM_NEIGHBOURS = 4
 _FAR = math.log(4.0)
 """Sizes that lie further from every entry than four times are not interpolated."""
+_FAR_IN_PIECES = math.log(16.0)  # of kernels whose time is fitted as two terms
+_LEANING = 0.05  # of one factor on another: what a squared relative error of 0.05 weighs
 _LEAST_SHARE = 0.05  # of an interpolated time, where the entries agree better by chance
+_LEAST_S = 1e-9
 _MOST_LEFT_OUT = 48
 _LEAST_LEFT_OUT = 4
 _QUANTILE = 0.8
-_UNKNOWN_SHARE = math.log(1.5)  # of a lone entry in a table that has no other (assumed)
+UNKNOWN_SHARE = math.log(1.5)  # of a lone entry in a table that has no other (assumed)
 _NUM_AKIN = 12
 _TRANSCENDENTAL = frozenset(
     (
@@ -44,21 +49,44 @@ class Estimate:
     below: float
     above: float
 
+    def at_least(self, share: float) -> "Estimate":
+        """The same, as uncertain as that or more."""
+        return Estimate(self.seconds, max(self.below, share), max(self.above, share))
+
+
+@dataclass(frozen=True)
+class Base:
+    """What times are compared with: a roofline, so many times, and a cost of each piece."""
+
+    device: Device
+    factor: float = 1.0
+    piece_s: float = 0.0
+
+    def seconds(self, cost: Cost) -> float:
+        """Of a cost, never 0."""
+        in_pieces_s = self.piece_s * cost.pieces
+        return max(self.factor * roofline_s(cost, self.device) + in_pieces_s, _LEAST_S)
+
 
 @dataclass(frozen=True)
 class Family:
-    """Entries that predict each other. device: its roofline is what they are a multiple of."""
+    """Entries that predict each other. base: what they are a multiple of."""
 
     entries: Sequence[Entry]
-    device: Device
+    base: Base
 
     @cached_property
     def variants(self) -> dict[str, list["_Placed"]]:
         """Entries by variant, with what interpolation asks of them."""
         found: dict[str, list[_Placed]] = {}
         for entry in self.entries:
-            found.setdefault(variant_of(entry.key), []).append(_placed(entry, self.device))
+            found.setdefault(variant_of(entry.key), []).append(_placed(entry, self.base))
         return found
+
+    @cached_property
+    def is_in_pieces(self) -> bool:
+        """Whether the kernel works in pieces, as far as its entries know."""
+        return any(each.pieces for each in self.entries)
 
     @cached_property
     def spread(self) -> float | None:
@@ -84,18 +112,18 @@ class Family:
         if near is None:
             return None
         spread = self.spread if self.spread is not None else pooled_spread
-        share = max(_UNKNOWN_SHARE if spread is None else spread, _LEAST_SHARE)
-        seconds = roofline_s(cost, self.device) * math.exp(near.log_ratio)
-        return Estimate(seconds, share, share)
+        share = max(UNKNOWN_SHARE if spread is None else spread, _LEAST_SHARE)
+        return Estimate(self.base.seconds(cost) * math.exp(near.log_ratio), share, share)
 
     def _near(
         self, variant: str, place: tuple[float, ...], without: "_Placed | None" = None
     ) -> "_Near | None":
-        same = _nearest(self.variants.get(variant, ()), place, without)
+        far = _FAR_IN_PIECES if self.is_in_pieces else _FAR
+        same = _nearest(self.variants.get(variant, ()), place, far, without)
         if same is not None:
             return same
         every = [each for group in self.variants.values() for each in group]
-        return _nearest(every, place, without)
+        return _nearest(every, place, far, without)
 
 
 @dataclass(frozen=True)
@@ -113,7 +141,7 @@ class Akin:
     def add(self, entry: Entry) -> None:
         """Take an entry in."""
         group = _group(entry.operator, cost_of_entry(entry))
-        self.groups.setdefault(group, []).append(_placed(entry, self.device))
+        self.groups.setdefault(group, []).append(_placed(entry, Base(self.device)))
 
     def estimate(self, operator: str, cost: Cost) -> Estimate | None:
         """Roofline times the median ratio of the entries nearest in bytes; None if none is akin.
@@ -131,8 +159,8 @@ class Akin:
         middle = quantile(ratios, 0.5)
         return Estimate(
             roofline_s(cost, self.device) * math.exp(middle),
-            max(middle - quantile(ratios, 0.1), _UNKNOWN_SHARE),
-            max(quantile(ratios, 0.9) - middle, _UNKNOWN_SHARE),
+            max(middle - quantile(ratios, 0.1), UNKNOWN_SHARE),
+            max(quantile(ratios, 0.9) - middle, UNKNOWN_SHARE),
         )
 
 
@@ -146,7 +174,7 @@ def variant_of(key: str) -> str:
 
 def roofline_s(cost: Cost, device: Device) -> float:
     """Time of a cost on a device, never 0."""
-    return max(operation_s(cost, device), 1e-9)
+    return max(operation_s(cost, device), _LEAST_S)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -171,13 +199,50 @@ class _Near:
     log_ratio: float
 
 
-def _placed(entry: Entry, device: Device) -> _Placed:
-    ratio = math.log(entry.seconds / roofline_s(cost_of_entry(entry), device))
+def bases_of(entries: Sequence[Entry], device: Device) -> dict[str, Base]:
+    """What times of kernels that work in pieces are a multiple of, by operator, for one dtype.
+
+    The roofline, so many times, and a cost of each piece, by the least squares of relative errors.
+    Entries whose pieces are all alike do not tell one from the other: an operator leans on what
+    all of the dtype say, and these on the roofline as it is.
+    """
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for each in entries:
+        roofline = roofline_s(cost_of_entry(each), device) / each.seconds
+        same = points.setdefault(each.operator, {}).setdefault(variant_of(each.key), [])
+        same.append((each.pieces / each.seconds, roofline))
+    groups = {name: list(variants.values()) for name, variants in points.items()}
+    shared = _factor([same for each in groups.values() for same in each], towards=1.0)
+    found: dict[str, Base] = {}
+    for name, variants in groups.items():
+        factor = _factor(variants, towards=shared)
+        every = [point for same in variants for point in same]
+        piece_s = sum(x * (1 - factor * y) for x, y in every) / sum(x * x for x, _ in every)
+        found[name] = Base(device, factor, max(piece_s, 0.0))
+    return found
+
+
+def _factor(groups: Sequence[Sequence[tuple[float, float]]], towards: float) -> float:
+    """The factor of the roofline if each group has the cost of a piece that fits it best."""
+    above, below = _LEANING * towards, _LEANING
+    for points in groups:
+        squares = sum(x * x for x, _ in points)
+        of_one = sum(x for x, _ in points) / squares
+        of_roofline = sum(x * y for x, y in points) / squares
+        for x, y in points:
+            left = y - x * of_roofline
+            above += left * (1 - x * of_one)
+            below += left * left
+    return max(above / below, 0.0)
+
+
+def _placed(entry: Entry, base: Base) -> _Placed:
+    ratio = math.log(entry.seconds / base.seconds(cost_of_entry(entry)))
     return _Placed(entry, _place(entry.sizes, entry.flops, entry.bytes), ratio)
 
 
 def _nearest(
-    entries: Sequence[_Placed], place: tuple[float, ...], without: _Placed | None
+    entries: Sequence[_Placed], place: tuple[float, ...], far: float, without: _Placed | None
 ) -> _Near | None:
     """The ratio at a place: a mean of the nearest, weighted by 1 / (gap + 0.05)^2."""
     near = sorted(
@@ -185,7 +250,7 @@ def _nearest(
         for i, each in enumerate(entries)
         if each is not without and len(each.place) == len(place)
     )[:_NUM_NEIGHBOURS]
-    if not near or near[0][0] > _FAR:
+    if not near or near[0][0] > far:
         return None
     weights = [1 / (gap + 0.05) ** 2 for gap, _ in near]
     ratios = [entries[i].log_ratio for _, i in near]

@@ -39,7 +39,8 @@ class Cost:
     """What an operator does, on any device.
 
     flops: a multiplication and an addition count two. sizes: rows, inner and columns of a product.
-    bytes: read and written.
+    bytes: read and written. pieces: parts that a kernel works through one by one, each of which
+    costs it something however small it is; 0 where that is not known to matter.
     """
 
     kind: Kind
@@ -47,6 +48,7 @@ class Cost:
     flops: int = 0
     dtype: torch.dtype = torch.float32
     sizes: tuple[int, int, int] | None = None
+    pieces: int = 0
 
 
 FREE = Cost(kind=Kind.FREE)
@@ -90,6 +92,7 @@ def cost_of(
         flops=work.flops,
         dtype=work.dtype,
         sizes=work.sizes,
+        pieces=work.pieces,
     )
 
 
@@ -132,6 +135,7 @@ class _Work:
     flops: int
     dtype: torch.dtype
     sizes: tuple[int, int, int] | None = None
+    pieces: int = 0
 
 
 def _forms(value: object) -> list[_Form]:
@@ -214,15 +218,35 @@ def _attention(packet: str, named: Mapping[str, object]) -> _Work:
     if packet.startswith(("aten._flash", "aten._efficient")):
         num_queries, num_keys = query.shape[-3], key.shape[-3]  # heads after tokens there
     pairs = num_queries * num_keys
+    is_causal = bool(named.get("is_causal") or named.get("causal"))
     if packet.startswith("plait."):
         pairs = causal_pairs(num_queries, num_keys, cast("int | None", named.get("window")))
-    elif named.get("is_causal") or named.get("causal"):
+    elif is_causal:
         seen = min(num_queries, num_keys)
         pairs = causal_pairs(seen, seen) + (num_queries - seen) * num_keys
     heads = math.prod(query.shape[:-1]) // num_queries
     forward = 2 * heads * pairs * (query.shape[-1] + value.shape[-1])
-    flops = forward * 5 // 2 if packet.endswith("backward") else forward
-    return _Work(kind=Kind.ATTENTION, flops=flops, dtype=query.dtype)
+    is_blocked = packet.startswith("aten._scaled_dot_product_flash_attention_for_cpu")
+    return _Work(
+        kind=Kind.ATTENTION,
+        flops=forward * 5 // 2 if packet.endswith("backward") else forward,
+        dtype=query.dtype,
+        pieces=heads * _flash_blocks(num_queries, num_keys, is_causal) if is_blocked else 0,
+    )
+
+
+def _flash_blocks(num_queries: int, num_keys: int, is_causal: bool) -> int:
+    """Blocks of queries and keys of one head in PyTorch's kernels for CPUs.
+
+    [PyTorch, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: 256, 64 or 32 queries, from 768,
+    from 192 or fewer, with 512 keys; a block of keys that no query of it sees is left out.] Each
+    calls small products, and for bfloat16 these cost more to call than to do.
+    """
+    rows = 256 if num_queries >= 768 else 64 if num_queries >= 192 else 32
+    return sum(
+        math.ceil((min(first + rows, num_keys) if is_causal else num_keys) / 512)
+        for first in range(0, num_queries, rows)
+    )
 
 
 def _grouped_linear(packet: str, named: Mapping[str, object]) -> _Work:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from plait.cost.clusters import Cluster, Device
-from plait.cost.interpolate import Akin, Estimate, Family, quantile
+from plait.cost.interpolate import UNKNOWN_SHARE, Akin, Base, Estimate, Family, bases_of, quantile
 from plait.cost.operations import Cost, Kind, operation_s
 from plait.cost.table_entry import Entry, dtype_named
 from plait.errors import PlanError
 
-FORMAT = 4
+FORMAT = 5
 _ROOFLINE_LOW, _ROOFLINE_HIGH = 0.7, 1.5
 """How far a roofline time may be off, without a measurement (assumed)."""
 _LEAST_SPREAD = 0.03  # of a measurement between two runs, even where a few samples agree better
@@ -85,9 +85,18 @@ class Table:
     def families(self) -> dict[tuple[str, str], Family]:
         """Entries by operator and dtype."""
         found: dict[tuple[str, str], list[Entry]] = {}
+        in_pieces: dict[str, list[Entry]] = {}
         for entry in self.entries:
             found.setdefault((entry.operator, entry.dtype), []).append(entry)
-        return {name: Family(entries, self.device) for name, entries in found.items()}
+            if entry.pieces:
+                in_pieces.setdefault(entry.dtype, []).append(entry)
+        bases = {
+            (operator, dtype): base
+            for dtype, entries in in_pieces.items()
+            for operator, base in bases_of(entries, self.device).items()
+        }
+        plain = Base(self.device)
+        return {name: Family(entries, bases.get(name, plain)) for name, entries in found.items()}
 
     @cached_property
     def akin(self) -> Akin:
@@ -130,6 +139,11 @@ class Table:
         near = None if family is None else family.estimate(key, cost, self.spread)
         if near is not None:
             return _duration(near, Source.INTERPOLATED)
+        # What an operator reaches of a roofline says more in another dtype than of other operators.
+        for (name, _), other in self.families.items():
+            near = other.estimate(key, cost, self.spread) if name == operator else None
+            if near is not None:
+                return _duration(near.at_least(UNKNOWN_SHARE), Source.ROOFLINE)
         akin = self.akin.estimate(operator, cost)
         return roofline(cost, self.device) if akin is None else _duration(akin, Source.ROOFLINE)
 

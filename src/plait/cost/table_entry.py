@@ -22,6 +22,7 @@ class Entry:
     bytes: int
     dtype: str
     sizes: tuple[int, ...] = ()
+    pieces: int = 0
 
 
 def cost_of_entry(entry: Entry) -> Cost:
@@ -33,6 +34,7 @@ def cost_of_entry(entry: Entry) -> Cost:
         flops=entry.flops,
         dtype=dtype_named(entry.dtype),
         sizes=cast("tuple[int, int, int]", entry.sizes) if entry.sizes else None,
+        pieces=entry.pieces,
     )
 
 

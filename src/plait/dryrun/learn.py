@@ -243,4 +243,5 @@ def _entry(key: str, outcome: Outcome, seconds: Sequence[float]) -> Entry:
         bytes=cost.bytes,
         dtype=str(cost.dtype),
         sizes=cost.sizes or (),
+        pieces=cost.pieces,
     )
