@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from plait.graph.graph import FORWARD, Graph, Node, Template, call_of
+from plait.graph.random_nodes import is_random
 
 MAX_ELEMENTS = 1 << 26
 """Larger values are not computed: a mask of 8,192 tokens has as many."""
@@ -95,8 +96,7 @@ def _can_be_computed(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
     value = node.meta.get("val")
-    is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-    if node.target._schema.is_mutable or is_random or not isinstance(value, Tensor):
+    if node.target._schema.is_mutable or is_random(node) or not isinstance(value, Tensor):
         return False
     return math.prod(value.shape) <= MAX_ELEMENTS
 

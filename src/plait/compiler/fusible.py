@@ -15,6 +15,7 @@ from torch import Tensor
 from plait.compiler.assemble import ASSEMBLED
 from plait.graph.graph import Node
 from plait.graph.island import looks_only
+from plait.graph.random_nodes import is_random
 
 _aten = torch.ops.aten
 _BESIDES_POINTWISE = {
@@ -80,17 +81,6 @@ def is_fusible(node: Node) -> bool:
     if node.meta.get(ASSEMBLED) or looks_only(node):
         return False
     return all(_is_plain(value) for value in (_value(node), *map(_value, node.all_input_nodes)))
-
-
-def is_random(node: Node) -> bool:
-    """Whether the node draws random numbers; attention without dropout does not."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    for i, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p")
-            return (argument.default_value if given is None else given) != 0
-    return True
 
 
 def writes(node: Node) -> bool:

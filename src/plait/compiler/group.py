@@ -16,11 +16,12 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.fx.node import map_arg
 
-from plait.compiler.fusible import is_fusible, is_random, writes
+from plait.compiler.fusible import is_fusible, writes
 from plait.cost.operations import Cost, cost_of
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.graph import Module, Node
 from plait.graph.island import is_computing, looks_only, root_of
+from plait.graph.random_nodes import is_random
 from plait.graph.schedule import name_of
 
 Groups = list[list[Node]]

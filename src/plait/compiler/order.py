@@ -27,6 +27,7 @@ from plait.cost.skewed_schedule import Lane, skewed_schedule
 from plait.graph.collectives import group_of, is_collective, is_wait
 from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of, module_of
 from plait.graph.partition import is_view
+from plait.graph.random_nodes import is_random
 
 FILLER_SHARE = 1 / 64
 """Of a device's memory: what waiting weight gradients may keep alive. On an H200 it is 2 GiB, the
@@ -152,7 +153,7 @@ class _Problem:
         """Random operators draw in their order."""
         before: int | None = None
         for i, node in enumerate(self.nodes):
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if is_random(node):
                 if before is not None:
                     each = self.operations[i]
                     self.operations[i] = replace(each, depends_on=(*each.depends_on, before))

@@ -21,6 +21,7 @@ from plait.cost.operations import Kind
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.cut import BETWEEN
 from plait.graph.graph import Graph, Node
+from plait.graph.random_nodes import is_random
 from plait.plan.parallel_plan import Recompute
 
 
@@ -68,8 +69,7 @@ def _is_attention(node: Node) -> bool:
 def _must_keep(node: Node) -> bool:
     if node.target is operator.getitem:
         return _must_keep(node.args[0])
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags or is_collective(node) or is_wait(node)
+    return is_random(node) or is_collective(node) or is_wait(node)
 
 
 def _is_cheap(node: Node) -> bool:

@@ -25,6 +25,7 @@ from plait.compiler.tokens import Certificate
 from plait.errors import GraphError
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.graph import Node
+from plait.graph.random_nodes import is_random
 
 MAX_ELEMENTS = 1 << 22
 """Operators with a larger operand are not tried."""
@@ -118,7 +119,7 @@ class _Trial:
             return "communication"
         if len(self.parts.sizes) < 2 or not all(x.is_row for x in self.labels):
             return "tokens of several ranks side by side"
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if is_random(node):
             return "it draws random numbers"
         made = {x: self._operand(x) for x in node.all_input_nodes}
         operands = {node: x for node, x in made.items() if x is not None}

@@ -27,6 +27,7 @@ from plait.compiler.rewrite import part_again, pass_saved
 from plait.graph.graph import FORWARD, Graph, Module, Node, Role, Template, call_of
 from plait.graph.note import Note, gathered
 from plait.graph.partition import is_view
+from plait.graph.random_nodes import is_random
 
 # fx types it for what an argument may be, not for what is mapped here.
 map_arg: Any = _map_arg
@@ -262,7 +263,7 @@ def _reason_to_leave(node: Node, name: str, space: str) -> str:
     """Why the operator is left as it is; "" where that needs no reason."""
     if "scaled_dot_product" in name or name.startswith("blocked_causal_attention"):
         return _ATTENTION
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if is_random(node):
         return _DRAWS
     if node.target is _plait.linear_cross_entropy.default:
         return _WHOLE_LOSS

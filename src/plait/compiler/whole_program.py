@@ -16,11 +16,12 @@ import torch
 from torch import fx
 
 from plait.compiler.fuse import cut_out, fuse
-from plait.compiler.fusible import is_random, writes
+from plait.compiler.fusible import writes
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.graph import BACKWARD, Graph, Module, Node, call_of, module_of
 from plait.graph.island import Island, island
 from plait.graph.note import Note
+from plait.graph.random_nodes import is_random
 from plait.plan.parallel_plan import ParallelPlan
 
 MAX_AUTOTUNE = "max-autotune"

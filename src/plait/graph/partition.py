@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from plait.graph.graph import Module, Node, Role, Value, describe, module_of
+from plait.graph.random_nodes import is_random
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,6 @@ def extract_forward(module: Module) -> Module:
     return extract(module, list(module.graph.nodes), inputs, outputs)
 
 
-def _draws(node: Node) -> bool:
-    """Whether it draws random numbers: then it must run, so that the next one draws as in eager."""
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
-
-
 def backward_nodes(nodes: list[Node], tangents: list[Node]) -> set[Node]:
     """AOTAutograd marks them; what depends on a tangent is one in any case."""
     found = set(tangents)
@@ -140,7 +135,7 @@ def extract(joint: Module, nodes: list[Node], inputs: list[Node], outputs: list[
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
-    needed = _needed_by([*outputs, *filter(_draws, nodes)], set(nodes) - set(inputs))
+    needed = _needed_by([*outputs, *filter(is_random, nodes)], set(nodes) - set(inputs))
     for node in nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda source: copies[source])

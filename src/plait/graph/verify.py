@@ -17,11 +17,11 @@ from torch import fx
 
 from plait.graph.collectives import is_collective
 from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Template, Value, call_of
+from plait.graph.random_nodes import is_random
 from plait.graph.verify_calls import tangents_of, verify_calls
 from plait.graph.verify_nodes import (
     expect,
     fail,
-    is_random,
     text_of,
     verify_nodes,
     verify_part,

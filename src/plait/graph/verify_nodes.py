@@ -131,12 +131,6 @@ def is_in_place(node: fx.Node) -> bool:
     return not (is_update and destination.op == "placeholder")
 
 
-def is_random(node: fx.Node) -> bool:
-    """Say whether the node draws random numbers."""
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
-
-
 def text_of(value: Value) -> str:
     """A value in a message or on a page: "float32[5, 6]", with strides unless contiguous."""
     if value.dtype is None:

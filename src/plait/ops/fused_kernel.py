@@ -122,6 +122,7 @@ class FusedKernel:
 
 
 _CPP = r"""
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
