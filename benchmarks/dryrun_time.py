@@ -10,7 +10,8 @@ the same machine. Tables are learnt from the profiles as `plait calibrate` does:
   operator and dtype half of its forms; asked for all configurations of one rank, and again with
   other draws, and with one that leaves operators without any form (bfloat16's attention, say);
 - one of two ranks, without the same half, from configurations that are not compared; asked for
-  those of two ranks, whose messages take what they took alone, as in nccl-tests;
+  those of two ranks, whose messages take what they took alone, as in nccl-tests, and what the
+  table learnt that they take beside;
 - one that has seen every other configuration of one core only, all forms and operators of the
   others unseen.
 
@@ -30,7 +31,7 @@ from itertools import combinations
 import torch
 
 import plait
-from benchmarks.dryrun_time_ranks import Ranks
+from benchmarks.dryrun_time_ranks import NUM_RANKS, Ranks
 from benchmarks.dryrun_time_runs import (
     SEEN_BY_RANKS,
     Run,
@@ -69,7 +70,7 @@ def measure(quick: bool) -> list[Row]:
     print("on one core, half of the pairs of operator and forms unseen", flush=True)
     on_core = compare(alone, learn(alone, hidden))
     print("on two ranks, the same pairs unseen", flush=True)
-    on_ranks = compare(ranked, learn(seen, hidden), measured)
+    on_ranks = compare(ranked, learn(seen, hidden, measured), measured)
     print("on one core, every other configuration unseen", flush=True)
     others = compare(alone[1::2], learn(alone[::2]))
     print("on one core, other halves unseen", flush=True)
@@ -167,12 +168,24 @@ def worst(runs: Sequence[Run], hidden: frozenset[str]) -> float:
     return errors[i]
 
 
-def learn(runs: Sequence[Run], without: frozenset[str] = frozenset()) -> Table:
-    """A table of this machine from profiled runs."""
+def learn(
+    runs: Sequence[Run],
+    without: frozenset[str] = frozenset(),
+    messages: Sequence[Measured] = (),
+) -> Table:
+    """A table of this machine from profiled runs. messages: of two ranks, which the runs are of."""
     measured = [
         MeasuredSteps(schedule=r.schedule, timelines=r.timelines, steps_s=r.steps_s) for r in runs
     ]
-    return learn_table("this machine", plait.clusters.cpu().device, measured, without=without)
+    cluster = plait.clusters.cpu(NUM_RANKS) if messages else None
+    return learn_table(
+        "this machine",
+        plait.clusters.cpu().device,
+        measured,
+        without=without,
+        cluster=cluster,
+        messages=messages,
+    )
 
 
 @dataclass(frozen=True)

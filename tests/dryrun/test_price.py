@@ -307,9 +307,23 @@ def test_messages_are_taken_off_a_step_from_which_a_table_is_learnt():
         )
         for kind in Collective
     ]
-    found = plait.price(schedule, plait.clusters.cpu(2), table=table, measured=messages)
+    cluster = plait.clusters.cpu(2)
+    found = plait.price(schedule, cluster, table=table, measured=messages)
     assert found.communication_s == pytest.approx(num_messages * message_s)
     assert found.compute_s == pytest.approx(step_s - num_messages * message_s)
+
+    # Alone they take half: the rest is that ranks never arrive at once, and is learnt.
+    alone = [replace(each, durations_s=(message_s / 2, message_s / 2)) for each in messages]
+    learnt = learn_table(
+        "here", plait.clusters.cpu().device, [measured], cluster=cluster, messages=alone
+    )
+    assert learnt.message_s > 0
+    assert Table.from_json(learnt.to_json()) == learnt
+    short = plait.price(schedule, cluster, table=table, measured=alone)
+    found = plait.price(schedule, cluster, table=learnt, measured=alone)
+    assert short.step_s == pytest.approx(step_s - num_messages * message_s / 2)
+    assert found.step_s == pytest.approx(step_s, rel=0.02)
+    assert found.low_s < short.step_s < found.step_s < found.high_s
 
 
 def test_a_table_knows_how_long_operators_take_behind_the_first_micro_batch():

@@ -57,6 +57,8 @@ class Duration:
 class Table:
     """What was measured on a device. launch_s: what the host needs beside each operator.
 
+    message_s: what a message takes in a step beside its time alone: the last rank is waited for.
+
     device: the figures fitted to all entries, for what has no family. step_low, step_high: the 10th
     and 90th percentile of single steps of calibration that nobody observed, over their median: how
     the machine itself changes, which is common to all operators. program_spread: by how much the
@@ -75,6 +77,7 @@ class Table:
     step_high: float = 1.0
     program_spread: float = 0.0
     repeated: dict[str, float] = field(default_factory=dict[str, float])
+    message_s: float = 0.0
 
     @cached_property
     def known(self) -> dict[str, Entry]:
@@ -170,6 +173,7 @@ class Table:
             "step_high": self.step_high,
             "program_spread": self.program_spread,
             "repeated": self.repeated,
+            "message_s": self.message_s,
             "device": device,
             "entries": [asdict(entry) for entry in self.entries],
         }
@@ -200,6 +204,7 @@ class Table:
                 float(data["step_high"]),
                 float(data["program_spread"]),
                 {Kind(name).value: _factor(x) for name, x in data["repeated"].items()},
+                float(data["message_s"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):

@@ -19,6 +19,7 @@ _MODEL_LOW, _MODEL_HIGH = 0.8, 1.4
 """How far a collective may be off its model (assumed)."""
 _MEASURED_LOW, _MEASURED_HIGH = 0.9, 1.2
 """How far a collective may be off nccl-tests, which print a mean of many alone (assumed)."""
+_BESIDE_HIGH = 2.0  # of what messages take beside: ranks differ more in one step than in another
 _NOTHING = Duration(seconds=0.0, low_s=0.0, high_s=0.0, source=Source.MEASURED)
 
 
@@ -123,9 +124,11 @@ class _Durations:
         placement = self.placements[each.group]
         found = message(kind, each.outcome.collective_bytes, placement, self.measured)
         is_measured = found.algorithm is Algorithm.MEASURED
+        beside_s = 0.0 if self.table is None else self.table.message_s
         return Duration(
-            seconds=found.duration_s,
+            seconds=found.duration_s + beside_s,
             low_s=found.duration_s * (_MEASURED_LOW if is_measured else _MODEL_LOW),
-            high_s=found.duration_s * (_MEASURED_HIGH if is_measured else _MODEL_HIGH),
+            high_s=found.duration_s * (_MEASURED_HIGH if is_measured else _MODEL_HIGH)
+            + _BESIDE_HIGH * beside_s,
             source=Source.MEASURED if is_measured else Source.ROOFLINE,
         )

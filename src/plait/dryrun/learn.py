@@ -3,7 +3,8 @@
 `plait calibrate` profiles steps of a few models; a replay of the same schedules says on which forms
 each operator ran, and their costs. So caches are as warm as in a step, and views and the host's own
 time are measured too. Messages are no operators: they are priced by themselves, as `nccl-tests`
-or a model says, and their time is taken off a step before anything is learnt of it.
+or a model says, and their time is taken off a step before anything is learnt of it. What they take
+in a step beside that, since ranks never arrive at once, is learnt of each message alike.
 """
 
 import math
@@ -12,14 +13,16 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from plait.cost.calibrate import fit_device
-from plait.cost.clusters import Device
+from plait.cost.clusters import Cluster, Device
 from plait.cost.collectives import collective_of, waits
 from plait.cost.interpolate import quantile
+from plait.cost.nccl_tests import Measured
 from plait.cost.operations import Kind
 from plait.cost.table import Table
 from plait.cost.table_entry import Entry
 from plait.cost.timeline import Timeline
 from plait.dryrun.forms import Forms, Outcome
+from plait.dryrun.price import price
 from plait.dryrun.replay import Launched, Replay
 from plait.dryrun.replay_step import StepReplay
 from plait.dryrun.workspace import Workspace
@@ -52,13 +55,20 @@ def learn_table(
     measured: Sequence[MeasuredSteps],
     *,
     without: Container[str] = frozenset(),
+    cluster: Cluster | None = None,
+    messages: Sequence[Measured] = (),
 ) -> Table:
     """Make a table. device: what is assumed of it; its figures are fitted to the measurements.
 
-    without: keys of operators that the table must not know, to see what it makes of them.
+    without: keys of operators that the table must not know, to see what it makes of them. cluster:
+    on which several ranks were measured, and messages: alone, as nccl-tests measures them; without
+    a cluster nothing is learnt of messages.
     """
     programs = [_observed(each) for each in measured]
     table = _table(machine, device, programs, without)
+    if cluster is not None:
+        message_s = _beside_messages_s(table, measured, programs, cluster, messages)
+        table = replace(table, message_s=message_s)
     if len(programs) < _LEAST_PROGRAMS:
         return table
     off: list[float] = []
@@ -90,8 +100,9 @@ class _Observed:
 
     launched: what it launches, how often in a step, and whether behind the first micro-batch.
     samples: by key. launch_s: what a launch takes beside its operator, negative where the
-    clock, which each measured operator reads, takes longer. step_s: without its messages, which
-    take message_s. relative: single steps that nobody observed, over their median.
+    clock, which each measured operator reads, takes longer. step_s: without its messages, of which
+    there are num_messages and which take message_s. relative: single steps that nobody observed,
+    over their median.
     """
 
     launched: Sequence[tuple[Launched, int, bool]]
@@ -99,6 +110,7 @@ class _Observed:
     launch_s: float
     step_s: float
     message_s: float
+    num_messages: int
     relative: Sequence[float]
 
 
@@ -112,22 +124,25 @@ def _observed(measured: MeasuredSteps) -> _Observed:
             runs[i].append(event.duration_s)
     samples: dict[str, _Sample] = {}
     launched: list[tuple[Launched, int, bool]] = []
-    whole_s, number = 0.0, 0
+    whole_s = message_s = 0.0
+    number = num_messages = 0
     seen: set[tuple[object, ...]] = set()
     for each in launched_in_a_step(measured.schedule):
-        if _is_message(each.step.target):
-            continue
         place = (each.program, *(call.step for call in each.calls), each.step.name)
         is_repeated = place in seen
         seen.add(place)
         runs = [run for run in times_s.get(place, ()) if run]
         # Micro-batches behind the second are like it: the replay has two.
         count = max(1, len(runs[0]) - 1) if is_repeated and runs else 1
+        found = [x for run in runs for x in (run[1:] if is_repeated else run[:1])]
+        if _is_message(each.step.target):
+            message_s += count * statistics.median(found or [0.0])
+            num_messages += count * (each.outcome.collective is not None)
+            continue
         launched.append((each, count, is_repeated))
         if not runs or each.outcome.cost is None:
             continue
         sample = samples.setdefault(each.outcome.key, _Sample(outcome=each.outcome))
-        found = [x for run in runs for x in (run[1:] if is_repeated else run[:1])]
         if not found:
             continue
         (sample.repeated_s if is_repeated else sample.first_s).extend(found)
@@ -135,7 +150,6 @@ def _observed(measured: MeasuredSteps) -> _Observed:
         number += count
     if not number:
         raise PlanError("the profiles are of another schedule: no operator is in both.")
-    message_s = statistics.median(map(_message_s, measured.timelines))
     whole_step_s = statistics.median(measured.steps_s)
     step_s = max(whole_step_s - message_s, _LEAST_S)
     return _Observed(
@@ -144,13 +158,26 @@ def _observed(measured: MeasuredSteps) -> _Observed:
         launch_s=(step_s - whole_s) / number,
         step_s=step_s,
         message_s=message_s,
+        num_messages=num_messages,
         relative=[each / whole_step_s for each in measured.steps_s],
     )
 
 
-def _message_s(timeline: Timeline) -> float:
-    """Time in which the host launches messages or waits for them."""
-    return sum(event.duration_s for event in timeline.events if _is_message(event.operator))
+def _beside_messages_s(
+    table: Table,
+    measured: Sequence[MeasuredSteps],
+    programs: Sequence[_Observed],
+    cluster: Cluster,
+    messages: Sequence[Measured],
+) -> float:
+    """What a message takes beside what the price says that compute waits for it, in seconds."""
+    beside_s, number = 0.0, 0
+    for each, program in zip(measured, programs, strict=True):
+        if program.num_messages:
+            priced = price(each.schedule, cluster, table=table, measured=messages, fragments=False)
+            beside_s += program.message_s - priced.exposed_s
+            number += program.num_messages
+    return max(beside_s / number, 0.0) if number else 0.0
 
 
 def _is_message(operator: str) -> bool:
