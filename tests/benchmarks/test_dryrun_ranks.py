@@ -12,7 +12,6 @@ from benchmarks.dryrun_gpu import LEAST, errors_of, measure, summary, worker
 from benchmarks.dryrun_rank_worker import predict
 from benchmarks.dryrun_ranks import MODELS, RANKS, cut_down, make_schedule
 from plait.cost.accelerators import find_cluster
-from plait.dryrun.memory import BLAS_BYTES
 from plait.dryrun.memory_trace import Kind
 
 # TorchDynamo makes one for the collectives of DTensor.
@@ -48,12 +47,14 @@ def test_every_rank_is_compiled_and_priced(recipe):
     schedule = make_schedule(recipe, "cpu", "h200")
     assert schedule.is_step
     assert "optimizer" in schedule.programs
-    price = plait.price(schedule, find_cluster("h200", recipe.plan.num_ranks))
+    cluster = find_cluster("h200", recipe.plan.num_ranks)
+    workspace_bytes = cluster.device.blas_workspace_bytes
+    price = plait.price(schedule, cluster)
     for ledger in (price.first_memory, price.memory):
         assert ledger.reserved is not None
-        assert BLAS_BYTES < ledger.peak_bytes <= ledger.reserved.used_bytes
+        assert workspace_bytes < ledger.peak_bytes <= ledger.reserved.used_bytes
         assert ledger.reserved.used_bytes <= ledger.reserved.peak_bytes
-        assert ledger.by_kind[Kind.WORKSPACE] >= BLAS_BYTES
+        assert ledger.by_kind[Kind.WORKSPACE] >= workspace_bytes
     assert price.memory.by_kind[Kind.OPTIMIZER] > 0
 
 

@@ -10,6 +10,7 @@ from plait.cost.operations import Cost, Kind, operation_s
 from plait.cost.simulate import beside_s
 from plait.cost.table import Table
 from plait.cost.table_entry import Entry
+from plait.dryrun.compare import compare
 from plait.dryrun.data_parallel import owners_of
 from plait.dryrun.job_report import job_report, pipeline_trace
 from plait.dryrun.model_source import decoder_source, module_source
@@ -49,6 +50,37 @@ LAYER = 4 * 512 * 512 + 3 * 512 * 1024
 @pytest.fixture(scope="module")
 def cluster():
     return find_cluster("h100", 8)
+
+
+def test_prices_of_two_jobs_compare_by_class_of_ranks(cluster):
+    plan = ParallelPlan(fsdp=4, pp=2)
+    small, large = (
+        price_job(replace(JOB, plan=plan, gradient_bytes=each), cluster).to_dict()
+        for each in (2, 4)
+    )
+    found = {(each.group, each.name): each.error for each in compare(small, large)}
+    for rank in "01":
+        group = f"memory of pipeline rank {rank}"
+        assert found[group, "gradients"] == -0.5
+        assert found[group, "parameters"] == 0
+        assert -0.5 < found[group, "peak"] < 0
+    assert found["step", "step_s"] == pytest.approx(0, abs=0.1)
+    assert ("parts_s", "bubble_s") in found
+    other = price_job(JOB, cluster).to_dict()  # which has no second pipeline rank
+    assert {x.group for x in compare(small, other) if "memory" in x.group} == {
+        "memory of pipeline rank 0"
+    }
+
+
+def test_the_workspace_of_products_is_that_of_the_generation(cluster):
+    def context(name):
+        (one,) = price_job(JOB, find_cluster(name, 8)).classes
+        return one.ledger.bytes_by_kind["context"]
+
+    hopper = context("h100")
+    assert context("b200") == hopper
+    assert hopper - context("a100") == 32 * 2**20 - 8_519_680
+    assert context("mi300x") - hopper == 96 * 2**20
 
 
 def test_model_flops_are_six_for_each_weight_and_six_for_each_pair_and_channel(cluster):

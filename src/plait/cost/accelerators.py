@@ -23,6 +23,10 @@ ROCE_400 = Link(latency_s=20e-6, bandwidth_bytes_per_s=42.5e9, step_latency_s=3e
 PCIE_4 = Link(latency_s=10e-6, bandwidth_bytes_per_s=25e9, step_latency_s=2e-6)
 PCIE_5 = Link(latency_s=10e-6, bandwidth_bytes_per_s=50e9, step_latency_s=2e-6)
 
+_ELDER_BLAS_BYTES = (2 * 4096 + 8 * 16) * 1024
+"""Of what is neither Hopper nor Blackwell [CublasHandlePool.cpp in aten/src/ATen/cuda, where gfx94
+has 128 MiB]."""
+
 
 def a100(num_ranks: int) -> Cluster:
     """A100 SXM 80 GB, 8 in a node, one 200 Gb/s adapter for each.
@@ -45,6 +49,7 @@ def a100(num_ranks: int) -> Cluster:
         memory_bandwidth_bytes_per_s=2.039e12,
         memory_bytes=80 * 10**9,
         launch_s=3e-6,
+        blas_workspace_bytes=_ELDER_BLAS_BYTES,
         matrix_efficiency=0.75,
         attention_efficiency=0.6,
     )
@@ -121,6 +126,7 @@ def mi300x(num_ranks: int) -> Cluster:
         memory_bandwidth_bytes_per_s=5.3e12,
         memory_bytes=192 * 10**9,
         launch_s=5e-6,
+        blas_workspace_bytes=128 * 2**20,
         matrix_efficiency=0.5,
         attention_efficiency=0.3,
         host_bandwidth_bytes_per_s=50e9,

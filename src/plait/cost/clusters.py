@@ -19,7 +19,9 @@ class Device:
 
     peak_flops_per_s: of dense products, by dtype. matrix_efficiency: the share of it that a product
     of large sizes reaches. attention_efficiency: the same share for fused attention. launch_s: the
-    least that an operation takes.
+    least that an operation takes. blas_workspace_bytes: what PyTorch's allocator serves to the
+    library of products before the first one, and never gets back (CublasHandlePool.cpp in
+    aten/src/ATen/cuda: 32 MiB for Hopper and Blackwell); a CPU has none.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Device:
     attention_efficiency: float
     host_bandwidth_bytes_per_s: float = 25e9  # PCIe 4.0 x16, 32 GB/s by its standard (assumed 80 %)
     interference: float = 1.19
+    blas_workspace_bytes: int = 32 * 2**20
 
     def peak(self, dtype: torch.dtype) -> float:
         """Peak FLOP/s for products of this dtype; that of float32 for one that is not listed."""
@@ -128,6 +131,7 @@ def cpu(num_ranks: int = 1) -> Cluster:
         launch_s=5e-6,
         matrix_efficiency=0.7,
         attention_efficiency=0.4,
+        blas_workspace_bytes=0,
     )
     link = Link(latency_s=50e-6, bandwidth_bytes_per_s=2e9)
     return Cluster(

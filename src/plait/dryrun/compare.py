@@ -13,7 +13,7 @@ from typing import Any, cast
 from plait.errors import PlanError
 
 _SCALARS = ("step_s", "compute_s", "communication_s", "exposed_s", "tokens_per_s")
-_TABLES = ("operators_s", "streams_s", "programs_s")
+_TABLES = ("parts_s", "operators_s", "streams_s", "programs_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ def compare(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> list[D
         if "peak_bytes" in ours and "peak_bytes" in theirs:
             found.append(_difference(group, "peak", ours["peak_bytes"], theirs["peak_bytes"]))
         found += _shared(group, ours.get("by_kind"), theirs.get("by_kind"))
+    found += _classes(predicted.get("classes"), measured.get("classes"))
     if not found:
         raise PlanError(
             "the two have no figure in common. Both must be JSON of `plait price --json`, or hold "
@@ -88,6 +89,31 @@ def _shared(group: str, predicted: object, measured: object) -> list[Difference]
         return []
     names = list(dict.fromkeys([*theirs, *ours]))
     return [_difference(group, name, ours.get(name, 0), theirs.get(name, 0)) for name in names]
+
+
+def _classes(predicted: object, measured: object) -> list[Difference]:
+    """Memory of the ranks of a large job that are of one class in both."""
+    theirs = {_ranks_of(each): each for each in _mappings(measured)}
+    found: list[Difference] = []
+    for ours in _mappings(predicted):
+        other = theirs.get(_ranks_of(ours))
+        if other is None:
+            continue
+        group = f"memory of pipeline rank {_ranks_of(ours)}"
+        if "peak_bytes" in ours and "peak_bytes" in other:
+            found.append(_difference(group, "peak", ours["peak_bytes"], other["peak_bytes"]))
+        found += _shared(group, ours.get("ledger_bytes"), other.get("ledger_bytes"))
+    return found
+
+
+def _ranks_of(one: Mapping[str, Any]) -> str:
+    ranks = one.get("pipeline_ranks")
+    return ", ".join(map(str, cast("list[object]", ranks))) if isinstance(ranks, list) else "?"
+
+
+def _mappings(x: object) -> list[Mapping[str, Any]]:
+    items = cast("list[object]", x) if isinstance(x, list) else []
+    return [_mapping(each) for each in items]
 
 
 def _mapping(x: object) -> Mapping[str, Any]:

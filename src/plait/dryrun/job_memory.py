@@ -6,14 +6,14 @@ Both leave out what the allocator wastes between blocks; `job_fragments.py` mode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from plait.cost.clusters import Device
 from plait.dryrun.data_parallel import owners_of
-from plait.dryrun.memory import BLAS_BYTES, COMMUNICATOR_BYTES, CONTEXT_BYTES
+from plait.dryrun.memory import COMMUNICATOR_BYTES, CONTEXT_BYTES
 from plait.dryrun.piece import Piece
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.plan.parallel_plan import ParallelPlan
 
 _WEIGHT_BYTES = 2
-_CONTEXT_BYTES = CONTEXT_BYTES + BLAS_BYTES
 _GATHERED_AHEAD = 2  # the layer that computes, and the next one
 
 
@@ -59,6 +59,7 @@ def ledger_of(
     job: PretrainJob,
     plan: ParallelPlan,
     *,
+    device: Device,
     sequences: float,
     saved_bytes: float,
     boundary_bytes: float,
@@ -79,6 +80,7 @@ def ledger_of(
     if plan.reshard:
         sizes = sorted(gathered_bytes(piece, plan) for piece, count in held for _ in range(count))
         communication += sum(sizes[-_GATHERED_AHEAD:])
+    context_bytes = CONTEXT_BYTES + device.blas_workspace_bytes
     groups = sum(size > 1 for size in (plan.dp, plan.fsdp, plan.cp, plan.tp, plan.pp, plan.ep))
     return Ledger(
         {
@@ -86,21 +88,24 @@ def ledger_of(
             "saved activations": round(saved_bytes),
             "temporaries": round(max(peaks, default=0.0)),
             "communication": round(communication) + groups * COMMUNICATOR_BYTES,
-            "context": _CONTEXT_BYTES,
+            "context": context_bytes,
         },
-        outside_bytes=_CONTEXT_BYTES + groups * COMMUNICATOR_BYTES,
+        outside_bytes=context_bytes + groups * COMMUNICATOR_BYTES,
     )
 
 
 def least_bytes(
-    elements_by_stage: Sequence[tuple[float, float]], job: PretrainJob, plan: ParallelPlan
+    elements_by_stage: Sequence[tuple[float, float]],
+    job: PretrainJob,
+    plan: ParallelPlan,
+    device: Device,
 ) -> int:
     """The least that the fullest rank needs, whatever its activations are.
 
     elements_by_stage: (elements, expert elements) that a rank holds, for each pipeline rank.
     """
     states = [sum(state_bytes(*each, job, plan).values()) for each in elements_by_stage]
-    return max(states) + _CONTEXT_BYTES
+    return max(states) + CONTEXT_BYTES + device.blas_workspace_bytes
 
 
 def gathered_bytes(piece: Piece, plan: ParallelPlan) -> float:

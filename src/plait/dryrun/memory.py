@@ -15,9 +15,6 @@ _MIB, _GIB = 2**20, 2**30
 _NUM_LARGEST = 10
 CONTEXT_BYTES = 568 * _MIB
 """Of a CUDA context with its kernels; it is not PyTorch's (assumed; 400 to 600 MiB are usual)."""
-BLAS_BYTES = 32 * _MIB
-"""cuBLAS' workspace on Hopper [aten/src/ATen/cuda/CublasHandlePool.cpp, 4096 KiB * 8]. PyTorch's
-allocator serves it, before the first product, and it is never given back; cuBLASLt has the same."""
 COMMUNICATOR_BYTES = 256 * _MIB
 """Of each process group: NCCL keeps 4 MiB a channel and direction for each peer of rings and trees
 [NCCL_BUFFSIZE, docs.nvidia.com/deeplearning/nccl]; 16 channels of a ring and a tree (assumed)."""

@@ -20,7 +20,7 @@ from plait.cost.table import Source, Table
 from plait.cost.timeline import Event, Stream, Timeline
 from plait.dryrun.durations import placements_of, timed_launches
 from plait.dryrun.forms import Form, Forms
-from plait.dryrun.memory import BLAS_BYTES, Ledger, Places, ledger_of, outside_bytes
+from plait.dryrun.memory import Ledger, Places, ledger_of, outside_bytes
 from plait.dryrun.memory_trace import Kind as MemoryKind
 from plait.dryrun.memory_trace import MemoryTrace
 from plait.dryrun.replay import Launched, Replay
@@ -141,7 +141,7 @@ def price(
     replay = Replay(schedule, Forms(schedule, Workspace(num_threads)))
     steps_replay = StepReplay(replay)
     if cluster.device.name != "cpu":
-        space = Form((BLAS_BYTES,), (1,), torch.uint8, "cuda")
+        space = Form((cluster.device.blas_workspace_bytes,), (1,), torch.uint8, "cuda")
         replay.hold(replay.make(space, MemoryKind.WORKSPACE, "cuBLAS workspace"))
     makes_state = "optimizer" in schedule.programs
     for _ in range(min(steps, 2) if makes_state else 1):

@@ -419,6 +419,7 @@ class PlannedJob:
                 [(self.piece(name), count) for i in held for name, count in stages[i]],
                 self.job,
                 self.plan,
+                device=self.cluster.device,
                 sequences=self.spread.sequences,
                 saved_bytes=held_now.saved_bytes[rank],
                 boundary_bytes=self._boundary_bytes(),

@@ -208,7 +208,7 @@ class _Search:
         key = plan.tp, plan.pp, plan.stages_per_rank
         if key not in self.elements:
             self.elements[key] = self._elements(candidate)
-        least = least_bytes(self.elements[key], self.job, plan)
+        least = least_bytes(self.elements[key], self.job, plan, self.cluster.device)
         if least <= self.result.limit_bytes:
             return True
         self.result.reject(

@@ -1,8 +1,8 @@
 """Layer norm [Ba et al. 2016, arXiv:1607.06450, eq. 3].
 
-Statistics are float32 (float64 for float64) and the result is rounded once, at the end. On a CPU
-forward and backward are one kernel each, which goes over the rows once: PyTorch's and Inductor's
-sum the gradients of weight and bias in another pass. On a GPU they are PyTorch's kernels.
+PyTorch's kernels but for bfloat16 on a CPU: there PyTorch keeps statistics in bfloat16 and takes a
+second pass over the rows for the gradients of weight and bias. Ours are float32, and forward and
+backward one pass each; the result is rounded once, at the end.
 """
 
 # Shapes: M rows, D width.
@@ -30,7 +30,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, *, eps
             f"layer_norm of {tuple(x.shape)} needs weight and bias of its last dim alone, "
             f"got {shapes}."
         )
-    if not _kernel.takes(x):
+    if x.dtype != torch.bfloat16 or not _kernel.takes(x):
         return functional.layer_norm(x, x.shape[-1:], weight_D, bias_D, eps)
     normed_MD, _, _ = torch.ops.plait.layer_norm(rows_of(x), weight_D, bias_D, eps)
     return normed_MD if x.dim() == 2 else normed_MD.view(x.shape)
@@ -79,17 +79,17 @@ def _gradients(
 _kernel = CppKernel(
     layer_norm,
     r"""
-template <typename T>
-static void normed(const T* x, const T* weight, const T* bias, T* normed, float* means,
-                   float* scales, int64_t M, int64_t D, float eps) {
+extern "C" void normed_bfloat16(const uint16_t* x, const uint16_t* weight, const uint16_t* bias,
+                                uint16_t* normed, float* means, float* scales, int64_t M,
+                                int64_t D, double eps) {
   std::vector<float> factor(D), shift(D, 0.0f);
   for (int64_t d = 0; d < D; ++d) factor[d] = wide(weight[d]);
   if (bias) for (int64_t d = 0; d < D; ++d) shift[d] = wide(bias[d]);
   const float *f = factor.data(), *b = shift.data();
 #pragma omp parallel for schedule(static)
   for (int64_t m = 0; m < M; ++m) {
-    const T* row = x + m * D;
-    T* __restrict to = normed + m * D;
+    const uint16_t* row = x + m * D;
+    uint16_t* __restrict to = normed + m * D;
     float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t d = 0; d < D; ++d) sum += wide(row[d]);
@@ -97,7 +97,7 @@ static void normed(const T* x, const T* weight, const T* bias, T* normed, float*
     // A second pass, over a row that is in the cache: no difference of large numbers.
 #pragma omp simd reduction(+ : squares)
     for (int64_t d = 0; d < D; ++d) squares += (wide(row[d]) - mean) * (wide(row[d]) - mean);
-    const float scale = 1.0f / std::sqrt(squares / D + eps);
+    const float scale = 1.0f / std::sqrt(squares / D + float(eps));
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) narrow((wide(row[d]) - mean) * scale * f[d] + b[d], to + d);
     means[m] = mean;
@@ -105,9 +105,10 @@ static void normed(const T* x, const T* weight, const T* bias, T* normed, float*
   }
 }
 // Each thread sums the gradients of weight and bias over its own rows.
-template <typename T>
-static void gradients(const T* dnormed, const T* x, const float* means, const float* scales,
-                      const T* weight, T* dx, T* dweight, T* dbias, int64_t M, int64_t D) {
+extern "C" void gradients_bfloat16(const uint16_t* dnormed, const uint16_t* x, const float* means,
+                                   const float* scales, const uint16_t* weight, uint16_t* dx,
+                                   uint16_t* dweight, uint16_t* dbias, int64_t M, int64_t D,
+                                   double) {
   const int num_threads = omp_get_max_threads();
   std::vector<float> factor(D), sums(2 * num_threads * D, 0.0f);
   for (int64_t d = 0; d < D; ++d) factor[d] = wide(weight[d]);
@@ -118,8 +119,8 @@ static void gradients(const T* dnormed, const T* x, const float* means, const fl
     float* __restrict sum_b = sum + D;
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < M; ++m) {
-      const T *dn = dnormed + m * D, *row = x + m * D;
-      T* __restrict to = dx + m * D;
+      const uint16_t *dn = dnormed + m * D, *row = x + m * D;
+      uint16_t* __restrict to = dx + m * D;
       const float mean = means[m], scale = scales[m];
       float dot = 0, total = 0;
 #pragma omp simd reduction(+ : dot, total)
@@ -146,18 +147,6 @@ static void gradients(const T* dnormed, const T* x, const float* means, const fl
     narrow(sum_b, dbias + d);
   }
 }
-#define DEFINE(NAME, T)                                                                           \
-  extern "C" void normed_##NAME(const T* x, const T* w, const T* b, T* y, float* means, float* s, \
-                                int64_t M, int64_t D, double eps) {                               \
-    normed<T>(x, w, b, y, means, s, M, D, eps);                                                   \
-  }                                                                                               \
-  extern "C" void gradients_##NAME(const T* dn, const T* x, const float* means, const float* s,   \
-                                   const T* w, T* dx, T* dw, T* db, int64_t M, int64_t D,         \
-                                   double) {                                                      \
-    gradients<T>(dn, x, means, s, w, dx, dw, db, M, D);                                           \
-  }
-DEFINE(float32, float)
-DEFINE(bfloat16, uint16_t)
 """,
 )
 
@@ -167,7 +156,7 @@ def _layer_norm(
     x_MD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, and each row's mean and scale."""
-    if _kernel.takes(x_MD):
+    if x_MD.dtype == torch.bfloat16 and _kernel.takes(x_MD):
         normed_MD, mean_M, scale_M = _empty(x_MD)
         bias_D = None if bias_D is None else bias_D.contiguous()
         operands = (x_MD.contiguous(), weight_D.contiguous(), bias_D)
@@ -194,7 +183,7 @@ def _layer_norm_backward(
     dnormed_MD: Tensor, x_MD: Tensor, mean_M: Tensor, scale_M: Tensor, weight_D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, weight and bias."""
-    if _kernel.takes(x_MD):
+    if x_MD.dtype == torch.bfloat16 and _kernel.takes(x_MD):
         results = _empty_gradients(x_MD, weight_D)
         operands = dnormed_MD.contiguous(), x_MD.contiguous(), mean_M, scale_M
         tensors = (*operands, weight_D.contiguous(), *results)
