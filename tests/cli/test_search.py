@@ -31,6 +31,15 @@ def test_a_search_prints_plans_reasons_and_a_comparison():
     assert "matrix products" in result.output
 
 
+def test_settings_of_the_plan_hold_for_all_plans_and_an_explanation_is_in_the_json():
+    settings = [*SMALL, "plan.pp=2", "micro_batch_size=8"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = ["search", "llama3_8b", "--world", "4", "--json", "--explain", "1", "2", *words]
+    found = json.loads(CliRunner().invoke(app, command).stdout)
+    assert {(each["plan"]["pp"], each["micro_batch_size"]) for each in found["best"]} == {(2, 8)}
+    assert "matrix products" in found["explanation"]
+
+
 def test_a_search_prices_messages_as_nccl_tests_measured_them(tmp_path):
     runs = tmp_path / "runs.csv"
     runs.write_text(

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from plait.cost.accelerators import find_cluster
+from plait.cost.table import Table
 from plait.dryrun.job_report import search_json, search_report
 from plait.dryrun.legal_plans import Candidate, candidates, describe
 from plait.dryrun.model_source import decoder_source
@@ -55,6 +56,39 @@ def test_the_best_plans_come_first_and_fit(result):
     assert len(steps) == 10
     assert steps == sorted(steps)
     assert all(each.price.peak_bytes <= LIMIT for each in result.best)
+
+
+def test_what_is_fixed_every_plan_has_and_the_others_say_so(cluster):
+    fixed = {"tp": 2, "recompute": Recompute.FULL}
+    found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed)
+    assert found.best
+    for each in found.best:
+        plan = each.candidate.plan
+        assert (plan.tp, plan.recompute) == (2, Recompute.FULL)
+    assert found.rejected["not tp=2, which is fixed"] > 0
+    assert found.rejected["not recompute=full, which is fixed"] > 0
+    with pytest.raises(PlanError, match=r"plan.causal_split cannot be fixed.* tp, pp"):
+        search(JOB, cluster, fixed={"causal_split": True})
+    with pytest.raises(PlanError, match=r"no plan .*not tp=3, which is fixed"):
+        search(JOB, cluster, micro_batch_sizes=ONE, fixed={"tp": 3})
+
+
+def test_more_memory_than_the_device_has_is_refused(cluster):
+    with pytest.raises(PlanError, match=r"100.0 GiB, but h100 has 74.5"):
+        search(JOB, cluster, memory_bytes=100 * 2**30)
+
+
+def test_a_search_takes_the_times_of_a_table(result, cluster):
+    device = cluster.device
+    slow = replace(
+        device,
+        peak_flops_per_s={dtype: each / 3 for dtype, each in device.peak_flops_per_s.items()},
+    )
+    table = Table("an H100 at a third of its clock", (), slow)
+    found = search(JOB, cluster, memory_bytes=LIMIT, micro_batch_sizes=ONE, top=1, table=table)
+    assert found.best[0].price.step_s > 1.5 * result.best[0].price.step_s
+    with pytest.raises(PlanError, match="measured on h100"):
+        search(JOB, find_cluster("a100", WORLD), table=table)
 
 
 def test_every_legal_plan_is_priced_or_rejected_with_a_reason(result, cluster):

@@ -8,7 +8,9 @@ import typer
 from plait.cli.large_job import large_cluster, large_job, measured_messages, size_of
 from plait.cli.output import say, show, show_json
 from plait.cli.stop import stop_on_interrupt
+from plait.cost.table import Table
 from plait.dryrun.job_report import search_json, search_report
+from plait.dryrun.legal_plans import MICRO_BATCH_SIZES
 from plait.dryrun.search import search
 from plait.errors import ConfigError
 
@@ -22,11 +24,19 @@ def search_command(
     ] = None,
     top: Annotated[int, typer.Option(help="How many plans to show.")] = 10,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a setting.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Change a setting; plan.tp=8 and micro_batch_size=2 are kept by every plan.",
+        ),
     ] = None,
     nccl: Annotated[
         list[Path] | None,
         typer.Option(help="What nccl-tests measured of messages, its text or a CSV."),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Times that plait calibrate measured on the device.")
     ] = None,
     offload: Annotated[
         bool,
@@ -48,22 +58,30 @@ def search_command(
     if explain is not None and not all(1 <= number <= top for number in explain):
         raise ConfigError(f"--explain compares two of the plans shown, 1 to {top}: {explain}.")
     measured = measured_messages(nccl or [])
+    given = settings or []
+    job = large_job(recipe, given)
+    names = [each.partition("=")[0].strip() for each in given]
+    fixed = [name.removeprefix("plan.") for name in names if name.startswith("plan.")]
+    sizes = (job.micro_batch_size,) if "micro_batch_size" in names else MICRO_BATCH_SIZES
     with stop_on_interrupt("stopping after this plan") as stop:
         stop.defer()
         result = search(
-            large_job(recipe, settings or []),
+            job,
             large_cluster(cluster, world),
             memory_bytes=None if memory is None else size_of(memory),
             top=top,
+            micro_batch_sizes=sizes,
+            fixed={name: getattr(job.plan, name) for name in fixed},
             measured=measured,
+            table=None if table is None else Table.load(table),
             can_offload=offload,
             on_progress=say,
             should_stop=stop.is_set,
         )
     if as_json:
-        show_json(search_json(result))
-    else:
-        show(search_report(result))
+        show_json(search_json(result, explain))
+        return
+    show(search_report(result))
     if explain is not None:
         show()
         show(result.explain(*explain))

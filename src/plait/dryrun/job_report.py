@@ -88,9 +88,9 @@ def search_report(result: SearchResult) -> str:
     return "\n".join(lines)
 
 
-def search_json(result: SearchResult) -> dict[str, object]:
-    """A search for JSON."""
-    return {
+def search_json(result: SearchResult, explain: tuple[int, int] | None = None) -> dict[str, object]:
+    """A search for JSON. explain: two of the best (from 1), compared in words."""
+    found: dict[str, object] = {
         "job": result.job.name,
         "num_candidates": result.num_candidates,
         "num_priced": result.num_priced,
@@ -102,6 +102,7 @@ def search_json(result: SearchResult) -> dict[str, object]:
             for reason, count in result.rejected.most_common()
         ],
     }
+    return found if explain is None else found | {"explanation": result.explain(*explain)}
 
 
 def pipeline_trace(price: JobPrice) -> dict[str, object]:

@@ -9,12 +9,14 @@ their ranks have room for the allocator's fragments too.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from plait.collector import collector_paused
 from plait.cost.clusters import Cluster
 from plait.cost.nccl_tests import Measured
+from plait.cost.table import Table
 from plait.dryrun.job_memory import least_bytes
 from plait.dryrun.job_price import JobPrice, RankClass, missing
 from plait.dryrun.legal_plans import (
@@ -38,6 +40,11 @@ _MOST_SPLIT = 3  # kinds of pieces made with replicas, which take seconds each
 _OFFLOAD_STEPS = 20  # shares of the activations that may be offloaded: twentieths
 _TELL_EVERY, _TELL_EVERY_S = 25, 1.0
 OnProgress = Callable[[str], None]
+FIXABLE = (
+    *("dp", "fsdp", "cp", "tp", "pp", "ep"),
+    *("recompute", "pipeline", "stages_per_rank", "reshard"),
+)
+"""Fields of a plan that a search tries, and so can be told to leave at a value."""
 
 
 @dataclass(frozen=True)
@@ -113,25 +120,40 @@ def search(
     source: ModelSource | None = None,
     top: int = 10,
     micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
+    fixed: Mapping[str, object] = MappingProxyType({}),
     measured: Sequence[Measured] = (),
+    table: Table | None = None,
     can_offload: bool = False,
     on_progress: OnProgress = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SearchResult:
     """Search the plans of a job. memory_bytes: of a rank, by default all that the device has.
 
-    measured: runs of nccl-tests, which go before the model of a message, as in `price_job`.
+    fixed: fields of the plan (of `FIXABLE`) that a plan must have, with their values; the others of
+    the job's own plan have no say. measured: runs of nccl-tests, which go before the model of a
+    message, and table: what `plait calibrate` measured of the device, both as in `price_job`.
     can_offload: a plan that lacks memory may keep the least share of its activations in the host's
     memory with which it fits; others have the offload of the job, for it makes no plan faster.
 
     should_stop is asked before each plan. It, or a KeyboardInterrupt, ends the search; what was
     found so far is returned, with is_complete False. Raises PlanError with what is missing if no
-    plan fits.
+    plan fits, for more memory than the device has and for a field that cannot be fixed.
     """
     found = source or source_of(job)
     limit = memory_bytes or cluster.device.memory_bytes
+    if limit > cluster.device.memory_bytes:
+        raise PlanError(
+            f"a rank may use {limit / _GIB:.1f} GiB, but {cluster.device.name} has "
+            f"{cluster.device.memory_bytes / _GIB:.1f}."
+        )
+    for name in fixed:
+        if name not in FIXABLE:
+            raise PlanError(
+                f"plan.{name} cannot be fixed in a search. What can: {', '.join(FIXABLE)}."
+            )
     result = SearchResult(job, limit)
-    hunt = _Search(job, cluster, found, result, on_progress, measured)
+    hunt = _Search(job, cluster, found, result, on_progress, measured, table)
+    hunt.fixed = fixed
     hunt.micro_batch_sizes, hunt.should_stop = micro_batch_sizes, should_stop
     hunt.can_offload = can_offload
     try:
@@ -159,14 +181,16 @@ class _Search:
         result: SearchResult,
         on_progress: OnProgress,
         measured: Sequence[Measured],
+        table: Table | None,
     ) -> None:
         self.job, self.cluster, self.source, self.result = job, cluster, source, result
         self.on_progress = on_progress
         self.micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
         self.should_stop: Callable[[], bool] = lambda: False
         self.can_offload = False
+        self.fixed: Mapping[str, object] = {}
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
-        self.pricer = Pricer(job, limited, source, measured)
+        self.pricer = Pricer(job, limited, source, measured, table)
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
         self.told_s = 0.0
 
@@ -184,6 +208,8 @@ class _Search:
         for each in seen:
             if isinstance(each, Rejected):
                 self.result.reject(each.reason, each.example)
+            elif (other := self._not_as_fixed(each)) is not None:
+                self.result.reject(other, describe(each))
             else:
                 legal.append(each)
         self.result.num_candidates = len(legal)
@@ -196,6 +222,13 @@ class _Search:
                 number == _TELL_EVERY or time.perf_counter() - self.told_s > _TELL_EVERY_S
             ):
                 self._tell(number, len(kept))
+
+    def _not_as_fixed(self, candidate: Candidate) -> str | None:
+        """Say which fixed field has another value."""
+        for name, value in self.fixed.items():
+            if getattr(candidate.plan, name) != value:
+                return f"not {name}={getattr(value, 'value', value)}, which is fixed"
+        return None
 
     def _tell(self, number: int, total: int) -> None:
         self.told_s = time.perf_counter()
