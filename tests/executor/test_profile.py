@@ -1,10 +1,14 @@
+import json
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+import plait
 from plait.cost.timeline import Stream
+from plait.dryrun.compare import compare
+from plait.dryrun.report import Titled, to_json
 from plait.executor.outcome import outcome_of
 from plait.executor.profile import profile, stream_of
 from plait.executor.run import Runnable
@@ -32,6 +36,19 @@ def test_every_operator_is_an_event_with_its_place_and_line(blocks):
     without = {(event.program, event.operator) for event in events if not event.source}
     assert without <= {("backward", "aten.add.Tensor"), ("backward", "aten.add_.Tensor")}
     assert {call.layer for event in events for call in event.calls} >= {"blocks.1", "blocks.2"}
+
+
+def test_a_profile_stands_beside_a_price(blocks):
+    measured = json.loads(profile(blocks.schedule, *blocks.inputs).to_json(peak_bytes=10**6))
+    titled = Titled(title="blocks", price=plait.price(blocks.schedule, plait.clusters.cpu()))
+    found = compare(json.loads(to_json(titled)), measured)
+    assert {each.group for each in found} == {"step", "operators_s", "streams_s", "memory"}
+    (peak,) = (each for each in found if each.group == "memory")
+    assert peak.measured == 10**6
+    of_operators = [each for each in found if each.group == "operators_s"]
+    assert all(each.measured > 0 for each in of_operators)
+    timed = profile(blocks.schedule, *blocks.inputs).to_json(step_s=0.5)
+    assert json.loads(timed)["step_s"] == 0.5
 
 
 def test_events_follow_each_other(blocks):

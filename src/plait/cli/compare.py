@@ -13,7 +13,7 @@ from plait.dryrun.compare import compare, load_figures, to_text
 
 def compare_command(
     predicted: Annotated[Path, typer.Argument(help="JSON of plait price --json.")],
-    measured: Annotated[Path, typer.Argument(help="JSON with the same fields, or some of them.")],
+    measured: Annotated[Path, typer.Argument(help="The same fields, or some: Profile.to_json().")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Print the error of each kind of memory, operator, program and stream.

@@ -85,6 +85,15 @@ class Timeline:
         totals = [_total(operator, stream, each) for (operator, stream), each in found.items()]
         return sorted(totals, key=lambda total: -total.duration_s)
 
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Seconds by operator, those that take any, and by stream: what `plait compare` reads."""
+        return {
+            "operators_s": {
+                each.operator: each.duration_s for each in self.totals() if each.duration_s
+            },
+            "streams_s": {stream.value: self.busy_s(stream) for stream in Stream},
+        }
+
     def to_chrome_trace(self) -> dict[str, object]:
         """Lay it out for Perfetto or chrome://tracing; calls of templates span their operators.
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from plait.cost.timeline import Stream
 from plait.dryrun.memory import Ledger
 from plait.dryrun.price import Price
 from plait.errors import PlanError
@@ -114,8 +113,7 @@ def to_json(titled: Titled) -> str:
         "saved_bytes": price.saved_bytes,
         "memory": _ledger(price.memory),
         "first_memory": _ledger(price.first_memory),
-        "operators_s": operators_s(price),
-        "streams_s": {stream.value: price.timeline.busy_s(stream) for stream in Stream},
+        **price.timeline.figures(),
         "sources": {
             source.value: {"num_operators": share.num_operators, "seconds": share.seconds}
             for source, share in price.sources.items()
@@ -124,13 +122,6 @@ def to_json(titled: Titled) -> str:
     }
     cost = titled.dollars_per_billion_tokens
     return json.dumps(data if cost is None else data | {"dollars_per_billion_tokens": cost})
-
-
-def operators_s(price: Price) -> dict[str, float]:
-    """Time of each operator that takes any, the longest first."""
-    return {
-        total.operator: total.duration_s for total in price.timeline.totals() if total.duration_s
-    }
 
 
 def _headline(titled: Titled) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Measure a schedule: run it, and note when each operator began and how long it took."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,21 @@ class Profile:
     timeline: Timeline
     overhead_s: float
     started_s: float
+
+    def to_json(self, *, step_s: float | None = None, peak_bytes: int | None = None) -> str:
+        """What `plait compare` takes as measured.
+
+        step_s: of steps that nobody observes, in seconds; without it that of this one, which
+        observing makes longer. peak_bytes: of such a step, as torch.cuda.max_memory_allocated()
+        says on a GPU.
+        """
+        figures: dict[str, object] = {
+            "step_s": self.timeline.duration_s if step_s is None else step_s,
+            **self.timeline.figures(),
+        }
+        if peak_bytes is not None:
+            figures["memory"] = {"peak_bytes": peak_bytes}
+        return json.dumps(figures)
 
     def __str__(self) -> str:
         """The table of operators, and what measuring cost."""
