@@ -1,6 +1,4 @@
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -11,6 +9,7 @@ from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import price_job
 from plait.models.decoder_config import DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan, Pipeline
+from tests.dryrun.browser import laid_out
 
 CONFIG = DecoderConfig(
     vocab_size=4096,
@@ -79,25 +78,11 @@ class _Boxes(HTMLParser):
 
 @pytest.mark.slow
 def test_chromium_shows_a_box_for_each_task_and_stays_within_the_page(page, price, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium")
-    path = tmp_path / "page.html"
-    # The browser itself says how wide the page has become; a page that scrolls sideways is wider.
-    measure = "<script>document.title = document.documentElement.scrollWidth</script></body>"
-    path.write_text(page.replace("</body>", measure))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,800"]
-    done = subprocess.run(
-        [chromium, *options, "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    shown, width = laid_out(page, tmp_path)
     found = _Boxes()
-    found.feed(done.stdout)
+    found.feed(shown)
     tasks = sum(len(tasks) for tasks in price.run.table.tasks)
     assert found.counts["pipeline"] == tasks
     assert found.counts["parts"] == len(price.parts.shares())
     assert found.counts["streams"] > 20
-    assert int(re.search(r"<title>(\d+)</title>", done.stdout)[1]) <= 1100
+    assert width <= 1100
