@@ -189,9 +189,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer | 
     return torch.optim.AdamW(named, lr=1e-4, fused=fused or None)
 
 
-def make_schedule(recipe: Recipe) -> Schedule:
-    """Capture and compile on the meta device."""
-    with torch.device("meta"):
+def make_schedule(recipe: Recipe, device: str = "meta") -> Schedule:
+    """Capture and compile. device: of the tensors; a GPU's kernels are asked for on that GPU."""
+    with torch.device(device):
         model, tokens_BT = make_model(recipe), make_tokens(recipe)
     captured = plait.ParallelPlan(
         num_micro_batches=recipe.micro_batches,

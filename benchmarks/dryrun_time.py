@@ -15,6 +15,8 @@ the same machine. Tables are learnt from the profiles as `plait calibrate` does:
 - one that has seen every other configuration of one core only, all forms and operators of the
   others unseen.
 
+With --device cuda, see `dryrun_time_gpu.py`.
+
 Truth is the median step. On one core it is a ratio to calibration: fixed work is timed between all
 steps, and each step and each profile are divided by what that took beside them (`Speed`). Steps of
 two ranks are as the clock says. Printed beside each error: the spread of single steps by the clock,
@@ -41,7 +43,9 @@ from benchmarks.dryrun_time_runs import (
     on_two_ranks,
     run_of,
 )
-from benchmarks.result import Row, run_benchmark
+from benchmarks.result import Row, run_levels
+from plait.cost.accelerators import find_cluster
+from plait.cost.clusters import Device
 from plait.cost.nccl_tests import Measured
 from plait.cost.operations import Kind
 from plait.cost.table import Source, Table
@@ -172,15 +176,19 @@ def learn(
     runs: Sequence[Run],
     without: frozenset[str] = frozenset(),
     messages: Sequence[Measured] = (),
+    device: Device | None = None,
 ) -> Table:
-    """A table of this machine from profiled runs. messages: of two ranks, which the runs are of."""
+    """A table of this machine from profiled runs.
+
+    messages: of two ranks, which the runs are of. device: a GPU; by default this CPU.
+    """
     measured = [
         MeasuredSteps(schedule=r.schedule, timelines=r.timelines, steps_s=r.steps_s) for r in runs
     ]
     cluster = plait.clusters.cpu(NUM_RANKS) if messages else None
     return learn_table(
         "this machine",
-        plait.clusters.cpu().device,
+        device or plait.clusters.cpu().device,
         measured,
         without=without,
         cluster=cluster,
@@ -215,13 +223,13 @@ class Comparison:
             self.single_outside + other.single_outside,
         )
 
-    def rows(self, title: str) -> list[Row]:
-        """The claims of one table."""
+    def rows(self, title: str, *, median: float = 7.0, worst: float = 15.0) -> list[Row]:
+        """The claims of one table. median, worst: targets of its errors, in percent."""
         percent = [abs(error) * 100 for error in self.errors]
         shares = [statistics.mean(each) for each in (self.outside, self.single_outside)]
         return [
-            _row(f"{title}: median error", "%", 7.0, percent),
-            _row(f"{title}: worst error", "%", 15.0, [max(percent)]),
+            _row(f"{title}: median error", "%", median, percent),
+            _row(f"{title}: worst error", "%", worst, [max(percent)]),
             *self._ranking(title),
             _row(f"{title}: median step outside of the interval", "of all", 0.1, [shares[0]]),
             _row(f"{title}: single steps outside", "of all", 0.2, [shares[1]]),
@@ -236,13 +244,18 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run], table: Table, measured: Sequence[Measured] = (), *, say: bool = True
+    runs: Sequence[Run],
+    table: Table,
+    measured: Sequence[Measured] = (),
+    *,
+    say: bool = True,
+    cluster: str = "cpu",
 ) -> Comparison:
     """Price each run by a table. say: print it beside the truth."""
     prices = [
         plait.price(
             run.schedule,
-            plait.clusters.cpu(run.recipe.ranks),
+            find_cluster(cluster, run.recipe.ranks),
             table=table,
             measured=measured,
             fragments=False,
@@ -289,9 +302,15 @@ def _line(run: Run, price: Price, truth_s: float) -> str:
     )
 
 
+def _on_gpu(quick: bool) -> list[Row]:
+    from benchmarks import dryrun_time_gpu  # it needs this module
+
+    return dryrun_time_gpu.measure(quick)
+
+
 def _row(claim: str, unit: str, target: float | None, samples: list[float]) -> Row:
     return Row(claim=claim, unit=unit, target=target, better="lower", samples=samples)
 
 
 if __name__ == "__main__":
-    run_benchmark("dryrun_time", measure)
+    run_levels("dryrun_time", {"cpu": measure, "cuda": _on_gpu}, "device")

@@ -23,6 +23,7 @@ from benchmarks.dryrun_recipes import (
     make_schedule,
     make_tokens,
 )
+from benchmarks.result import finish
 from plait.cost.timeline import Timeline
 from plait.executor.optimize import Optimizers
 from plait.executor.profile import profile_step
@@ -149,10 +150,12 @@ class Program:
 
     def step_s(self) -> float:
         """Time of a step."""
+        finish()
         start_s = time.perf_counter()
         plait.run(
             self.schedule, self.model, self.tokens_BT, optimizer=self.optimizer, mesh=self.mesh
         )
+        finish()
         seconds = time.perf_counter() - start_s
         self._clear()
         return seconds
@@ -181,9 +184,9 @@ def build(recipe: Recipe, schedule: Schedule, mesh: DeviceMesh | None = None) ->
     return program
 
 
-def run_of(recipe: Recipe) -> Run:
+def run_of(recipe: Recipe, device: str = "meta") -> Run:
     """Compile."""
-    return Run(recipe, make_schedule(recipe))
+    return Run(recipe, make_schedule(recipe, device))
 
 
 def on_one_core(*, has_bfloat16: bool) -> list[Recipe]:
