@@ -6,9 +6,11 @@ import warnings
 
 import pytest
 
+from plait.cli.large_job import large_job
 from plait.cli.main import main
 from plait.cost.accelerators import find_cluster
 from plait.cost.table import Table
+from plait.errors import ConfigError
 from tests.forked_process import run_plait
 
 
@@ -48,8 +50,10 @@ def test_price_writes_figures_a_page_and_a_trace(tmp_path):
         (["llama_8b"], "Did you mean 'llama3_8b'"),
         (["stdlib_demo", "--dollars", "-1"], "--dollars is what a device costs in an hour, got -1"),
         (["sft"], "price that, plait price MODEL_FOLDER"),
+        (["llama3_8b", "--world", "-64"], "--world must be at least 1, got -64"),
+        (["llama3_8b", "--world", "64", "--set", "plan.pp=3"], "plan.pp (now 3) from 1, 2, 4, 8,"),
     ],
-    ids=["cluster", "world", "plan", "recipe", "model", "dollars", "tuning"],
+    ids=["cluster", "world", "plan", "recipe", "model", "dollars", "tuning", "below 0", "divisors"],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plait", "price", *arguments])
@@ -60,6 +64,26 @@ def test_a_mistake_is_one_line_that_says_what_to_do(arguments, message, monkeypa
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_a_world_of_none_is_refused_by_its_name():
+    with pytest.raises(ConfigError, match="--world must be at least 1, got 0"):
+        large_job("llama3_8b", [], 0)
+
+
+def test_a_large_job_without_a_world_has_as_many_ranks_as_its_plan_needs():
+    done = run_plait(*("price", "llama3_8b", "--set", "plan.tp=8", "--set", "batch_size=8"))
+    assert done.returncode == 0, done.stderr
+    assert "llama3_8b on 8 ranks" in done.stdout
+
+
+def test_a_step_that_does_not_fit_one_rank_is_printed_and_is_an_error():
+    rows = ("--set", "batch_size=8192", "--set", "micro_batch_size=8192")
+    done = run_plait("price", "stdlib_demo", *rows, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["fits"] is False
+    assert "PlanError: stdlib_demo does not fit h100: " in done.stderr
+    assert "GiB are missing" in done.stderr
 
 
 NCCL_COLUMNS = "collective,num_ranks,ranks_per_node,num_bytes,time_us\n"

@@ -4,6 +4,7 @@ from plait.cost.collectives import Collective
 from plait.cost.nccl_tests import read_measured
 from plait.errors import PlanError
 
+COLUMNS = "collective,num_ranks,ranks_per_node,num_bytes,time_us\n"
 TEXT = """
 # Collective test starting: all_reduce_perf
 # nThread 1 nGpus 2 minBytes 1024 maxBytes 4096 step: 2(factor) warmup iters: 5 iters: 20
@@ -53,11 +54,26 @@ def test_a_csv_holds_several_runs(tmp_path):
         ("a.txt", "nothing here", "names none of all_reduce_perf"),
         ("a.txt", TEXT.replace("float     sum", "float"), "line 12: expected size"),
         ("a.txt", TEXT.replace(" on ", " at "), "there is no line"),
-        ("a.txt", TEXT.replace("10.00", "0.00"), "times above zero"),
+        ("a.txt", TEXT.replace("10.00", "0.00"), "line 12: 1024 bytes take 0 us. Times above zero"),
+        ("a.txt", TEXT.replace("10.00", "nan"), "line 12: 1024 bytes take nan us"),
+        ("a.txt", TEXT.replace("40.00", "inf"), "line 13: 4096 bytes take inf us"),
+        ("a.csv", f"{COLUMNS}all_reduce,8,8,1,5\nall_reduce,8,8,2,nan\n", "line 3: 2 bytes take"),
+        ("a.csv", f"{COLUMNS}\nall_reduce,8,8,1,-inf\n", "line 3: 1 bytes take -inf us"),
+        ("a.csv", f"{COLUMNS}all_reduce,8,8,1,-5\n", "line 2: 1 bytes take -5 us"),
+        ("a.csv", f"{COLUMNS}all_reduce,-8,8,1,5\n", "line 2: num_ranks=-8"),
+        ("a.csv", f"{COLUMNS}all_reduce,8,8,0,5\n", "no sizes for all_reduce of 8 ranks"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(PlanError, match=message):
+        read_measured(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_a_binary_file_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(PlanError, match=f"{name} is not text"):
         read_measured(path)

@@ -1,5 +1,7 @@
 """Measured times: found again, interpolated inside a family, and left to the roofline elsewhere."""
 
+import json
+
 import pytest
 import torch
 
@@ -196,3 +198,69 @@ def test_a_table_with_impossible_times_is_refused():
     broken = text.replace('"seconds": ', '"seconds": -')
     with pytest.raises(PlanError, match="must be positive and in this order"):
         Table.from_json(broken)
+
+
+def changed(table, path, value):
+    """The table's text with another value at a path of names and numbers."""
+    data = json.loads(table.to_json())
+    *ahead, last = path
+    at = data
+    for each in ahead:
+        at = at[each]
+    at[last] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["launch_s"], float("nan"), "launch_s is nan"),
+        (["launch_s"], "soon", "launch_s is 'soon'"),
+        (["launch_s"], True, "launch_s is True"),
+        (["launch_s"], -1.0, "launch_s is -1.0: it must be from -0.001 to 1 s"),
+        (["launch_s"], 10**310, "launch_s is 1000"),
+        (["device", "memory_bandwidth_bytes_per_s"], "fast", "bandwidth_bytes_per_s is 'fast'"),
+        (["device", "memory_bandwidth_bytes_per_s"], 0, "bandwidth_bytes_per_s is 0"),
+        (["device", "peak_flops_per_s"], {}, "must have torch.float32"),
+        (["device", "peak_flops_per_s", "torch.float32"], -1, r"\['torch.float32'\] is -1"),
+        (["device", "matrix_efficiency"], None, "device.matrix_efficiency is None"),
+        (["device", "memory_bytes"], 1.5, "device.memory_bytes is 1.5"),
+        (["program_spread"], float("inf"), "program_spread is inf: it is a logarithm"),
+        (["program_spread"], 1e6, "program_spread is 1000000.0: it is a logarithm"),
+        (["message_s"], -1e-6, "message_s is -1e-06"),
+        (["message_s"], float("nan"), "message_s is nan"),
+        (["step_low"], 0, "step_low is 0"),
+        (["step_high"], -1.0, "step_high is -1.0"),
+        (["step_high"], 0.5, "step_low is 1.0 and its step_high 0.5"),
+        (["views_s"], {"aten.view.default": -1e-6}, r"views_s\['aten.view.default'\] is -1e-06"),
+        (["repeated"], {"memory": 0}, r"repeated\['memory'\] is 0"),
+        (["entries", 0, "pieces"], -1, "pieces of the entry 'mm 64' is -1: it must be a whole"),
+        (["entries", 0, "pieces"], 1.5, "pieces of the entry 'mm 64' is 1.5"),
+        (["entries", 0, "flops"], "many", "flops of the entry 'mm 64' is 'many'"),
+        (["entries", 0, "sizes"], [1, 2], "sizes of the entry 'mm 64'"),
+        (["entries", 0, "seconds"], "1", "seconds of the entry 'mm 64' is '1'"),
+        (["entries", 0, "high_s"], float("inf"), "high_s of the entry 'mm 64' is inf"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_a_figure_that_no_measurement_makes_is_refused_by_its_name(path, value, message):
+    with pytest.raises(PlanError, match=message):
+        Table.from_json(changed(table_of(64), path, value))
+
+
+def test_a_launch_may_be_a_little_negative_but_not_so_that_all_operators_are_free():
+    _, entry = product(64, slow_down=0.5)
+    table = Table("here", (entry,), DEVICE)
+    assert Table.from_json(changed(table, ["launch_s"], -entry.seconds / 2)).launch_s < 0
+    with pytest.raises(PlanError, match="makes every operator that was measured free"):
+        Table.from_json(changed(table, ["launch_s"], -entry.seconds))
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    path = tmp_path / "times.json"
+    path.write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(PlanError, match=r"times\.json is not text: give the JSON"):
+        Table.load(path)
+    path.write_text("{}")
+    with pytest.raises(PlanError, match=r"times\.json: this is not a table"):
+        Table.load(path)

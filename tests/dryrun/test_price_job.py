@@ -253,6 +253,47 @@ def test_measured_messages_change_the_price(cluster):
     assert price_job(job, cluster, measured=slow).step_s > 10 * price_job(job, cluster).step_s
 
 
+def runs_of(collectives, num_ranks):
+    return [
+        Measured(
+            collective=each,
+            num_ranks=num_ranks,
+            ranks_per_node=num_ranks,
+            num_bytes=(1, 10**9),
+            durations_s=(1e-3, 1e-3),
+        )
+        for each in collectives
+    ]
+
+
+def test_times_of_messages_say_whether_nccl_tests_measured_them(cluster):
+    job = replace(JOB, plan=ParallelPlan(tp=4, fsdp=2))
+    modelled = dict(price_job(job, cluster).sources)
+    assert modelled["nccl-tests (messages)"] == 0 < modelled["alpha-beta (messages)"]
+    of_tp = price_job(job, cluster, measured=runs_of(Collective, 4))
+    parts, sources = of_tp.parts, dict(of_tp.sources)
+    assert sources["nccl-tests (messages)"] == pytest.approx(parts.communication_s)
+    assert sources["alpha-beta (messages)"] == pytest.approx(parts.data_parallel_s)
+    of_all = price_job(job, cluster, measured=runs_of(Collective, 4) + runs_of(Collective, 2))
+    assert dict(of_all.sources)["alpha-beta (messages)"] == pytest.approx(0, abs=1e-9)
+    assert not any("nccl-tests" in note for note in (*of_tp.notes, *of_all.notes))
+
+
+def test_runs_of_nccl_tests_that_match_no_message_of_a_job_are_noted(cluster):
+    job = replace(JOB, plan=ParallelPlan(tp=4, fsdp=2))
+    other = runs_of([Collective.ALL_REDUCE], 16)
+    found = price_job(job, cluster, measured=other)
+    assert found.step_s == price_job(job, cluster).step_s
+    assert dict(found.sources)["nccl-tests (messages)"] == 0
+    note = found.notes[-1]
+    assert "nccl-tests measured (all_reduce of 16 ranks, 16 in a node): the job's are of" in note
+    assert "4 ranks, 4 in a node, 2 ranks, 2 in a node. Measure those." in note
+    assert note in job_report(found)
+    alone = replace(JOB, plan=ParallelPlan())
+    lone = price_job(alone, find_cluster("h100", 1), measured=other)
+    assert "the job's are of no ranks" in lone.notes[-1]
+
+
 def measured_product(device, sizes, slow_down):
     rows, inner, columns = sizes
     cost = Cost(

@@ -47,7 +47,21 @@ def test_a_batch_is_spread_over_copies_and_micro_batches():
             JOB,
             "= 4, but the world has 32 ranks. Set",
         ),
-        (ParallelPlan(fsdp=4, tp=3), JOB, "does not divide 32"),
+        (
+            ParallelPlan(fsdp=4, tp=3, pp=2),
+            JOB,
+            r"1 \* 3 \* 2 = 6 does not divide 32: choose plan.tp \(now 3\) from 1, 2, 4, 8, 16\.$",
+        ),
+        (
+            ParallelPlan(cp=8, tp=8),
+            JOB,
+            r"choose plan.cp \(now 8\) from 1, 2, 4, or plan.tp \(now 8\) from 1, 2, 4\.$",
+        ),
+        (
+            ParallelPlan(tp=3, pp=5),
+            JOB,
+            r"choose plan.cp \* plan.tp \* plan.pp from 1, 2, 4, 8, 16, 32\.$",
+        ),
         (
             ParallelPlan(fsdp=32),
             replace(JOB, batch_size=24),

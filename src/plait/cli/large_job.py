@@ -37,9 +37,12 @@ def price_large_job(
     html: Path | None = None,
     trace: Path | None = None,
 ) -> None:
-    """Price a recipe on a whole cluster and print it. A job that does not fit is an error too."""
-    job = large_job(recipe, settings, world)
-    machine = large_cluster(cluster, world, memory)
+    """Price a recipe on a whole cluster and print it. A job that does not fit is an error too.
+
+    world: its devices; 0, as many as the plan needs.
+    """
+    job = large_job(recipe, settings, world or None)
+    machine = large_cluster(cluster, world or job.plan.num_ranks, memory)
     times = None if table is None else Table.load(table)
     price = price_job(job, machine, measured=measured_messages(nccl), table=times)
     if as_json:
@@ -63,6 +66,8 @@ def measured_messages(paths: Sequence[Path]) -> list[Measured]:
 
 def large_job(recipe: str, settings: Sequence[str], world: int | None = None) -> PretrainJob:
     """The job of a recipe with its settings; without plan.fsdp it takes the ranks that are left."""
+    if world is not None:
+        _check_world(world)
     job = override(find_pretrain_recipe(recipe), settings)
     if world is None or any(each.strip().startswith("plan.fsdp") for each in settings):
         return job
@@ -74,8 +79,7 @@ def large_job(recipe: str, settings: Sequence[str], world: int | None = None) ->
 
 def large_cluster(name: str, world: int, memory: str | None = None) -> Cluster:
     """The cluster of that name; memory limits what a rank has."""
-    if world < 1:
-        raise ConfigError(f"--world must be at least 1, got {world}.")
+    _check_world(world)
     found = find_cluster(name, world)
     if memory is None:
         return found
@@ -91,3 +95,8 @@ def size_of(text: str) -> int:
     if size < 1:
         raise ConfigError(f"--memory {text!r} must be above zero.")
     return size
+
+
+def _check_world(world: int) -> None:
+    if world < 1:
+        raise ConfigError(f"--world must be at least 1, got {world}.")

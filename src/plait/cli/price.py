@@ -24,7 +24,7 @@ from plait.errors import ConfigError, PlanError, nearest_name
 from plait.models.decoder import Decoder, DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan
 from plait.recipes.catalog import RECIPES, find_recipe
-from plait.recipes.pretrain import PRETRAIN_RECIPES, find_pretrain_recipe
+from plait.recipes.pretrain import PRETRAIN_RECIPES
 from plait.train.job import TORCH_DTYPES, Job, ProductDtype
 from plait.train.optimizer import make_optimizers
 from plait.train.step import summed_loss
@@ -94,6 +94,8 @@ def price_command(
 ) -> None:
     """Say what a training step would take, in time and memory; nothing is run.
 
+    Ends with exit code 1 where that does not fit the device's memory, after the price.
+
     A recipe of `plait train` or a model folder is priced for one rank, operator by operator. A
     published model (llama3_405b, ...) is priced for the whole cluster, pipeline included.
 
@@ -103,10 +105,9 @@ def price_command(
     if dollars is not None and not dollars >= 0:
         raise ConfigError(f"--dollars is what a device costs in an hour, got {dollars}.")
     if recipe in PRETRAIN_RECIPES:
-        ranks = world or find_pretrain_recipe(recipe).plan.num_ranks
         price_large_job(
             recipe,
-            world=ranks,
+            world=world,
             cluster=cluster,
             settings=given,
             nccl=nccl or [],
@@ -156,6 +157,9 @@ def price_command(
     if trace is not None:
         found.timeline.save(trace)
         say(f"{trace}: open it at ui.perfetto.dev")
+    if found.memory_limit_bytes is not None and not found.fits:
+        lack = found.memory.missing(found.memory_limit_bytes)
+        raise PlanError(f"{step.name} does not fit {machine.device.name}: {lack}.")
 
 
 def _plan(assignments: Sequence[str]) -> ParallelPlan:

@@ -10,7 +10,7 @@ import csv
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,12 +72,30 @@ def measured_s(
     return None
 
 
+def unmatched(runs: Sequence[Measured], placed: Iterable[tuple[int, int]], whose: str) -> str:
+    """Say that no run is of a message that was priced. placed: ranks, and ranks in a node."""
+    ours = ", ".join(f"{ranks} ranks, {in_node} in a node" for ranks, in_node in placed)
+    theirs = ", ".join(
+        f"{run.collective.value} of {run.num_ranks} ranks, {run.ranks_per_node} in a node"
+        for run in runs
+    )
+    return (
+        f"no message is one that nccl-tests measured ({theirs}): the {whose}'s are of "
+        f"{ours or 'no ranks'}. Measure those."
+    )
+
+
 def read_measured(path: Path) -> list[Measured]:
     """Read a CSV (by its ending) or the text of one run of nccl-tests.
 
     Raises PlanError that names file and line for what cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PlanError(
+            f"{path} is not text: give what a program of nccl-tests printed, or a CSV."
+        ) from None
     return _read_csv(path, text) if path.suffix == ".csv" else [_read_text(path, text)]
 
 
@@ -90,16 +108,22 @@ def _read_csv(path: Path, text: str) -> list[Measured]:
             f"it must name {', '.join(_COLUMNS)}."
         )
     found: dict[tuple[Collective, int, int], dict[int, float]] = {}
-    for number, row in enumerate(rows, start=2):
+    for row in rows:
+        number = rows.line_num
         try:
             key = Collective(row["collective"]), int(row["num_ranks"]), int(row["ranks_per_node"])
-            size, time_s = int(row["num_bytes"]), float(row["time_us"]) / _MICROSECONDS_PER_S
+            size, time_us = int(row["num_bytes"]), float(row["time_us"])
         except (ValueError, TypeError) as error:
             known = ", ".join(Collective)
             raise PlanError(
                 f"{path}, line {number}: {error}. Give a collective ({known}) and numbers."
             ) from None
-        found.setdefault(key, {})[size] = time_s
+        if min(key[1:]) < 1 or size < 0:
+            raise PlanError(
+                f"{path}, line {number}: num_ranks={key[1]}, ranks_per_node={key[2]} and "
+                f"num_bytes={size} count something. Give ranks from 1 and bytes from 0."
+            )
+        _add(found.setdefault(key, {}), size, time_us, path, number)
     return [_measured(path, *key, times) for key, times in found.items()]
 
 
@@ -120,28 +144,38 @@ def _read_text(path: Path, text: str) -> Measured:
             continue
         try:
             int(words[4])  # the root: a number of a rank, so no column is missing
-            times[int(words[0])] = float(words[5]) / _MICROSECONDS_PER_S
+            size, time_us = int(words[0]), float(words[5])
         except (ValueError, IndexError):
             raise PlanError(
                 f"{path}, line {number}: expected size, count, type, redop, root and time, got "
                 f"{line.strip()!r}."
             ) from None
+        _add(times, size, time_us, path, number)
     per_node = max(hosts.count(host) for host in hosts)
     return _measured(path, _PROGRAMS[program], len(hosts), per_node, times)
+
+
+def _add(times: dict[int, float], num_bytes: int, time_us: float, path: Path, number: int) -> None:
+    """Note a time. No bytes may take none: such lines say nothing."""
+    if not 0 <= time_us < math.inf or (num_bytes and not time_us):
+        raise PlanError(
+            f"{path}, line {number}: {num_bytes} bytes take {time_us:g} us. Times above zero are "
+            "expected, and finite: run nccl-tests again, or leave the line out."
+        )
+    if num_bytes:
+        times[num_bytes] = time_us / _MICROSECONDS_PER_S
 
 
 def _measured(
     path: Path, collective: Collective, num_ranks: int, per_node: int, times: Mapping[int, float]
 ) -> Measured:
-    positive = {size: time_s for size, time_s in sorted(times.items()) if size > 0}
-    if not positive or min(positive.values()) <= 0:
-        raise PlanError(
-            f"{path}: no sizes with times above zero for {collective.value} of {num_ranks} ranks."
-        )
+    if not times:
+        raise PlanError(f"{path}: no sizes for {collective.value} of {num_ranks} ranks.")
+    ascending = dict(sorted(times.items()))
     return Measured(
         collective=collective,
         num_ranks=num_ranks,
         ranks_per_node=per_node,
-        num_bytes=tuple(positive),
-        durations_s=tuple(positive.values()),
+        num_bytes=tuple(ascending),
+        durations_s=tuple(ascending.values()),
     )

@@ -11,12 +11,21 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from plait.cost.clusters import Cluster, Device
 from plait.cost.interpolate import UNKNOWN_SHARE, Akin, Base, Estimate, Family, bases_of, quantile
 from plait.cost.operations import Cost, Kind, operation_s
-from plait.cost.table_entry import Entry, dtype_named
+from plait.cost.table_entry import Entry
+from plait.cost.table_figures import (
+    device_of,
+    entry_of,
+    factors_by_name,
+    launch,
+    not_negative,
+    positive,
+    spread,
+    times_by_name,
+)
 from plait.errors import PlanError
 
 FORMAT = 5
@@ -189,32 +198,44 @@ class Table:
                     f"the table has format {data['format']}, this Plait reads {FORMAT}. "
                     "Run plait calibrate again."
                 )
-            device = dict(data["device"])
-            device["peak_flops_per_s"] = {
-                dtype_named(name): float(peak) for name, peak in device["peak_flops_per_s"].items()
-            }
-            entries = (_entry(x) for x in data["entries"])
-            return cls(
+            entries = tuple(entry_of(x) for x in data["entries"])
+            table = cls(
                 str(data["machine"]),
-                tuple(entries),
-                Device(**device),
-                float(data["launch_s"]),
-                {str(name): float(x) for name, x in data["views_s"].items()},
-                float(data["step_low"]),
-                float(data["step_high"]),
-                float(data["program_spread"]),
-                {Kind(name).value: _factor(x) for name, x in data["repeated"].items()},
-                float(data["message_s"]),
+                entries,
+                device_of(data["device"]),
+                launch(data["launch_s"], entries),
+                times_by_name(data["views_s"], "views_s"),
+                positive(data["step_low"], "step_low"),
+                positive(data["step_high"], "step_high"),
+                spread(data["program_spread"], "program_spread"),
+                {
+                    Kind(k).value: x
+                    for k, x in factors_by_name(data["repeated"], "repeated").items()
+                },
+                not_negative(data["message_s"], "message_s"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"this is not a table of `plait calibrate`: {error!r}.") from error
+        if table.step_low > table.step_high:
+            raise PlanError(
+                f"the table's step_low is {table.step_low} and its step_high {table.step_high}: "
+                "the 10th percentile of steps cannot be above the 90th. Calibrate again."
+            )
+        return table
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":
-        """Read a file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a file. Raises PlanError that names it, or OSError where there is none."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise PlanError(
+                f"{path} is not text: give the JSON that plait calibrate --out wrote."
+            ) from None
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 def roofline(cost: Cost, device: Device) -> Duration:
@@ -235,22 +256,3 @@ def _duration(found: Estimate, source: Source) -> Duration:
         high_s=found.seconds * math.exp(found.above),
         source=source,
     )
-
-
-def _factor(x: object) -> float:
-    factor = float(str(x))
-    if not 0 < factor < math.inf:
-        raise ValueError(f"{x} is no factor of a time")
-    return factor
-
-
-def _entry(data: dict[str, Any]) -> Entry:
-    given: dict[str, Any] = {**data, "sizes": tuple(data["sizes"])}
-    entry = Entry(**given)
-    dtype_named(entry.dtype)
-    if not 0 < entry.low_s <= entry.seconds <= entry.high_s < math.inf:
-        raise PlanError(
-            f"the table's entry {entry.key!r} has the times {entry.low_s!r}, {entry.seconds!r} and "
-            f"{entry.high_s!r} s: they must be positive and in this order. Calibrate again."
-        )
-    return entry

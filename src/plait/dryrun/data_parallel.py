@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 
 from plait.cost.collectives import Collective
+from plait.cost.topology import Placement
 from plait.dryrun.piece import Piece
-from plait.dryrun.piece_time import PieceClock
+from plait.dryrun.piece_time import PieceClock, Sent
 from plait.plan.parallel_plan import ParallelPlan
 
 _WEIGHT_BYTES = 2
@@ -20,12 +21,21 @@ _WEIGHT_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """Times of one piece's parameters over the mesh, in seconds, and bytes when gathered."""
+    """Times of one piece's parameters over the mesh, in seconds, and bytes when gathered.
+
+    measured_s: of the three times, what nccl-tests measured.
+    """
 
     gather_s: float
     scatter_s: float
     sum_s: float
     num_bytes: int
+    measured_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """All messages, one after the other."""
+        return self.gather_s + self.scatter_s + self.sum_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +73,39 @@ def gathered(
     piece: Piece, plan: ParallelPlan, clock: PieceClock, *, gradient_bytes: int
 ) -> Gathered:
     """Price the messages of one piece's parameters and gradients."""
-    owners = owners_of(plan)
     experts = piece.num_expert_elements // plan.ep
-    shard_at = clock.placement("fsdp", owners.shards, plan.tp)
-    copy_at = clock.placement("dp", owners.copies, plan.tp * owners.shards)
-    # Neighbours hold different experts; behind these lie their shards, then their copies.
-    stride = plan.ep * (1 if plan.sp else plan.tp)
-    expert_at = clock.placement("fsdp", owners.expert_shards, stride)
-    expert_copy_at = clock.placement("dp", owners.expert_copies, stride * owners.expert_shards)
+    shard_at, copy_at, expert_at, expert_copy_at = placements(plan, clock)
     parts = (
         (piece.num_elements, shard_at, copy_at),
         (experts, expert_at, expert_copy_at),
     )
-    gather_s = scatter_s = sum_s = 0.0
+    gather_s = scatter_s = sum_s = measured_s = 0.0
     for elements, where, copies in parts:
         gradient = elements * gradient_bytes
-        gather_s += clock.message_s(Collective.ALL_GATHER, _WEIGHT_BYTES * elements, where)
-        scatter_s += clock.message_s(Collective.REDUCE_SCATTER, gradient, where)
-        sum_s += clock.message_s(Collective.ALL_REDUCE, gradient / where.num_ranks, copies)
+        gather: Sent = (Collective.ALL_GATHER, _WEIGHT_BYTES * elements, where)
+        scatter: Sent = (Collective.REDUCE_SCATTER, gradient, where)
+        sums: Sent = (Collective.ALL_REDUCE, gradient / where.num_ranks, copies)
+        gather_s += clock.message_s(*gather)
+        scatter_s += clock.message_s(*scatter)
+        sum_s += clock.message_s(*sums)
+        measured_s += clock.measured_s((gather, scatter, sums))
     return Gathered(
         gather_s=gather_s,
         scatter_s=scatter_s,
         sum_s=sum_s,
         num_bytes=_WEIGHT_BYTES * (piece.num_elements + experts),
+        measured_s=measured_s,
+    )
+
+
+def placements(plan: ParallelPlan, clock: PieceClock) -> tuple[Placement, ...]:
+    """Where those lie that share parameters, their copies, and the same of experts."""
+    owners = owners_of(plan)
+    # Neighbours hold different experts; behind these lie their shards, then their copies.
+    stride = plan.ep * (1 if plan.sp else plan.tp)
+    return (
+        clock.placement("fsdp", owners.shards, plan.tp),
+        clock.placement("dp", owners.copies, plan.tp * owners.shards),
+        clock.placement("fsdp", owners.expert_shards, stride),
+        clock.placement("dp", owners.expert_copies, stride * owners.expert_shards),
     )

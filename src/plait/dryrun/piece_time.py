@@ -26,13 +26,15 @@ from plait.cost.simulate import (
 from plait.cost.skewed_schedule import Lane, skewed_schedule
 from plait.cost.table import Duration, Source, Table
 from plait.cost.timeline import Timeline
-from plait.cost.topology import Placement, message, place
+from plait.cost.topology import Algorithm, Placement, message, place
 from plait.dryrun.piece import BEFORE, BEHIND, Piece, Pieces, ScaledWork, Shape
 from plait.dryrun.pieces import PieceStore
 from plait.dryrun.work import Part, Work
 from plait.plan.parallel_plan import Recompute
 
 _FLOAT_BYTES, _BFLOAT16_BYTES = 4, 2
+Sent = tuple[Collective, float, Placement]
+"""A message: the collective, its bytes, and between whom."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class PassTimes:
     """One pass of a piece: its time, and what it is made of, in seconds.
 
     exposed_s: in which something is communicated and nothing computed. interpolated_s: of the
-    operators' time, what was estimated from measured ones; the rest is the roofline's.
+    operators' time, what was estimated from measured ones; the rest is the roofline's. measured_s:
+    of communication_s, what nccl-tests measured.
     """
 
     total_s: float = 0.0
@@ -50,6 +53,7 @@ class PassTimes:
     communication_s: float = 0.0
     exposed_s: float = 0.0
     interpolated_s: float = 0.0
+    measured_s: float = 0.0
     matrix_flops: float = 0.0
     attention_flops: float = 0.0
 
@@ -131,6 +135,13 @@ class PieceClock:
         """The time of a message."""
         return message(kind, num_bytes, where, self.measured).duration_s
 
+    def measured_s(self, sent: Sequence[Sent]) -> float:
+        """Of the time of messages, what nccl-tests measured."""
+        if not self.measured:
+            return 0.0
+        found = [message(*each, self.measured) for each in sent]
+        return sum(x.duration_s for x in found if x.algorithm is Algorithm.MEASURED)
+
     def _times(self, piece: Piece, setting: Setting, pieces: Pieces) -> PieceTimes:
         shape = setting.shape
         if shape.reruns_all and shape.recompute is Recompute.FULL:
@@ -147,18 +158,19 @@ class PieceClock:
         backward = _at(piece.backward, setting)
         inputs = _only(backward, is_weight=False)
         weight_s = sum(self._operation(w, setting).duration_s for w in backward if w.is_weight_only)
-        extra_forward_s, extra_backward_s = self._extra_s(piece, setting, pieces)
-        whole = self._pass(backward, setting, extra_backward_s)
+        extra_forward, extra_backward = self._extra(piece, setting, pieces)
+        whole = self._pass(backward, setting, extra_backward)
         return PieceTimes(
-            forward=self._pass(forward, setting, extra_forward_s),
+            forward=self._pass(forward, setting, extra_forward),
             backward=whole,
-            backward_input_s=self._pass(inputs, setting, extra_backward_s).total_s,
+            backward_input_s=self._pass(inputs, setting, extra_backward).total_s,
             backward_weight_s=weight_s,
-            exchange_s=self._exchange_s(piece, setting),
+            exchange_s=sum(self.message_s(*each) for each in self._exchange(piece, setting)),
         )
 
-    def _pass(self, work: Sequence[Work], setting: Setting, extra_s: float) -> PassTimes:
+    def _pass(self, work: Sequence[Work], setting: Setting, extra: Sequence[Sent]) -> PassTimes:
         run = self._simulation(work, setting)
+        extra_s = sum(self.message_s(*each) for each in extra)
         sums = dict.fromkeys(Kind, 0.0)
         interpolated_s = 0.0
         for each in work:
@@ -174,6 +186,7 @@ class PieceClock:
             communication_s=run.communication_s + ring_s + extra_s,
             exposed_s=run.exposed_s + ring_s + extra_s,
             interpolated_s=interpolated_s,
+            measured_s=self.measured_s([*self._sent(work, setting), *extra]),
             matrix_flops=_flops(work, Kind.MATRIX),
             attention_flops=_flops(work, Kind.ATTENTION),
         )
@@ -200,12 +213,7 @@ class PieceClock:
 
     def _operation(self, work: Work, setting: Setting) -> Operation:
         if work.collective is not None:
-            where = self.placement(work.group, setting.shape.tp, 1)
-            # Copies of an expert lie where ep leaves them: `data_parallel.gathered` has their sums.
-            is_elsewhere = work.part is Part.EXPERTS
-            duration_s = (
-                0.0 if is_elsewhere else self.message_s(work.collective, work.num_bytes, where)
-            )
+            duration_s = sum(self.message_s(*each) for each in self._sent([work], setting))
             return Operation(work.name, communication(work.group), duration_s, work.depends_on)
         duration_s = 0.0 if work.is_wait else self._kernels_s(work)
         if work.part is Part.EXPERTS:
@@ -213,6 +221,15 @@ class PieceClock:
         return Operation(
             work.name, COMPUTE, duration_s + self._ring_exposed_s(work, setting), work.depends_on
         )
+
+    def _sent(self, work: Sequence[Work], setting: Setting) -> list[Sent]:
+        """Messages of tp; copies of an expert lie elsewhere (`data_parallel.py`)."""
+        size = setting.shape.tp
+        return [
+            (each.collective, each.num_bytes, self.placement(each.group, size, 1))
+            for each in work
+            if each.collective is not None and each.part is not Part.EXPERTS
+        ]
 
     def _kernels_s(self, work: Work) -> float:
         if self.table is None:
@@ -247,35 +264,38 @@ class PieceClock:
         beside_s = operation_s(work.cost, self.cluster.device) * (setting.cp - 1) / setting.cp
         return max(0.0, ring_s - beside_s)
 
-    def _exchange_s(self, piece: Piece, setting: Setting) -> float:
+    def _exchange(self, piece: Piece, setting: Setting) -> list[Sent]:
         """Tokens to their experts and back."""
         if not piece.num_expert_elements or setting.ep == 1:
-            return 0.0
+            return []
         shape, source = setting.shape, self.store.source
         tokens = setting.sequences * shape.sequence_length / (shape.tp if shape.sp else 1)
         rows = tokens * source.expert_rows * setting.expert_load
         num_bytes = rows * source.hidden_size * _BFLOAT16_BYTES
         where = self.placement("ep", setting.ep, setting.ep_stride)
-        return 2 * self.message_s(Collective.ALL_TO_ALL, num_bytes, where)
+        return 2 * [(Collective.ALL_TO_ALL, num_bytes, where)]
 
-    def _extra_s(self, piece: Piece, setting: Setting, pieces: Pieces) -> tuple[float, float]:
+    def _extra(
+        self, piece: Piece, setting: Setting, pieces: Pieces
+    ) -> tuple[list[Sent], list[Sent]]:
         """Messages that are not in the captured programs, forward and backward."""
         shape, source = setting.shape, self.store.source
         tokens = setting.sequences * shape.sequence_length
-        forward_s = backward_s = self._exchange_s(piece, setting)
+        exchange = self._exchange(piece, setting)
+        forward, backward = list(exchange), list(exchange)
         if pieces.is_shared_head:
             where = self.placement("tp", shape.tp, 1)
             kind = Collective.REDUCE_SCATTER if shape.sp else Collective.ALL_REDUCE
             hidden = tokens * source.hidden_size * _BFLOAT16_BYTES
             if piece.name == BEFORE:
-                forward_s += self.message_s(kind, hidden, where)
+                forward.append((kind, hidden, where))
             if piece.name == BEHIND:
                 # Largest logit, sum of exponentials and the target's logit of each token, then the
                 # gradient of the hidden states.
                 row = tokens * _FLOAT_BYTES
-                forward_s += 3 * self.message_s(Collective.ALL_REDUCE, row, where)
-                backward_s += self.message_s(kind, hidden, where)
-        return forward_s, backward_s
+                forward += 3 * [(Collective.ALL_REDUCE, row, where)]
+                backward.append((kind, hidden, where))
+        return forward, backward
 
 
 def _flops(work: Sequence[Work], kind: Kind) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from plait.cost.clusters import Cluster
-from plait.cost.nccl_tests import Measured
+from plait.cost.nccl_tests import Measured, unmatched
 from plait.cost.operations import Kind
 from plait.cost.overlap import exposed_s
 from plait.cost.simulate import Host, Simulation, simulate
@@ -366,17 +366,8 @@ class _Pricing:
             )
         if self.measured and not self._has_measured_message():
             placements = placements_of(self.cluster, self.schedule.groups).values()
-            axes = ", ".join(
-                f"{x.num_ranks} ranks, {x.ranks_in_node} in a node" for x in placements
-            )
-            runs = ", ".join(
-                f"{run.collective.value} of {run.num_ranks} ranks, {run.ranks_per_node} in a node"
-                for run in self.measured
-            )
-            found.append(
-                f"no message is one that nccl-tests measured ({runs}): the schedule's are of "
-                f"{axes or 'no ranks'}. Measure those."
-            )
+            placed = [(each.num_ranks, each.ranks_in_node) for each in placements]
+            found.append(unmatched(self.measured, placed, "schedule"))
         return tuple(found)
 
     def _has_measured_message(self) -> bool:

@@ -22,6 +22,7 @@ from plait.cost.topology import send_s
 from plait.dryrun.data_parallel import Gathered, gathered, owners_of
 from plait.dryrun.job_fragments import Fragments, RankRequests
 from plait.dryrun.job_memory import gathered_bytes, ledger_of
+from plait.dryrun.job_messages import note_of_unmatched, sources_of_messages
 from plait.dryrun.job_price import JobPrice, RankClass, TimeParts, interval_s
 from plait.dryrun.model_source import ModelSource, decoder_source
 from plait.dryrun.owners import Owner, owners_of_rank
@@ -220,8 +221,8 @@ class PlannedJob:
             num_micro_batches=self.spread.num_micro_batches,
             parts=parts,
             classes=self.classes(),
-            sources=self._sources(parts, interpolated_s),
-            notes=self._notes(),
+            sources=self._sources(busiest_sums, parts, interpolated_s),
+            notes=(*self._notes(), *self._unmatched(list(sums.values()))),
             run=run,
             largest=self._largest() if self.exact else (),
             stage_saved_bytes=saved,
@@ -233,13 +234,15 @@ class PlannedJob:
         table = self.pricer.table
         return 0.0 if table is None else math.hypot(table.spread or 0.0, table.program_spread)
 
-    def _sources(self, parts: TimeParts, interpolated_s: float) -> tuple[tuple[str, float], ...]:
+    def _sources(
+        self, held: list[_StageSums], parts: TimeParts, interpolated_s: float
+    ) -> tuple[tuple[str, float], ...]:
         compute_s = parts.matrix_s + parts.attention_s + parts.memory_s + parts.optimizer_s
-        messages = "nccl-tests or alpha-beta" if self.pricer.measured else "alpha-beta"
+        passes, gathers = _together(held, self.spread.num_micro_batches)
         return (
             (Source.INTERPOLATED.value, interpolated_s),
             (Source.ROOFLINE.value, compute_s - interpolated_s),
-            (f"{messages} (messages)", parts.communication_s + parts.data_parallel_s),
+            *sources_of_messages(passes, gathers, parts),
         )
 
     def _largest(self) -> tuple[Owner, ...]:
@@ -473,9 +476,7 @@ class PlannedJob:
         hidden_s: float,
     ) -> TimeParts:
         count = self.spread.num_micro_batches
-        total = PassTimes()
-        for sums in held:
-            total = total.plus(sums.parts, count)
+        total, _ = _together(held, count)
         gather_s = count * sum(sums.gather_exposed_s for sums in held)
         busy_s = total.total_s + gather_s - hidden_s
         slowed_s = (
@@ -524,6 +525,9 @@ class PlannedJob:
         """The piece of that name."""
         return self.by_name[name]
 
+    def _unmatched(self, stages: list[_StageSums]) -> tuple[str, ...]:
+        return note_of_unmatched(*_together(stages), self.plan, self.setting, self.clock)
+
     def _notes(self) -> tuple[str, ...]:
         plan = self.plan
         notes = list(self.pieces.notes)
@@ -547,6 +551,14 @@ class PlannedJob:
         if self.pieces.is_shared_head:
             notes.append("closed form: sums over a vocabulary parted over tp")
         return tuple(notes)
+
+
+def _together(held: list[_StageSums], times: int = 1) -> tuple[PassTimes, list[Gathered]]:
+    """Passes of stages so many times, and what is gathered of their pieces once."""
+    total = PassTimes()
+    for sums in held:
+        total = total.plus(sums.parts, times)
+    return total, [each for sums in held for each in sums.gathers]
 
 
 def shape_of(job: PretrainJob) -> Shape:

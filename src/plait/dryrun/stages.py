@@ -13,6 +13,8 @@ from plait.plan.parallel_plan import ParallelPlan
 Stage = tuple[tuple[str, int], ...]
 """Names of pieces and how many of each: (("before", 1), ("layer", 7))."""
 
+_MOST_NAMED = 16  # numbers to choose from, in an error
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -27,13 +29,10 @@ def spread_of(job: PretrainJob, plan: ParallelPlan, world: int) -> Spread:
     """Spread a job over a world. Raises PlanError that names the number that does not divide."""
     if plan.num_ranks != world:
         sizes = "dp * fsdp * cp * tp * pp"
-        rest = plan.num_ranks // (plan.dp * plan.fsdp)
-        advice = (
-            f"Set plan.fsdp * plan.dp to {world // rest}."
-            if world % rest == 0
-            else (f"cp * tp * pp = {rest} does not divide {world}; choose them from its divisors.")
+        raise PlanError(
+            f"{sizes} = {plan.num_ranks}, but the world has {world} ranks. "
+            f"{_ways_to_fill(plan, world)}"
         )
-        raise PlanError(f"{sizes} = {plan.num_ranks}, but the world has {world} ranks. {advice}")
     copies = plan.dp * plan.fsdp
     group = copies * job.micro_batch_size
     if job.batch_size % group:
@@ -54,6 +53,33 @@ def spread_of(job: PretrainJob, plan: ParallelPlan, world: int) -> Spread:
         sequences=job.micro_batch_size / plan.cp,
         num_micro_batches=job.batch_size // group,
     )
+
+
+def _ways_to_fill(plan: ParallelPlan, world: int) -> str:
+    """What to choose so that a plan has so many ranks: fsdp, or of cp, tp and pp what is wrong."""
+    rest = plan.cp * plan.tp * plan.pp
+    if world % rest == 0:
+        return f"Set plan.fsdp * plan.dp to {world // rest}."
+    ways: list[str] = []
+    for name, size in (("cp", plan.cp), ("tp", plan.tp), ("pp", plan.pp)):
+        others = rest // size
+        if size > 1 and world % others == 0:
+            legal = [n for n in range(1, world // others + 1) if world // others % n == 0]
+            ways.append(f"plan.{name} (now {size}) from {_named_few(legal)}")
+    if not ways:
+        legal = [n for n in range(1, world + 1) if world % n == 0]
+        ways.append(f"plan.cp * plan.tp * plan.pp from {_named_few(legal)}")
+    return (
+        f"cp * tp * pp = {plan.cp} * {plan.tp} * {plan.pp} = {rest} does not divide {world}: "
+        f"choose {', or '.join(ways)}."
+    )
+
+
+def _named_few(legal: list[int]) -> str:
+    """The numbers, or the first and the last where there are many."""
+    if len(legal) <= _MOST_NAMED:
+        return ", ".join(map(str, legal))
+    return f"{', '.join(map(str, legal[: _MOST_NAMED - 1]))}, ..., {legal[-1]}"
 
 
 def _ways_to_part(job: PretrainJob, plan: ParallelPlan) -> str:
