@@ -68,12 +68,14 @@ def device_of(given: Any) -> Device:
         raise _refusal("device.peak_flops_per_s", list(map(str, peaks)), wanted)
     name, launch_s = _text(data.pop("name"), "device.name"), data.pop("launch_s")
     memory_bytes = _whole(data.pop("memory_bytes"), "device.memory_bytes", least=1)
+    workspace = _whole(data.pop("blas_workspace_bytes"), "device.blas_workspace_bytes", least=0)
     figures = {key: positive(x, f"device.{key}") for key, x in data.items()}
     return Device(
         name=name,
         peak_flops_per_s=peaks,
         memory_bytes=memory_bytes,
         launch_s=not_negative(launch_s, "device.launch_s"),
+        blas_workspace_bytes=workspace,
         **figures,
     )
 
