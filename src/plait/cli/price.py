@@ -99,7 +99,7 @@ def price_command(
     A recipe of `plait train` or a model folder is priced for one rank, operator by operator. A
     published model (llama3_405b, ...) is priced for the whole cluster, pipeline included.
 
-    Example: plait price llama3_405b --cluster h100 --world 16384 --set plan.recompute=selective
+    Example: plait price llama3_405b --world 16384 --set plan.cp=2 --set plan.recompute=full
     """
     given = settings or []
     if dollars is not None and not dollars >= 0:
