@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 import warnings
+from importlib import import_module
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
@@ -68,6 +69,8 @@ def measure(recipe: Recipe) -> Figures:
 
 def predict(recipe: Recipe, rank: int = 0) -> Figures:
     """Say what the steps of a rank would use, with fake tensors only."""
+    if recipe.hugging_face:
+        import_module("transformers")  # not within the trace: it would be taken for the model's
     began_s = time.perf_counter()
     if recipe.way == "schedule":
         price = plait.price(
