@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.dryrun_rank_worker import Figures
 from benchmarks.dryrun_ranks import RANKS
-from benchmarks.result import ROOT, Row
-from plait.cost.accelerators import cluster_of_gpu
+from benchmarks.result import ROOT, Row, cluster_of_this_gpu
 
 QUICK = 3
 LEAST = 20
@@ -35,12 +34,7 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_
 
 def measure(quick: bool) -> list[Row]:
     """Compare every rank that this GPU has room for, and print each. Exits without a GPU."""
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "dryrun_accuracy --device cuda: PyTorch sees no GPU here, so nothing was measured. "
-            "Run it where there is one, or leave --device out."
-        )
-    cluster = cluster_of_gpu(torch.cuda.get_device_name())
+    cluster = cluster_of_this_gpu("dryrun_accuracy")
     numbers = range(len(RANKS))[:QUICK] if quick else range(len(RANKS))
     errors: dict[str, list[float]] = {}
     rows: list[Row] = []

@@ -78,8 +78,8 @@ def measure(quick: bool) -> list[Row]:
     print("on one core, every other configuration unseen", flush=True)
     others = compare(alone[1::2], learn(alone[::2]))
     print("on one core, other halves unseen", flush=True)
-    drawn = [worst(alone, half_of_each_operator(pairs, seed)) for seed in MORE_SEEDS]
-    blind = worst(alone, half_of_all(pairs, SEED))
+    drawn = [worst_error(alone, half_of_each_operator(pairs, seed)) for seed in MORE_SEEDS]
+    blind = worst_error(alone, half_of_all(pairs, SEED))
     both = on_core.and_of(on_ranks)
     unseen = f"half of {len(pairs)} pairs unseen"
     return [
@@ -159,7 +159,7 @@ def half_of_all(pairs: Mapping[str, tuple[str, str]], seed: int) -> frozenset[st
     return frozenset(random.Random(seed).sample(sorted(pairs), len(pairs) // 2))
 
 
-def worst(runs: Sequence[Run], hidden: frozenset[str]) -> float:
+def worst_error(runs: Sequence[Run], hidden: frozenset[str]) -> float:
     """The largest error in percent of a table without these keys, which is printed."""
     compared = compare(runs, learn(runs, hidden), say=False)
     errors = [abs(error) * 100 for error in compared.errors]

@@ -16,6 +16,8 @@ from typing import Literal
 
 import torch
 
+from plait.cost.accelerators import cluster_of_gpu
+
 ROOT = Path(__file__).parents[1]
 _RESULTS = "benchmarks/results"
 _UNITS = "ONEDNN_MAX_CPU_ISA"  # by which oneDNN is told to do without the newest units
@@ -112,6 +114,19 @@ def print_table(name: str, rows: Sequence[Row]) -> None:
 def device() -> str:
     """Where benchmarks run that have no device of their own: on a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def cluster_of_this_gpu(name: str) -> str:
+    """The cluster that has GPUs like the one here. name: of the benchmark, which ends without one.
+
+    Raises PlanError for a GPU that no cluster has.
+    """
+    if device() != "cuda":
+        raise SystemExit(
+            f"{name} --device cuda: PyTorch sees no GPU here, so nothing was measured. "
+            "Run it where there is one, or leave --device out."
+        )
+    return cluster_of_gpu(torch.cuda.get_device_name())
 
 
 def make_on_device() -> None:

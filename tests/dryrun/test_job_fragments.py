@@ -15,20 +15,10 @@ from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import price_job
 from plait.dryrun.price_step import price_step
 from plait.models.decoder import Decoder
-from plait.models.decoder_config import DecoderConfig
 from plait.nn.experts import ExpertSettings
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
+from tests.dryrun.small_job import CONFIG
 
-CONFIG = DecoderConfig(
-    vocab_size=4096,
-    hidden_size=512,
-    intermediate_size=1024,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=8,
-    head_size=64,
-    max_positions=2048,
-)
 JOB = PretrainJob(name="small", model=CONFIG, sequence_length=1024, batch_size=32)
 
 

@@ -7,20 +7,10 @@ from plait.cost.accelerators import find_cluster
 from plait.dryrun.job_page import bytes_over_time, job_page
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import price_job
-from plait.models.decoder_config import DecoderConfig
 from plait.plan.parallel_plan import ParallelPlan, Pipeline
 from tests.dryrun.browser import laid_out
+from tests.dryrun.small_job import CONFIG
 
-CONFIG = DecoderConfig(
-    vocab_size=4096,
-    hidden_size=512,
-    intermediate_size=1024,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=8,
-    head_size=64,
-    max_positions=2048,
-)
 PLAN = ParallelPlan(tp=2, sp=True, pp=4, fsdp=2, pipeline=Pipeline.INTERLEAVED, stages_per_rank=2)
 JOB = PretrainJob(name="small", model=CONFIG, plan=PLAN, sequence_length=1024, batch_size=16)
 

@@ -1,12 +1,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from plait.cost.accelerators import find_cluster
 from plait.cost.table import Table
 from plait.dryrun.job_report import search_json, search_report
 from plait.dryrun.legal_plans import Candidate, candidates, describe
-from plait.dryrun.model_source import decoder_source
+from plait.dryrun.model_source import decoder_source, module_source
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import Pricer, with_plan
 from plait.dryrun.search import least_offload, search
@@ -71,6 +72,39 @@ def test_what_is_fixed_every_plan_has_and_the_others_say_so(cluster):
         search(JOB, cluster, fixed={"causal_split": True})
     with pytest.raises(PlanError, match=r"no plan .*not tp=3, which is fixed"):
         search(JOB, cluster, micro_batch_sizes=ONE, fixed={"tp": 3})
+
+
+def test_a_plan_that_a_model_cannot_have_is_rejected_and_the_others_are_priced(cluster):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(256, 512), torch.nn.Linear(512, 256)
+
+        def forward(self, x):
+            return x + self.down(self.up(x).relu())
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(512, 256)
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(4))
+            self.head = torch.nn.Linear(256, 512)
+
+        def forward(self, tokens_BT):
+            x = self.embed(tokens_BT)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    def loss(model, tokens_BT):
+        return model(tokens_BT).logsumexp(-1).mean()
+
+    source = module_source(Model(), loss=loss, hidden_size=256, vocab_size=512)
+    job = PretrainJob(name="own", sequence_length=1024, batch_size=32)
+    found = search(job, cluster, source=source, micro_batch_sizes=ONE, top=2)
+    assert all(each.candidate.plan.tp == 1 for each in found.best)
+    (reason,) = (each for each in found.rejected if "cannot be parted over tp" in each)
+    assert "share_head=False" in reason
 
 
 def test_more_memory_than_the_device_has_is_refused(cluster):

@@ -94,10 +94,9 @@ def price_command(
 ) -> None:
     """Say what a training step would take, in time and memory; nothing is run.
 
-    Ends with exit code 1 where that does not fit the device's memory, after the price.
-
     A recipe of `plait train` or a model folder is priced for one rank, operator by operator. A
-    published model (llama3_405b, ...) is priced for the whole cluster, pipeline included.
+    published model (llama3_405b, ...) is priced for the whole cluster, pipeline included. What
+    does not fit the device's memory is priced too, and ends with exit code 1.
 
     Example: plait price llama3_405b --world 16384 --set plan.cp=2 --set plan.recompute=full
     """

@@ -66,15 +66,14 @@ class Duration:
 class Table:
     """What was measured on a device. launch_s: what the host needs beside each operator.
 
-    message_s: what a message takes in a step beside its time alone: the last rank is waited for.
-
     device: the figures fitted to all entries, for what has no family. step_low, step_high: the 10th
     and 90th percentile of single steps of calibration that nobody observed, over their median: how
     the machine itself changes, which is common to all operators. program_spread: by how much the
     steps of a measured program are off that is predicted from the others (logarithm, 8 of 10):
     caches are as warm as a program leaves them, and no entry knows of that. 0 of few programs.
     repeated: by kind of operator, how long one takes in a micro-batch behind the first, over its
-    time in the first: weights are in the caches then, and freed memory is at hand.
+    time in the first: weights are in the caches then, and freed memory is at hand. message_s: what
+    a message takes in a step beside its time alone, as the last rank is waited for.
     """
 
     machine: str

@@ -4,6 +4,7 @@ Each function takes what JSON holds and the field's name, and raises PlanError t
 the figure is none that a measurement could have made.
 """
 
+from reprlib import repr as repr_of  # short, however much a file holds
 from typing import Any, cast
 
 from plait.cost.clusters import Device
@@ -134,4 +135,4 @@ def _mapping(given: Any, name: str) -> dict[str, Any]:
 
 
 def _refusal(name: str, given: Any, wanted: str) -> PlanError:
-    return PlanError(f"the table's {name} is {given!r}: it {wanted}. Calibrate again.")
+    return PlanError(f"the table's {name} is {repr_of(given)}: it {wanted}. Calibrate again.")

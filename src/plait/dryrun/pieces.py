@@ -186,8 +186,8 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
     low, high = (_by_place(each) for each in store.called(shape, points, extra))
     if len(low) != len(kinds) + 2 + extra:
         raise GraphError(
-            f"{store.source.name} is captured with {len(low) - 2} layers, {len(kinds) + extra} "
-            "were expected: its layers are no blocks of one ModuleList."
+            f"{store.source.name} is captured with {max(len(low) - 2, 0)} layers, "
+            f"{len(kinds) + extra} were expected: its layers are no blocks of one ModuleList."
         )
     if extra:
         del low[2], high[2]

@@ -239,8 +239,12 @@ class _Search:
     def _least_fits(self, candidate: Candidate) -> bool:
         plan = candidate.plan
         key = plan.tp, plan.pp, plan.stages_per_rank
-        if key not in self.elements:
-            self.elements[key] = self._elements(candidate)
+        try:
+            if key not in self.elements:
+                self.elements[key] = self._elements(candidate)
+        except PlanError as error:
+            self.result.reject(str(error), describe(candidate))
+            return False
         least = least_bytes(self.elements[key], self.job, plan, self.cluster.device)
         if least <= self.result.limit_bytes:
             return True

@@ -165,15 +165,22 @@ static inline float exponential(float x) {
 class CppKernel:
     """A kernel in C++ where what Inductor writes is slow, and the function that it stands for.
 
-    The source has `extern "C"` functions, one for each dtype, that take addresses, then sizes, then
-    a double; a loop that may be vectorized says so (`omp simd`). Before it stand `wide` and
-    `narrow`, from a dtype to float and back, and `exponential`. A machine without a working
+    The source has `extern "C"` functions, one for each of its dtypes, that take addresses, then
+    sizes, then a double; a loop that may be vectorized says so (`omp simd`). Before it stand `wide`
+    and `narrow`, from a dtype to float and back, and `exponential`. A machine without a working
     compiler is told so once.
     """
 
-    def __init__(self, function: Callable, source: str) -> None:
-        """Wait for the first use."""
+    def __init__(
+        self,
+        function: Callable,
+        source: str,
+        *,
+        dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    ) -> None:
+        """Wait for the first use. dtypes: of those that the source has functions for."""
         self.function, self.source = function, _CPP + source
+        self.dtypes = dtypes
         self._library: Any = None
 
     def takes(self, first: Tensor) -> bool:
@@ -182,7 +189,7 @@ class CppKernel:
 
     def serves(self, first: Tensor) -> bool:
         """Whether there is a function for the first tensor's dtype and device."""
-        return first.device.type == "cpu" and first.dtype in _CPP_DTYPES
+        return first.device.type == "cpu" and first.dtype in self.dtypes
 
     def run(
         self,

@@ -30,7 +30,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, *, eps
             f"layer_norm of {tuple(x.shape)} needs weight and bias of its last dim alone, "
             f"got {shapes}."
         )
-    if x.dtype != torch.bfloat16 or not _kernel.takes(x):
+    if not _kernel.takes(x):
         return functional.layer_norm(x, x.shape[-1:], weight_D, bias_D, eps)
     normed_MD, _, _ = torch.ops.plait.layer_norm(rows_of(x), weight_D, bias_D, eps)
     return normed_MD if x.dim() == 2 else normed_MD.view(x.shape)
@@ -148,6 +148,7 @@ extern "C" void gradients_bfloat16(const uint16_t* dnormed, const uint16_t* x, c
   }
 }
 """,
+    dtypes=(torch.bfloat16,),
 )
 
 
@@ -156,7 +157,7 @@ def _layer_norm(
     x_MD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, and each row's mean and scale."""
-    if x_MD.dtype == torch.bfloat16 and _kernel.takes(x_MD):
+    if _kernel.takes(x_MD):
         normed_MD, mean_M, scale_M = _empty(x_MD)
         bias_D = None if bias_D is None else bias_D.contiguous()
         operands = (x_MD.contiguous(), weight_D.contiguous(), bias_D)
@@ -183,7 +184,7 @@ def _layer_norm_backward(
     dnormed_MD: Tensor, x_MD: Tensor, mean_M: Tensor, scale_M: Tensor, weight_D: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, weight and bias."""
-    if x_MD.dtype == torch.bfloat16 and _kernel.takes(x_MD):
+    if _kernel.takes(x_MD):
         results = _empty_gradients(x_MD, weight_D)
         operands = dnormed_MD.contiguous(), x_MD.contiguous(), mean_M, scale_M
         tensors = (*operands, weight_D.contiguous(), *results)
