@@ -28,11 +28,11 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 
 import plait
+from benchmarks.dryrun_ranking import PlanRanking, kendall_tau, rank_plans
 from benchmarks.dryrun_time_ranks import NUM_RANKS, Ranks
 from benchmarks.dryrun_time_runs import (
     SEEN_BY_RANKS,
@@ -82,8 +82,13 @@ def measure(quick: bool) -> list[Row]:
     blind = worst_error(alone, half_of_all(pairs, SEED))
     both = on_core.and_of(on_ranks)
     unseen = f"half of {len(pairs)} pairs unseen"
+    runs = [*alone, *ranked]
+    plans = rank_plans(
+        [run.recipe for run in runs], [run.steps_s for run in runs], both.predicted_s
+    )
     return [
-        *both.rows(f"step time, {len(alone) + len(ranked)} configurations, {unseen}"),
+        *both.rows(f"step time, {len(runs)} configurations, {unseen}"),
+        *_plan_rows(plans),
         *on_core.rows(f"step time on one core, {len(alone)} configurations, {unseen}"),
         *on_ranks.rows(f"step time of two ranks, {len(ranked)} configurations, {unseen}"),
         *others.rows(f"step time on one core, {len(alone[1::2])} configurations, never profiled"),
@@ -93,11 +98,11 @@ def measure(quick: bool) -> list[Row]:
             "step times, spread of single steps (10th to 90th percentile over median)",
             "%",
             None,
-            [run.spread * 100 for run in (*alone, *ranked)],
+            [run.spread * 100 for run in runs],
         ),
         *(
             _row(f"{run.recipe.name}: step time, error", "%", None, [abs(error) * 100])
-            for run, error in zip((*alone, *ranked), both.errors, strict=True)
+            for run, error in zip(runs, both.errors, strict=True)
         ),
     ]
 
@@ -238,9 +243,7 @@ class Comparison:
     def _ranking(self, title: str) -> list[Row]:
         if len(self.errors) < 2:
             return []
-        tau = kendall_tau(self.predicted_s, self.measured_s)
-        claim = f"{title}: ranking, Kendall's tau"
-        return [Row(claim=claim, unit="", target=0.9, better="higher", samples=[tau])]
+        return [_tau(title, kendall_tau(self.predicted_s, self.measured_s))]
 
 
 def compare(
@@ -277,15 +280,6 @@ def compare(
     )
 
 
-def kendall_tau(first: list[float], second: list[float]) -> float:
-    """Pairs in the same order less pairs in the other, over all pairs [Kendall 1938]."""
-    signs = [
-        1 if (a - b) * (c - d) > 0 else -1
-        for (a, c), (b, d) in combinations(zip(first, second, strict=True), 2)
-    ]
-    return sum(signs) / len(signs)
-
-
 def _is_outside(price: Price, step_s: float) -> bool:
     return not price.low_s <= step_s <= price.high_s
 
@@ -306,6 +300,19 @@ def _on_gpu(quick: bool) -> list[Row]:
     from benchmarks import dryrun_time_gpu  # it needs this module
 
     return dryrun_time_gpu.measure(quick)
+
+
+def _plan_rows(plans: PlanRanking) -> list[Row]:
+    """No row where no two plans are told apart, as of few rounds."""
+    if not plans.told_apart:
+        return []
+    told = f"{plans.told_apart} of {plans.num_pairs} pairs that steps tell apart"
+    return [_tau(f"plans of one model on one batch, {told}", plans.tau)]
+
+
+def _tau(title: str, tau: float) -> Row:
+    claim = f"{title}: ranking, Kendall's tau"
+    return Row(claim=claim, unit="", target=0.9, better="higher", samples=[tau])
 
 
 def _row(claim: str, unit: str, target: float | None, samples: list[float]) -> Row:

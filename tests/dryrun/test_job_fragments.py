@@ -9,10 +9,11 @@ import plait
 from plait.cost.accelerators import find_cluster
 from plait.dryrun.allocator import Reserved
 from plait.dryrun.job_fragments import Fragments, shortened
+from plait.dryrun.job_memory import Ledger
 from plait.dryrun.job_report import job_report
 from plait.dryrun.pipeline_tables import Action, table_of
 from plait.dryrun.pretrain_job import PretrainJob
-from plait.dryrun.price_job import price_job
+from plait.dryrun.price_job import Pricer, price_job, source_of
 from plait.dryrun.price_step import price_step
 from plait.models.decoder import Decoder
 from plait.nn.experts import ExpertSettings
@@ -144,3 +145,26 @@ def test_a_job_that_only_fragments_keep_from_fitting_says_so():
     assert not tight.fits
     assert "the allocator's fragments make it" in tight.binding
     assert "expandable_segments:True) fit" in tight.binding
+
+
+def test_the_first_step_lacks_the_state_that_is_made_at_its_end():
+    state = {"parameters": 2, "gradients": 4, "optimizer state": 12}
+    long_passes = Ledger({**state, "saved activations": 30, "context": 5}, outside_bytes=5)
+    assert long_passes.first_step_bytes == long_passes.total_bytes - 12 == 41
+    short_passes = Ledger({**state, "saved activations": 3, "context": 5}, outside_bytes=5)
+    assert short_passes.first_step_bytes == 2 + 4 + 12 + 5
+
+
+def test_a_plan_that_does_not_fit_is_played_until_that_is_known():
+    cluster = find_cluster("h100", 2)
+    job = replace(JOB, plan=ParallelPlan(pp=2))
+    whole = price_job(job, cluster)
+    assert len(whole.classes) == 2
+    fullest = whole.fullest
+    assert fullest.reserved_bytes is not None
+    # Room for the ledger of all, and not for what the fullest reserves.
+    device = replace(cluster.device, memory_bytes=fullest.reserved_bytes - 2**20)
+    pricer = Pricer(job, replace(cluster, device=device), source_of(job))
+    played = pricer.planned(job).with_fragments(while_they_fit=True)
+    assert [each.fragments is not None for each in played].count(True) == 1
+    assert all(each.fragments is not None for each in pricer.planned(job).with_fragments())

@@ -74,6 +74,29 @@ def test_what_is_fixed_every_plan_has_and_the_others_say_so(cluster):
         search(JOB, cluster, micro_batch_sizes=ONE, fixed={"tp": 3})
 
 
+def test_what_is_not_tried_is_listed_with_the_setting_that_tries_it(cluster, result):
+    listed = " ".join(result.not_tried)
+    assert "plan.recompute=alternate" in listed
+    assert listed in " ".join(search_report(result).split())
+    assert search_json(result)["not_tried"] == result.not_tried
+    fixed = {"pp": 2, "pipeline": Pipeline.GPIPE, "recompute": Recompute.ALTERNATE}
+    found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed)
+    assert not found.not_tried
+    for each in found.best:
+        plan = each.candidate.plan
+        assert {name: getattr(plan, name) for name in fixed} == fixed
+
+
+def test_plans_that_recompute_all_are_tried_with_half_of_it(cluster):
+    found = search(JOB, cluster, memory_bytes=17 * 2**30 // 10, micro_batch_sizes=ONE, top=3)
+    by_policy = {each.candidate.plan.recompute: each.price for each in found.best}
+    full, half = by_policy[Recompute.FULL], by_policy[Recompute.ALTERNATE]
+    assert half.step_s < full.step_s
+    assert half.peak_bytes > full.peak_bytes
+    lacking = search(JOB, cluster, memory_bytes=3 * 2**29, micro_batch_sizes=ONE, top=3)
+    assert lacking.rejected["recompute alternate: the ledger exceeds the memory"] > 0
+
+
 def test_a_plan_that_a_model_cannot_have_is_rejected_and_the_others_are_priced(cluster):
     class Layer(torch.nn.Module):
         def __init__(self):

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from plait.errors import GraphError
 from plait.graph.collectives import is_collective, is_wait
 from plait.graph.graph import Node
 from plait.graph.random_nodes import is_random
+from plait.ops.numerics import bfloat16_pays
 
 MAX_ELEMENTS = 1 << 22
 """Operators with a larger operand are not tried."""
@@ -153,7 +155,7 @@ class _Trial:
             return None
         numbers = self.trials.numbers(count).view(shape)
         if value.dtype.is_floating_point:
-            return numbers.to(value.dtype)
+            return numbers.to(_dtype_of_trials(value.dtype))
         return (numbers > 0).to(value.dtype)
 
     def _part(self, operands: dict[Node, Tensor], i: int) -> Callable[[Node], Tensor]:
@@ -222,6 +224,16 @@ class _Trial:
                     f"{label.dim}, the tokens, {self.node.format_node()} is not the whole. This is "
                     "a mistake of Plait, please report it. Use replicas=1 until it is corrected."
                 )
+
+
+@cache
+def _dtype_of_trials(dtype: torch.dtype) -> torch.dtype:
+    """What a rule is tried in, which does not depend on it: nothing that the CPU emulates.
+
+    Attention over 4,096 tokens takes minutes so, and seconds in float32.
+    """
+    is_emulated = dtype is torch.bfloat16 and not bfloat16_pays("cpu")
+    return torch.float32 if is_emulated else dtype
 
 
 def _is_equal(found: Tensor, expected: Tensor) -> bool:

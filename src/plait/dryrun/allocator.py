@@ -18,6 +18,7 @@ _SMALL_SEGMENT = 2 * _MIB  # [kSmallBuffer]
 _LARGE_SEGMENT = 20 * _MIB  # [kLargeBuffer]
 _OWN_SEGMENT = 10 * _MIB  # [kMinLargeAlloc] from here on a request gets a segment of its size
 _ROUND_SEGMENT = 2 * _MIB  # [kRoundLarge]
+_ADDRESS_BITS, _LARGE_POOL = 60, 2**56
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,29 @@ class _Block:
     after: "_Block | None" = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Pool:
+    """free: one number of each free block, its size before its address, in order."""
+
     is_small: bool
-    free: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # size, address
+    free: list[int] = field(default_factory=list[int])
     at: dict[int, _Block] = field(default_factory=dict[int, _Block])
     last: _Block | None = None  # of the one segment that grows
 
     def add(self, block: _Block) -> None:
         block.is_free = True
-        self.at[block.address] = block
-        insort(self.free, (block.size, block.address))
+        key = block.size << _ADDRESS_BITS | block.address
+        self.at[key] = block
+        insort(self.free, key)
 
     def remove(self, block: _Block) -> None:
         block.is_free = False
-        del self.free[bisect_left(self.free, (block.size, block.address))]
+        del self.free[bisect_left(self.free, block.size << _ADDRESS_BITS | block.address)]
 
     def best_fit(self, size: int) -> _Block | None:
         """The smallest free block that is large enough, the lowest of those [get_free_block]."""
-        i = bisect_left(self.free, (size, -1))
-        return self.at[self.free[i][1]] if i < len(self.free) else None
+        i = bisect_left(self.free, size << _ADDRESS_BITS)
+        return self.at[self.free[i]] if i < len(self.free) else None
 
 
 class CachingAllocator:
@@ -150,7 +154,8 @@ class CachingAllocator:
             last.size += grown
             return last
         # Each pool has a range of addresses of its own, far longer than any device.
-        address = (0 if pool.is_small else 2**56) if last is None else last.address + last.size
+        start = 0 if pool.is_small else _LARGE_POOL
+        address = start if last is None else last.address + last.size
         block = _Block(pool, address, grown, before=last)
         if last is not None:
             last.after = block
@@ -182,8 +187,8 @@ class CachingAllocator:
     def _give_back(self) -> None:
         """Return segments that are free as a whole to the device [release_cached_blocks]."""
         for pool in self.pools.values():
-            for _, address in list(pool.free):
-                block = pool.at[address]
+            for key in list(pool.free):
+                block = pool.at[key]
                 if block.before is None and block.after is None and not self.expandable:
                     pool.remove(block)
                     self.reserved_bytes -= block.size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from plait.dryrun.allocator import Reserved, with_fragments
+from plait.dryrun.job_memory import STATE_KINDS
 from plait.dryrun.piece import Piece
 from plait.dryrun.pipeline_tables import Action, Task
 from plait.dryrun.pretrain_job import PretrainJob
@@ -20,7 +21,7 @@ from plait.plan.parallel_plan import ParallelPlan
 _FREED = -1
 _STEADY = 4  # tasks behind the moment at which most is in flight
 _MASTER_BYTES = 4
-_PARAMETERS, _GRADIENTS, _OPTIMIZER = "parameters", "gradients", "optimizer state"
+_PARAMETERS, _GRADIENTS, _OPTIMIZER = STATE_KINDS
 
 Request = tuple[int, int]
 """A number and its bytes; -1: it is given back."""

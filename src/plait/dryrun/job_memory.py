@@ -15,6 +15,8 @@ from plait.plan.parallel_plan import ParallelPlan
 
 _WEIGHT_BYTES = 2
 _GATHERED_AHEAD = 2  # the layer that computes, and the next one
+STATE_KINDS = ("parameters", "gradients", "optimizer state")
+"""Kinds of a ledger that live from one step to the next."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Ledger:
     def total_bytes(self) -> int:
         """Of all kinds."""
         return sum(self.bytes_by_kind.values())
+
+    @property
+    def first_step_bytes(self) -> int:
+        """Of the first step, at whose end the optimizer's state is made: no activation is alive."""
+        state = {kind: self.bytes_by_kind[kind] for kind in STATE_KINDS}
+        passes_bytes = self.total_bytes - state["optimizer state"]
+        return max(passes_bytes, sum(state.values()) + self.outside_bytes)
 
     def largest(self) -> str:
         """The kind that takes most."""
@@ -47,11 +56,8 @@ def state_bytes(
     experts = expert_elements / plan.ep
     shared = elements / owners.shards + experts / owners.expert_shards
     held = shared if plan.reshard else elements + experts
-    return {
-        "parameters": round(_WEIGHT_BYTES * held),
-        "gradients": round(job.gradient_bytes * held),
-        "optimizer state": round(job.optimizer_bytes * shared),
-    }
+    sizes = _WEIGHT_BYTES * held, job.gradient_bytes * held, job.optimizer_bytes * shared
+    return {kind: round(size) for kind, size in zip(STATE_KINDS, sizes, strict=True)}
 
 
 def ledger_of(

@@ -154,9 +154,9 @@ def _parts(price: JobPrice) -> str:
 
 def _pipeline(price: JobPrice) -> str:
     run = price.run
-    if run is None or len(run.starts_s) == 1:
+    if run is None or len(run.table.tasks) == 1:
         return "<p>One stage: micro-batches follow each other.</p>"
-    ranks = len(run.starts_s)
+    ranks = len(run.table.tasks)
     row = min(22.0, _TALLEST / ranks)
     scale = (_WIDTH - _LEFT - 10) / run.total_s
     boxes: list[str] = []
@@ -232,6 +232,7 @@ def _ledgers(classes: Sequence[RankClass]) -> str:
         [kind, *(bytes_text(each.ledger.bytes_by_kind[kind]) for each in classes)] for kind in kinds
     ]
     rows.append(["all", *(bytes_text(each.ledger.total_bytes) for each in classes)])
+    rows.append(["first step", *(bytes_text(each.ledger.first_step_bytes) for each in classes)])
     if all(each.fragments is not None for each in classes):
         reserved = (each.reserved_bytes for each in classes)
         texts = ("runs out" if size is None else bytes_text(size) for size in reserved)

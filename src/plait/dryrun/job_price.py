@@ -250,6 +250,7 @@ class JobPrice:
                     "in_flight": each.in_flight,
                     "ledger_bytes": each.ledger.bytes_by_kind,
                     "peak_bytes": each.ledger.total_bytes,
+                    "first_step_peak_bytes": each.ledger.first_step_bytes,
                     "reserved": None if each.fragments is None else asdict(each.fragments),
                 }
                 for each in self.classes

@@ -39,7 +39,8 @@ def job_report(price: JobPrice, dollars_per_rank_hour: float | None = None) -> s
         ranks = span(each.pipeline_ranks)
         lines.append(
             f"  pipeline rank {ranks}: {each.num_ranks} ranks, {each.in_flight} micro-batches in "
-            f"flight, {each.ledger.total_bytes / _GIB:.1f}"
+            f"flight, {each.ledger.total_bytes / _GIB:.1f} (first step "
+            f"{each.ledger.first_step_bytes / _GIB:.1f})"
         )
         kinds = sorted(each.ledger.bytes_by_kind.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{kind} {size / _GIB:.1f}" for kind, size in kinds)
@@ -83,6 +84,8 @@ def search_report(result: SearchResult) -> str:
         lines += ["", "rejected"]
     for reason, count in result.rejected.most_common():
         lines.append(f"{count:>7,}  {reason}; one: {result.examples[reason]}")
+    if result.not_tried:
+        lines += ["", "not tried", *(f"  {each}" for each in result.not_tried)]
     if result.best:
         lines += ["", f"the best is bound by {result.best[0].price.binding}"]
     return "\n".join(lines)
@@ -101,6 +104,7 @@ def search_json(result: SearchResult, explain: tuple[int, int] | None = None) ->
             {"reason": reason, "count": count, "example": result.examples[reason]}
             for reason, count in result.rejected.most_common()
         ],
+        "not_tried": list(result.not_tried),
     }
     return found if explain is None else found | {"explanation": result.explain(*explain)}
 
@@ -109,7 +113,7 @@ def pipeline_trace(price: JobPrice) -> dict[str, object]:
     """The pipeline as a Chrome trace, a row for each pipeline rank, for ui.perfetto.dev."""
     events: list[dict[str, object]] = []
     if price.run is not None:
-        for rank in range(len(price.run.starts_s)):
+        for rank in range(len(price.run.table.tasks)):
             name = {"name": f"pipeline rank {rank}"}
             events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": name})
             for each in price.run.tasks(rank):

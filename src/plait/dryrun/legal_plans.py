@@ -14,7 +14,7 @@ from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
 MICRO_BATCH_SIZES = (1, 2, 4)
-_POLICIES = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+POLICIES = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 _MANY_STAGES = (2, 4, 8)
 _LEAST_TOKENS = 1024  # of a rank of cp; below it attention's ring is all latency
 _FEWEST_ROUNDS = 1  # micro-batches over pipeline ranks, below which most of the time is bubble
@@ -40,6 +40,15 @@ class Rejected:
     example: str
 
 
+@dataclass(frozen=True)
+class _Choices:
+    """What every mesh is tried with."""
+
+    micro_batch_sizes: Sequence[int]
+    policies: Sequence[Recompute]
+    with_gpipe: bool
+
+
 def candidates(
     job: PretrainJob,
     source: ModelSource,
@@ -47,13 +56,17 @@ def candidates(
     *,
     ranks_per_node: int,
     micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
+    policies: Sequence[Recompute] = POLICIES,
+    with_gpipe: bool = False,
 ) -> Iterator[Candidate | Rejected]:
     """Legal plans of a job on a world, and the refusals met on the way.
 
     tp stays inside a node; sp goes with tp; pipeline schedules as many stages as there are layers
-    for. Recompute is none, selective or full, offload that of the job. What is left to the search:
-    more offload where memory lacks, replicas, and tp without sp on the best plans.
+    for. Offload is that of the job. What is left to the search: more offload where memory lacks,
+    and on the best plans replicas, tp without sp, and recompute "alternate". `not_tried` says what
+    else no plan has.
     """
+    choices = _Choices(micro_batch_sizes, policies, with_gpipe)
     for tp in _divisors(min(world, ranks_per_node)):
         wrong = [f"{name}={count}" for name, count in source.counts.items() if count % tp]
         if wrong:
@@ -65,7 +78,30 @@ def candidates(
                 break
             for pp in _divisors(world // tp // cp):
                 plan = ParallelPlan(tp=tp, cp=cp, pp=1)
-                yield from _with_pipeline(job, source, world, plan, pp, micro_batch_sizes)
+                yield from _with_pipeline(job, source, world, plan, pp, choices)
+
+
+def not_tried(
+    micro_batch_sizes: Sequence[int], policies: Sequence[Recompute], *, with_gpipe: bool
+) -> list[str]:
+    """Classes of plans that `candidates` leaves out, why, and the setting that tries them."""
+    largest = max(micro_batch_sizes)
+    found: list[str] = []
+    if len(micro_batch_sizes) > 1:
+        found.append(
+            f"micro-batches of more than {largest} sequences hold more and leave a pipeline fewer "
+            f"of them (--set micro_batch_size={2 * largest})"
+        )
+    if not with_gpipe:
+        found.append(
+            "GPipe takes as long as 1F1B and holds all micro-batches (--set plan.pipeline=gpipe)"
+        )
+    if Recompute.ALTERNATE not in policies:
+        found.append(
+            "recompute alternate is tried for the best plans that recompute all, for it takes "
+            "captures of its own (--set plan.recompute=alternate)"
+        )
+    return found
 
 
 def _with_pipeline(
@@ -74,7 +110,7 @@ def _with_pipeline(
     world: int,
     plan: ParallelPlan,
     pp: int,
-    micro_batch_sizes: Sequence[int],
+    choices: _Choices,
 ) -> Iterator[Candidate | Rejected]:
     plan = replace(plan, pp=pp)
     shards = world // plan.num_ranks
@@ -86,7 +122,7 @@ def _with_pipeline(
             yield Rejected("fsdp=1 with dp above 1 copies the optimizer", f"dp={shards}")
             continue
         sized = replace(plan, fsdp=fsdp, dp=shards // fsdp, sp=plan.tp > 1)
-        for micro_batch_size in micro_batch_sizes:
+        for micro_batch_size in choices.micro_batch_sizes:
             tried = replace(job, plan=sized, micro_batch_size=micro_batch_size)
             try:
                 spread = spread_of(tried, sized, world)
@@ -100,9 +136,12 @@ def _with_pipeline(
                     f"{_sizes(sized)}, {spread.num_micro_batches} micro-batches",
                 )
                 continue
-            for order in _orders(source, sized, spread.num_micro_batches):
+            orders = list(_orders(source, sized, spread.num_micro_batches))
+            if plan.pp > 1 and choices.with_gpipe:
+                orders.append(replace(sized, pipeline=Pipeline.GPIPE))
+            for order in orders:
                 for ep in _experts(source, order):
-                    for policy in _POLICIES:
+                    for policy in choices.policies:
                         found = replace(order, ep=ep, recompute=policy)
                         yield Candidate(found, micro_batch_size, job.offload)
 

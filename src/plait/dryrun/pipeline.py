@@ -8,7 +8,7 @@ forward to the end of its backward (of a split one, of its weight part).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,17 +52,22 @@ class PlayedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRun:
-    """All ranks, from the first start to the last end. starts_s, ends_s: by rank, in its order.
+    """All ranks, from the first start to the last end. starts_s, ends_s: of all tasks, in order.
 
     hidden_s: of each rank, what ran beside the other task of a pair and is not in its busy time.
     """
 
     table: Table
     total_s: float
-    busy_s: tuple[float, ...]
-    starts_s: tuple[tuple[float, ...], ...]
-    ends_s: tuple[tuple[float, ...], ...]
+    starts_s: NDArray[np.float64]
+    ends_s: NDArray[np.float64]
     hidden_s: tuple[float, ...]
+
+    @cached_property
+    def busy_s(self) -> tuple[float, ...]:
+        """Of each rank, its tasks."""
+        each_s = self.ends_s - self.starts_s
+        return tuple(float(each_s[held].sum()) for held in _by_rank(self.table))
 
     @property
     def num_micro_batches(self) -> int:
@@ -76,7 +81,9 @@ class PipelineRun:
 
     def tasks(self, rank: int) -> list[PlayedTask]:
         """What a rank did, and when."""
-        rows = zip(self.table.tasks[rank], self.starts_s[rank], self.ends_s[rank], strict=True)
+        held = _by_rank(self.table)[rank]
+        starts_s, ends_s = self.starts_s[held].tolist(), self.ends_s[held].tolist()
+        rows = zip(self.table.tasks[rank], starts_s, ends_s, strict=True)
         return [PlayedTask(task=task, start_s=start, end_s=end) for task, start, end in rows]
 
 
@@ -126,14 +133,11 @@ def play(
         saved_s = pair_s - beside_s(pair_s - sent_s, sent_s, interference)
         ends[i] = start_s + stages[stage].backward_s - saved_s
         hidden_s[table.rank_of_stage[stage]] += saved_s
-    by_rank = _by_rank(table)
-    busy_s = tuple(sum(ends[i] - starts[i] for i in held) for held in by_rank)
     return PipelineRun(
         table=table,
         total_s=max(ends),
-        busy_s=busy_s,
-        starts_s=tuple(tuple(starts[i] for i in held) for held in by_rank),
-        ends_s=tuple(tuple(ends[i] for i in held) for held in by_rank),
+        starts_s=np.array(starts),
+        ends_s=np.array(ends[:-1]),
         hidden_s=tuple(hidden_s),
     )
 
@@ -217,9 +221,9 @@ def _order_of(table: Table) -> tuple[_Entry, ...]:
 
 
 @lru_cache(maxsize=512)
-def _by_rank(table: Table) -> tuple[tuple[int, ...], ...]:
+def _by_rank(table: Table) -> tuple[NDArray[np.int64], ...]:
     """Where in that order the tasks of each rank stand."""
-    return _ordered(table)[1]
+    return tuple(np.array(held) for held in _ordered(table)[1])
 
 
 @lru_cache(maxsize=4096)

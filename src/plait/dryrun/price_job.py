@@ -21,8 +21,9 @@ from plait.cost.timeline import Timeline
 from plait.cost.topology import send_s
 from plait.dryrun.data_parallel import Gathered, gathered, owners_of
 from plait.dryrun.job_fragments import Fragments, RankRequests
-from plait.dryrun.job_memory import gathered_bytes, ledger_of
+from plait.dryrun.job_memory import STATE_KINDS, gathered_bytes, ledger_of
 from plait.dryrun.job_messages import note_of_unmatched, sources_of_messages
+from plait.dryrun.job_notes import closed_forms
 from plait.dryrun.job_price import JobPrice, RankClass, TimeParts, interval_s
 from plait.dryrun.model_source import ModelSource, decoder_source
 from plait.dryrun.owners import Owner, owners_of_rank
@@ -70,6 +71,7 @@ class Pricer:
     table: MeasuredTable | None = None
     moved: dict[tuple[object, ...], Gathered] = field(default_factory=dict)
     flops: dict[tuple[object, ...], float] = field(default_factory=dict)
+    fragments: dict[tuple[object, ...], Fragments] = field(default_factory=dict)
     last_run: tuple[object, PipelineRun, float] | None = None
     store: PieceStore = field(init=False)
     clock: PieceClock = field(init=False)
@@ -222,7 +224,11 @@ class PlannedJob:
             parts=parts,
             classes=self.classes(),
             sources=self._sources(busiest_sums, parts, interpolated_s),
-            notes=(*self._notes(), *self._unmatched(list(sums.values()))),
+            notes=(
+                *self.pieces.notes,
+                *closed_forms(self.job, self.expert_load, self.pieces.is_shared_head),
+                *self._unmatched(list(sums.values())),
+            ),
             run=run,
             largest=self._largest() if self.exact else (),
             stage_saved_bytes=saved,
@@ -250,7 +256,7 @@ class PlannedJob:
         kinds = fullest.ledger.bytes_by_kind
         return owners_of_rank(
             [(self.piece(name), count) for stage in fullest.stages for name, count in stage],
-            state_bytes=sum(kinds[kind] for kind in ("parameters", "gradients", "optimizer state")),
+            state_bytes=sum(kinds[kind] for kind in STATE_KINDS),
             saved_bytes=kinds["saved activations"],
             top=_LARGEST,
         )
@@ -436,35 +442,52 @@ class PlannedJob:
             )
         return tuple(found.values())
 
-    def with_fragments(self) -> tuple[RankClass, ...]:
-        """The classes with what the allocator reserves on one rank of each."""
+    def with_fragments(self, *, while_they_fit: bool = False) -> tuple[RankClass, ...]:
+        """The classes with what the allocator reserves on one rank of each.
+
+        while_they_fit: the fullest first, and none any more behind one that does not fit.
+        """
         table = self._table(self.spread.num_micro_batches)
-        return tuple(
-            replace(each, fragments=self._fragments(each, table)) for each in self.classes()
-        )
+        found = list(self.classes())
+        fullest_first = sorted(range(len(found)), key=lambda i: -found[i].ledger.total_bytes)
+        for i in fullest_first:
+            fragments = self._fragments(found[i], table)
+            found[i] = replace(found[i], fragments=fragments)
+            if while_they_fit and not fragments.fixed.fits:
+                break
+        return tuple(found)
 
     def _fragments(self, each: RankClass, table: Table) -> Fragments:
+        """Played once for all plans that ask for the same."""
         rank = each.pipeline_ranks[0]
-        stages = {
-            i: [self.piece(name) for name, count in self.stages[i] for _ in range(count)]
-            for i in self.ranks[rank]
+        boundary_bytes = round(self._boundary_bytes())
+        gathered = {
+            name: round(gathered_bytes(piece, self.plan)) if self.plan.reshard else 0
+            for name, piece in self.by_name.items()
         }
-        gathered = self.plan.reshard
-        requests = RankRequests(
-            job=self.job,
-            plan=self.plan,
-            stages=stages,
-            tasks=table.tasks[rank],
-            sequences=self.spread.sequences,
-            state_bytes=each.ledger.bytes_by_kind,
-            gathered_bytes={
-                name: round(gathered_bytes(piece, self.plan)) if gathered else 0
-                for name, piece in self.by_name.items()
-            },
-            boundary_bytes=round(self._boundary_bytes()),
+        limit_bytes = max(0, self.cluster.device.memory_bytes - each.ledger.outside_bytes)
+        state_bytes = [each.ledger.bytes_by_kind[kind] for kind in STATE_KINDS]
+        key = (
+            *(self.shape, self.spread.sequences, self.plan.ep, self.job.offload),
+            *(each.stages, table, rank, boundary_bytes, limit_bytes),
+            *(tuple(gathered.items()), tuple(state_bytes)),
         )
-        limit_bytes = self.cluster.device.memory_bytes - each.ledger.outside_bytes
-        return requests.reserved(max(0, limit_bytes))
+        if key not in self.pricer.fragments:
+            requests = RankRequests(
+                job=self.job,
+                plan=self.plan,
+                stages={
+                    i: [self.piece(name) for name, count in self.stages[i] for _ in range(count)]
+                    for i in self.ranks[rank]
+                },
+                tasks=table.tasks[rank],
+                sequences=self.spread.sequences,
+                state_bytes=each.ledger.bytes_by_kind,
+                gathered_bytes=gathered,
+                boundary_bytes=boundary_bytes,
+            )
+            self.pricer.fragments[key] = requests.reserved(limit_bytes)
+        return self.pricer.fragments[key]
 
     def _parts(
         self,
@@ -527,30 +550,6 @@ class PlannedJob:
 
     def _unmatched(self, stages: list[_StageSums]) -> tuple[str, ...]:
         return note_of_unmatched(*_together(stages), self.plan, self.setting, self.clock)
-
-    def _notes(self) -> tuple[str, ...]:
-        plan = self.plan
-        notes = list(self.pieces.notes)
-        if plan.fsdp * plan.dp > 1:
-            how = "beside neighbouring layers" if self.job.overlap else "alone"
-            notes.append(f"closed form: gathers and sums of fsdp and dp, {how}")
-        if plan.cp > 1:
-            notes.append("closed form: the ring of cp, beside attention; parts are taken as equal")
-        if plan.ep > 1:
-            how = (
-                "expert_load, as set"
-                if self.job.expert_percentile is None
-                else f"percentile {self.job.expert_percentile:g}, all experts chosen alike"
-            )
-            notes.append(
-                "closed form: exchanges of ep; the busiest rank has "
-                f"{self.expert_load:.3g} of the mean rows ({how}), memory that of the mean"
-            )
-            if plan.pipeline is Pipeline.DUAL_PIPE_V:
-                notes.append("exchanges of ep run beside the other half of DualPipeV's pairs")
-        if self.pieces.is_shared_head:
-            notes.append("closed form: sums over a vocabulary parted over tp")
-        return tuple(notes)
 
 
 def _together(held: list[_StageSums], times: int = 1) -> tuple[PassTimes, list[Gathered]]:

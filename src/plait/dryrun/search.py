@@ -2,8 +2,8 @@
 
 Plans are enumerated (`legal_plans.py`), pruned by the least memory of their parameters, then by the
 ledger of every rank class, and priced. Pieces are captured and timed once for all plans that share
-them. The best are priced again with the whole pipeline, with replicas, and without sp, and kept if
-their ranks have room for the allocator's fragments too.
+them. The best are priced again with the whole pipeline, with replicas, without sp, and with half of
+a full recompute, and kept if their ranks have room for the allocator's fragments too.
 """
 
 import math
@@ -21,17 +21,19 @@ from plait.dryrun.job_memory import least_bytes
 from plait.dryrun.job_price import JobPrice, RankClass, missing
 from plait.dryrun.legal_plans import (
     MICRO_BATCH_SIZES,
+    POLICIES,
     Candidate,
     Rejected,
     candidates,
     describe,
+    not_tried,
 )
 from plait.dryrun.model_source import ModelSource
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import Pricer, shape_of, source_of, with_plan
 from plait.dryrun.stages import stages_of
 from plait.errors import GraphError, PlanError
-from plait.plan.parallel_plan import Recompute
+from plait.plan.parallel_plan import Pipeline, Recompute
 
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
@@ -67,7 +69,8 @@ class Priced:
 class SearchResult:
     """What a search found; `best` is in order. rejected: by reason, how many and an example.
 
-    too_large: how far the plan that came nearest to the limit missed it, in words.
+    nearest: what the plan that came nearest to the limit needs, and which it is. not_tried: classes
+    of plans that the search leaves out, and why.
     """
 
     job: PretrainJob
@@ -78,6 +81,7 @@ class SearchResult:
     rejected: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     nearest: tuple[int, str] | None = None
+    not_tried: list[str] = field(default_factory=list)
     is_complete: bool = False
 
     def reject(self, reason: str, example: str) -> None:
@@ -197,12 +201,18 @@ class _Search:
     def run(self) -> None:
         """Price every candidate that fits, in groups that share pieces."""
         self.on_progress(f"plans of {self.job.name} on {self.cluster.num_ranks:,} ranks")
+        wanted = self.fixed.get("recompute", Recompute.NONE)
+        policies = POLICIES if wanted in POLICIES else (*POLICIES, Recompute(str(wanted)))
+        with_gpipe = self.fixed.get("pipeline") == Pipeline.GPIPE
+        self.result.not_tried = not_tried(self.micro_batch_sizes, policies, with_gpipe=with_gpipe)
         seen = candidates(
             self.job,
             self.source,
             self.cluster.num_ranks,
             ranks_per_node=self.cluster.ranks_per_node,
             micro_batch_sizes=self.micro_batch_sizes,
+            policies=policies,
+            with_gpipe=with_gpipe,
         )
         legal: list[Candidate] = []
         for each in seen:
@@ -303,8 +313,8 @@ class _Search:
             self.result.nearest = needed, f"{describe(candidate)}{': ' if text else ''}{text}"
 
     def refine(self, top: int) -> None:
-        """Price the best again, exactly, with replicas, and without sp."""
-        self.on_progress(f"the best {max(top, _NUM_AGAIN)} again, exactly and with replicas")
+        """Price the best again, exactly, and with what only they are tried with."""
+        self.on_progress(f"the best {max(top, _NUM_AGAIN)} again, exactly, and variants of them")
         self.result.best.sort(key=lambda each: each.price.step_s)
         again = self.result.best[: max(top, _NUM_AGAIN)]
         rest = self.result.best[len(again) :]
@@ -312,26 +322,29 @@ class _Search:
         self.result.best = exact + rest
         made: set[tuple[object, ...]] = set()
         for each in list(exact[:top]):
+            variants = list(_variants(each.candidate, self.fixed))
             plan, size = each.candidate.plan, each.candidate.micro_batch_size
             kind = plan.tp, plan.cp, plan.recompute, size
-            if plan.tp == 1 or (kind not in made and len(made) == _MOST_SPLIT):
+            if not variants or (kind not in made and len(made) == _MOST_SPLIT):
                 continue
             if kind not in made:
-                self.on_progress(f"replicas of tp={plan.tp}, micro-batch {size}")
+                self.on_progress(f"variants of tp={plan.tp}, micro-batch {size}")
             made.add(kind)
-            for variant in _variants(each.candidate):
+            for variant in variants:
                 self._refine_to(variant)
 
     def _refine_to(self, variant: Candidate) -> None:
         try:
             price = self._exact(variant)
         except (PlanError, GraphError) as error:
-            what = "replicas" if variant.plan.replicas != 1 else "without sp"
-            self.result.reject(f"{what}: {str(error).split('. ')[0]}", describe(variant))
+            self.result.reject(f"{_what(variant)}: {str(error).split('. ')[0]}", describe(variant))
             return
-        if price.fits:
-            self.result.best.append(Priced(variant, price))
-            self.result.num_priced += 1
+        if not price.fits:
+            reason = f"{_what(variant)}: the ledger exceeds the memory"
+            self.result.reject(reason, describe(variant))
+            return
+        self.result.best.append(Priced(variant, price))
+        self.result.num_priced += 1
 
     def keep_fitting(self, top: int) -> None:
         """Keep the best plans whose ranks also have room for what the allocator wastes."""
@@ -359,7 +372,7 @@ class _Search:
 
     def _with_fragments(self, candidate: Candidate, price: JobPrice) -> JobPrice:
         planned = self.pricer.planned(self._job(candidate))
-        return replace(price, classes=planned.with_fragments())
+        return replace(price, classes=planned.with_fragments(while_they_fit=True))
 
     def _check_stop(self) -> None:
         if self.should_stop():
@@ -397,13 +410,25 @@ def least_offload(classes: Sequence[RankClass], limit_bytes: int, *, offload: fl
     return math.ceil(share * _OFFLOAD_STEPS) / _OFFLOAD_STEPS
 
 
-def _variants(candidate: Candidate) -> Iterator[Candidate]:
+def _variants(candidate: Candidate, fixed: Mapping[str, object]) -> Iterator[Candidate]:
     """What is tried of the best plans only, as it takes pieces of its own."""
     plan = candidate.plan
+    if plan.recompute is Recompute.FULL and "recompute" not in fixed:
+        yield replace(candidate, plan=replace(plan, recompute=Recompute.ALTERNATE))
+    if plan.tp == 1:
+        return
     for replicas in _REPLICAS:
         yield replace(candidate, plan=replace(plan, replicas=replicas))
     if plan.sp and plan.num_expert_ranks // plan.tp % plan.ep == 0:
         yield replace(candidate, plan=replace(plan, sp=False))
+
+
+def _what(variant: Candidate) -> str:
+    """What a variant has that no plan before has, in words."""
+    plan = variant.plan
+    if plan.recompute is Recompute.ALTERNATE:
+        return "recompute alternate"
+    return "replicas" if plan.replicas != 1 else "without sp"
 
 
 def _sharing(candidate: Candidate) -> tuple[object, ...]:
