@@ -147,9 +147,11 @@ def _work(
 def _round(compared: Sequence[Program], seen: Sequence[Program]) -> Round:
     found = Round()
     for program in compared:
+        program.run()  # as in `Speed.measure`
         dist.barrier()
         found.compared_s.append(program.step_s())
     for program in seen:
+        program.run()
         dist.barrier()
         step_s = program.step_s()
         dist.barrier()

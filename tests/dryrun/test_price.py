@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,18 @@ def test_messages_take_the_time_of_their_link_and_the_timeline_shows_them():
     assert found.timeline.busy_s(Stream.COMMUNICATION) == found.communication_s
     assert found.step_s == pytest.approx(found.timeline.duration_s)
     assert found.low_s <= found.step_s <= found.high_s
+
+
+def test_every_event_of_a_predicted_trace_says_where_its_time_comes_from():
+    schedule = schedule_of(Tower(), torch.zeros(6, 32))
+    found = plait.price(schedule, plait.clusters.cpu())
+    events = found.timeline.to_chrome_trace()["traceEvents"]
+    origins = Counter(x["args"]["time from"] for x in events if x.get("cat") == "operator")
+    assert origins == {
+        source.value: share.num_operators
+        for source, share in found.sources.items()
+        if share.num_operators
+    }
 
 
 def two_nodes_of_two():

@@ -30,7 +30,7 @@ class Event:
 
     name: of the step. program: the outermost one. calls: the templates' calls around it.
     bytes_read and bytes_written: sizes of its tensors; a view moves nothing. source: the user's
-    line.
+    line. time_from: of a predicted event, where its time comes from (`Source`).
     """
 
     name: str
@@ -43,6 +43,7 @@ class Event:
     bytes_read: int = 0
     bytes_written: int = 0
     source: str = ""
+    time_from: str = ""
 
     @property
     def end_s(self) -> float:
@@ -157,6 +158,7 @@ def _calls(events: Iterable[Event], depth: int = 0) -> Iterator[Event]:
 def _complete(event: Event, category: str) -> dict[str, object]:
     start = round(event.start_s * _MICROSECONDS_PER_S, _DIGITS)
     end = round(event.end_s * _MICROSECONDS_PER_S, _DIGITS)
+    predicted = {"time from": event.time_from} if event.time_from else {}
     return {
         "name": event.operator,
         "cat": category,
@@ -170,6 +172,7 @@ def _complete(event: Event, category: str) -> dict[str, object]:
             "bytes read": event.bytes_read,
             "bytes written": event.bytes_written,
             "source": event.source,
+            **predicted,
         },
     }
 

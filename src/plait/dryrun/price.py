@@ -223,6 +223,7 @@ class _Pricing:
                 bytes_read=each.outcome.bytes_read,
                 bytes_written=each.outcome.bytes_written,
                 source=each.step.source,
+                time_from=self.works[i].duration.source.value,
             )
             for i, each in enumerate(self.launched)
         )
