@@ -4,7 +4,8 @@ Every recipe of `dryrun_recipes` that a schedule of level O0 runs, and others (`
 Eager runs (FSDP2, DTensor, PyTorch's pipelining) have no price in time: no schedule runs them.
 
 Steps that nobody observes are timed in turns with profiled ones and with messages, so that all see
-the same machine; each program runs once before, as in a training, where its memory is at hand. Tables are learnt from the profiles as `plait calibrate` does:
+the same machine; each program runs once before, as in a training, where its memory is at hand.
+Tables are learnt from the profiles as `plait calibrate` does:
 
 - one of one core, without half of all pairs of operator and forms, drawn at random: of each
   operator and dtype half of its forms; asked for all configurations of one rank, and again with
