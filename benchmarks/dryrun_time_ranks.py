@@ -30,16 +30,20 @@ from plait.cost.timeline import Timeline
 
 NUM_RANKS = 2
 MESSAGE_BYTES = tuple(4**i for i in range(5, 13))  # 1 KiB to 16 MiB
-_REPEATS = 3
+_REPEATS = 3  # of a message
+_STEPS = 3  # of each program in a round: two cores that wait for each other vary most
 TIME_LIMIT_S = 300  # of a round: other work may stop a rank for minutes
 _Message = tuple[Collective, int]
 
 
 @dataclass
 class Round:
-    """What the first rank measured: in the order of the compared and of the seen."""
+    """What the first rank measured: in the order of the compared and of the seen.
 
-    compared_s: list[float] = field(default_factory=list[float])
+    compared_s: steps of each. seen: as many of each, one behind the other.
+    """
+
+    compared_s: list[list[float]] = field(default_factory=list[list[float]])
     seen: list[tuple[float, Timeline]] = field(default_factory=list[tuple[float, Timeline]])
     messages_s: dict[_Message, float] = field(default_factory=dict[_Message, float])
 
@@ -80,10 +84,10 @@ class Ranks(AbstractContextManager["Ranks"]):
         for connection in self.connections:
             connection.send("round")
         found: Round = self._replies()[0]
-        for run, step_s in zip(self.compared, found.compared_s, strict=True):
-            run.steps_s.append(step_s)
-        for run, (step_s, timeline) in zip(self.seen, found.seen, strict=True):
-            run.add(step_s, timeline)
+        for run, steps_s in zip(self.compared, found.compared_s, strict=True):
+            run.steps_s += steps_s
+        for i, (step_s, timeline) in enumerate(found.seen):
+            self.seen[i // _STEPS].add(step_s, timeline)
         for message, message_s in found.messages_s.items():
             self.messages_s.setdefault(message, []).append(message_s)
 
@@ -148,14 +152,18 @@ def _round(compared: Sequence[Program], seen: Sequence[Program]) -> Round:
     found = Round()
     for program in compared:
         program.run()  # as in `Speed.measure`
-        dist.barrier()
-        found.compared_s.append(program.step_s())
+        steps_s: list[float] = []
+        for _ in range(_STEPS):
+            dist.barrier()
+            steps_s.append(program.step_s())
+        found.compared_s.append(steps_s)
     for program in seen:
         program.run()
-        dist.barrier()
-        step_s = program.step_s()
-        dist.barrier()
-        found.seen.append((step_s, program.profile()))
+        for _ in range(_STEPS):
+            dist.barrier()
+            step_s = program.step_s()
+            dist.barrier()
+            found.seen.append((step_s, program.profile()))
     group = dist.group.WORLD.group_name  # pyright: ignore[reportOptionalMemberAccess]
     for collective, launch in _LAUNCH.items():
         for num_bytes in MESSAGE_BYTES:
