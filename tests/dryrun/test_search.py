@@ -6,7 +6,7 @@ import torch
 from plait.cost.accelerators import find_cluster
 from plait.cost.table import Table
 from plait.dryrun.job_report import search_json, search_report
-from plait.dryrun.legal_plans import Candidate, candidates, describe
+from plait.dryrun.legal_plans import Candidate, Choices, candidates, describe
 from plait.dryrun.model_source import decoder_source, module_source
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import Pricer, with_plan
@@ -43,7 +43,8 @@ def result(cluster):
 
 
 def legal_plans():
-    found = candidates(JOB, decoder_source(CONFIG), WORLD, ranks_per_node=8, micro_batch_sizes=ONE)
+    choices = Choices(micro_batch_sizes=ONE)
+    found = candidates(JOB, decoder_source(CONFIG), WORLD, ranks_per_node=8, choices=choices)
     return [each for each in found if isinstance(each, Candidate)]
 
 
@@ -79,12 +80,17 @@ def test_what_is_not_tried_is_listed_with_the_setting_that_tries_it(cluster, res
     assert "plan.recompute=alternate" in listed
     assert listed in " ".join(search_report(result).split())
     assert search_json(result)["not_tried"] == result.not_tried
-    fixed = {"pp": 2, "pipeline": Pipeline.GPIPE, "recompute": Recompute.ALTERNATE}
-    found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed)
-    assert not found.not_tried
-    for each in found.best:
-        plan = each.candidate.plan
-        assert {name: getattr(plan, name) for name in fixed} == fixed
+    for fixed in (
+        {"pp": 2, "pipeline": Pipeline.GPIPE, "recompute": Recompute.ALTERNATE},
+        {"pp": 2, "pipeline": Pipeline.DUAL_PIPE_V},
+        {"pp": 2, "stages_per_rank": 3},
+    ):
+        found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed)
+        for each in found.best:
+            plan = each.candidate.plan
+            assert {name: getattr(plan, name) for name in fixed} == fixed
+        for name in fixed.keys() - {"pp"}:
+            assert f"plan.{name}={fixed[name]}" not in " ".join(found.not_tried)
 
 
 def test_plans_that_recompute_all_are_tried_with_half_of_it(cluster):

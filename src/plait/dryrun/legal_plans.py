@@ -4,7 +4,7 @@ A plan is refused as early as its numbers allow: by what does not divide, by the
 its parameters need, and at last by the ledger (`search.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from plait.dryrun.model_source import ModelSource
@@ -14,7 +14,7 @@ from plait.errors import PlanError
 from plait.plan.parallel_plan import ParallelPlan, Pipeline, Recompute
 
 MICRO_BATCH_SIZES = (1, 2, 4)
-POLICIES = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+_POLICIES = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 _MANY_STAGES = (2, 4, 8)
 _LEAST_TOKENS = 1024  # of a rank of cp; below it attention's ring is all latency
 _FEWEST_ROUNDS = 1  # micro-batches over pipeline ranks, below which most of the time is bubble
@@ -40,13 +40,62 @@ class Rejected:
     example: str
 
 
-@dataclass(frozen=True)
-class _Choices:
-    """What every mesh is tried with."""
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What every mesh is tried with.
 
-    micro_batch_sizes: Sequence[int]
-    policies: Sequence[Recompute]
-    with_gpipe: bool
+    many_stages: on a rank, of schedules that have several. pipeline: one that is wanted though it
+    would be left out (GPipe, or DualPipeV of a model without experts).
+    """
+
+    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES
+    policies: Sequence[Recompute] = _POLICIES
+    many_stages: Sequence[int] = _MANY_STAGES
+    pipeline: Pipeline | None = None
+
+    def with_fixed(self, fixed: Mapping[str, object]) -> "Choices":
+        """With what fields of a plan are fixed at."""
+        policy, stages = fixed.get("recompute"), fixed.get("stages_per_rank", 1)
+        found = self
+        if isinstance(policy, Recompute) and policy not in self.policies:
+            found = replace(found, policies=(*self.policies, policy))
+        if isinstance(stages, int) and stages not in (1, *self.many_stages):
+            found = replace(found, many_stages=(*self.many_stages, stages))
+        pipeline = fixed.get("pipeline")
+        return replace(found, pipeline=pipeline if isinstance(pipeline, Pipeline) else None)
+
+    def not_tried(self, source: ModelSource) -> list[str]:
+        """Classes of plans that are left out, why, and the setting that tries them."""
+        found: list[str] = []
+        if len(self.micro_batch_sizes) > 1:
+            largest = max(self.micro_batch_sizes)
+            found.append(
+                f"micro-batches of more than {largest} sequences hold more and leave a pipeline "
+                f"fewer of them (--set micro_batch_size={2 * largest})"
+            )
+        if self.pipeline is not Pipeline.GPIPE:
+            found.append(
+                "GPipe takes as long as 1F1B and holds all micro-batches "
+                "(--set plan.pipeline=gpipe)"
+            )
+        if not source.num_experts and self.pipeline is not Pipeline.DUAL_PIPE_V:
+            found.append(
+                "DualPipeV hides exchanges of experts, and the model has none "
+                "(--set plan.pipeline=dualpipev)"
+            )
+        most = max(self.many_stages)
+        found.append(
+            f"more than {most} stages on a rank send more (--set plan.stages_per_rank={2 * most})"
+        )
+        if Recompute.ALTERNATE not in self.policies:
+            found.append(
+                "recompute alternate is tried for the best plans that recompute all, for it takes "
+                "captures of its own (--set plan.recompute=alternate)"
+            )
+        return found
+
+
+DEFAULT_CHOICES = Choices()
 
 
 def candidates(
@@ -55,18 +104,14 @@ def candidates(
     world: int,
     *,
     ranks_per_node: int,
-    micro_batch_sizes: Sequence[int] = MICRO_BATCH_SIZES,
-    policies: Sequence[Recompute] = POLICIES,
-    with_gpipe: bool = False,
+    choices: Choices = DEFAULT_CHOICES,
 ) -> Iterator[Candidate | Rejected]:
     """Legal plans of a job on a world, and the refusals met on the way.
 
     tp stays inside a node; sp goes with tp; pipeline schedules as many stages as there are layers
     for. Offload is that of the job. What is left to the search: more offload where memory lacks,
-    and on the best plans replicas, tp without sp, and recompute "alternate". `not_tried` says what
-    else no plan has.
+    and on the best plans replicas, tp without sp, and recompute "alternate".
     """
-    choices = _Choices(micro_batch_sizes, policies, with_gpipe)
     for tp in _divisors(min(world, ranks_per_node)):
         wrong = [f"{name}={count}" for name, count in source.counts.items() if count % tp]
         if wrong:
@@ -81,36 +126,13 @@ def candidates(
                 yield from _with_pipeline(job, source, world, plan, pp, choices)
 
 
-def not_tried(
-    micro_batch_sizes: Sequence[int], policies: Sequence[Recompute], *, with_gpipe: bool
-) -> list[str]:
-    """Classes of plans that `candidates` leaves out, why, and the setting that tries them."""
-    largest = max(micro_batch_sizes)
-    found: list[str] = []
-    if len(micro_batch_sizes) > 1:
-        found.append(
-            f"micro-batches of more than {largest} sequences hold more and leave a pipeline fewer "
-            f"of them (--set micro_batch_size={2 * largest})"
-        )
-    if not with_gpipe:
-        found.append(
-            "GPipe takes as long as 1F1B and holds all micro-batches (--set plan.pipeline=gpipe)"
-        )
-    if Recompute.ALTERNATE not in policies:
-        found.append(
-            "recompute alternate is tried for the best plans that recompute all, for it takes "
-            "captures of its own (--set plan.recompute=alternate)"
-        )
-    return found
-
-
 def _with_pipeline(
     job: PretrainJob,
     source: ModelSource,
     world: int,
     plan: ParallelPlan,
     pp: int,
-    choices: _Choices,
+    choices: Choices,
 ) -> Iterator[Candidate | Rejected]:
     plan = replace(plan, pp=pp)
     shards = world // plan.num_ranks
@@ -136,17 +158,16 @@ def _with_pipeline(
                     f"{_sizes(sized)}, {spread.num_micro_batches} micro-batches",
                 )
                 continue
-            orders = list(_orders(source, sized, spread.num_micro_batches))
-            if plan.pp > 1 and choices.with_gpipe:
-                orders.append(replace(sized, pipeline=Pipeline.GPIPE))
-            for order in orders:
+            for order in _orders(source, sized, spread.num_micro_batches, choices):
                 for ep in _experts(source, order):
                     for policy in choices.policies:
                         found = replace(order, ep=ep, recompute=policy)
                         yield Candidate(found, micro_batch_size, job.offload)
 
 
-def _orders(source: ModelSource, plan: ParallelPlan, count: int) -> Iterator[ParallelPlan]:
+def _orders(
+    source: ModelSource, plan: ParallelPlan, count: int, choices: Choices
+) -> Iterator[ParallelPlan]:
     """The schedules that a pipeline can have, and for fsdp when parameters are gathered."""
     if plan.pp == 1:
         yield plan
@@ -155,15 +176,18 @@ def _orders(source: ModelSource, plan: ParallelPlan, count: int) -> Iterator[Par
         return
     room = source.num_layers + 2
     yield plan
+    if choices.pipeline is Pipeline.GPIPE:
+        yield replace(plan, pipeline=Pipeline.GPIPE)
     rounds = max(1, count // plan.pp)
-    for many in (1, *_MANY_STAGES):
+    for many in (1, *choices.many_stages):
         if plan.pp * many <= room and count % rounds == 0:
             if many > 1:
                 yield replace(plan, pipeline=Pipeline.INTERLEAVED, stages_per_rank=many)
             yield replace(plan, pipeline=Pipeline.ZERO_BUBBLE, stages_per_rank=many)
     if plan.pp * 2 <= room:
         yield replace(plan, pipeline=Pipeline.ZBV, stages_per_rank=2)
-        if count >= 2 * plan.pp and source.num_experts:
+        is_wanted = source.num_experts or choices.pipeline is Pipeline.DUAL_PIPE_V
+        if count >= 2 * plan.pp and is_wanted:
             yield replace(plan, pipeline=Pipeline.DUAL_PIPE_V, stages_per_rank=2)
 
 

@@ -21,19 +21,18 @@ from plait.dryrun.job_memory import least_bytes
 from plait.dryrun.job_price import JobPrice, RankClass, missing
 from plait.dryrun.legal_plans import (
     MICRO_BATCH_SIZES,
-    POLICIES,
     Candidate,
+    Choices,
     Rejected,
     candidates,
     describe,
-    not_tried,
 )
 from plait.dryrun.model_source import ModelSource
 from plait.dryrun.pretrain_job import PretrainJob
 from plait.dryrun.price_job import Pricer, shape_of, source_of, with_plan
 from plait.dryrun.stages import stages_of
 from plait.errors import GraphError, PlanError
-from plait.plan.parallel_plan import Pipeline, Recompute
+from plait.plan.parallel_plan import Recompute
 
 _GIB = 2**30
 _NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
@@ -201,18 +200,14 @@ class _Search:
     def run(self) -> None:
         """Price every candidate that fits, in groups that share pieces."""
         self.on_progress(f"plans of {self.job.name} on {self.cluster.num_ranks:,} ranks")
-        wanted = self.fixed.get("recompute", Recompute.NONE)
-        policies = POLICIES if wanted in POLICIES else (*POLICIES, Recompute(str(wanted)))
-        with_gpipe = self.fixed.get("pipeline") == Pipeline.GPIPE
-        self.result.not_tried = not_tried(self.micro_batch_sizes, policies, with_gpipe=with_gpipe)
+        choices = Choices(micro_batch_sizes=self.micro_batch_sizes).with_fixed(self.fixed)
+        self.result.not_tried = choices.not_tried(self.source)
         seen = candidates(
             self.job,
             self.source,
             self.cluster.num_ranks,
             ranks_per_node=self.cluster.ranks_per_node,
-            micro_batch_sizes=self.micro_batch_sizes,
-            policies=policies,
-            with_gpipe=with_gpipe,
+            choices=choices,
         )
         legal: list[Candidate] = []
         for each in seen:
