@@ -106,7 +106,9 @@ def test_every_event_of_a_predicted_trace_says_where_its_time_comes_from():
     schedule = schedule_of(Tower(), torch.zeros(6, 32))
     found = plait.price(schedule, plait.clusters.cpu())
     events = found.timeline.to_chrome_trace()["traceEvents"]
-    origins = Counter(x["args"]["time from"] for x in events if x.get("cat") == "operator")
+    operators = [x for x in events if x.get("cat") == "operator"]
+    origins = Counter(x["args"]["time from"] for x in operators if "time from" in x["args"])
+    assert all("time from" in x["args"] for x in operators if x["dur"])
     assert origins == {
         source.value: share.num_operators
         for source, share in found.sources.items()

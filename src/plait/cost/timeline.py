@@ -30,7 +30,8 @@ class Event:
 
     name: of the step. program: the outermost one. calls: the templates' calls around it.
     bytes_read and bytes_written: sizes of its tensors; a view moves nothing. source: the user's
-    line. time_from: of a predicted event, where its time comes from (`Source`).
+    line. time_from: of a predicted event, where its time comes from (`Source`), if it
+    takes any.
     """
 
     name: str

@@ -223,7 +223,7 @@ class _Pricing:
                 bytes_read=each.outcome.bytes_read,
                 bytes_written=each.outcome.bytes_written,
                 source=each.step.source,
-                time_from=self.works[i].duration.source.value,
+                time_from=self._time_from(i),
             )
             for i, each in enumerate(self.launched)
         )
@@ -336,6 +336,11 @@ class _Pricing:
     def _end_of_first(self) -> int | None:
         starts = self.steps.first_launches
         return starts[1] - 1 if len(starts) > 1 else None
+
+    def _time_from(self, i: int) -> str:
+        """Where the time of a launch comes from; of a view that takes none, nowhere."""
+        work = self.works[i]
+        return work.duration.source.value if work.is_priced else ""
 
     def _sources(self) -> dict[Source, SourceShare]:
         counts: dict[Source, int] = dict.fromkeys(Source, 0)
