@@ -47,7 +47,7 @@ _BESIDE = (
     Recipe(name="gpt2 long", model="gpt2", tokens=512, batch=4),
     Recipe(name="mixtral, 3 micro-batches", model="mixtral", batch=12, micro_batches=3),
     Recipe(name="qwen3 middle, recompute", model="qwen3", changes=_MIDDLE, recompute="selective"),
-    # With those of dryrun_recipes all nine plans of one model on 8 rows but one.
+    # With those of dryrun_recipes eight plans of one model on 8 rows.
     Recipe(name="llama, 8 rows", batch=8),
     Recipe(name="llama 4 micro-batches", batch=8, micro_batches=4),
     Recipe(name="llama 2 micro-batches, recompute", batch=8, micro_batches=2, recompute="full"),

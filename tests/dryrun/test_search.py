@@ -83,7 +83,7 @@ def test_what_is_not_tried_is_listed_with_the_setting_that_tries_it(cluster, res
     for fixed in (
         {"pp": 2, "pipeline": Pipeline.GPIPE, "recompute": Recompute.ALTERNATE},
         {"pp": 2, "pipeline": Pipeline.DUAL_PIPE_V},
-        {"pp": 2, "stages_per_rank": 3},
+        {"pp": 2, "stages_per_rank": 3, "recompute": "alternate"},
     ):
         found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed)
         for each in found.best:

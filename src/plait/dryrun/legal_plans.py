@@ -55,14 +55,14 @@ class Choices:
 
     def with_fixed(self, fixed: Mapping[str, object]) -> "Choices":
         """With what fields of a plan are fixed at."""
-        policy, stages = fixed.get("recompute"), fixed.get("stages_per_rank", 1)
+        policy, pipeline = fixed.get("recompute"), fixed.get("pipeline")
+        stages = fixed.get("stages_per_rank", 1)
         found = self
-        if isinstance(policy, Recompute) and policy not in self.policies:
-            found = replace(found, policies=(*self.policies, policy))
+        if policy is not None and policy not in self.policies:
+            found = replace(found, policies=(*self.policies, Recompute(str(policy))))
         if isinstance(stages, int) and stages not in (1, *self.many_stages):
             found = replace(found, many_stages=(*self.many_stages, stages))
-        pipeline = fixed.get("pipeline")
-        return replace(found, pipeline=pipeline if isinstance(pipeline, Pipeline) else None)
+        return replace(found, pipeline=None if pipeline is None else Pipeline(str(pipeline)))
 
     def not_tried(self, source: ModelSource) -> list[str]:
         """Classes of plans that are left out, why, and the setting that tries them."""
@@ -89,8 +89,8 @@ class Choices:
         )
         if Recompute.ALTERNATE not in self.policies:
             found.append(
-                "recompute alternate is tried for the best plans that recompute all, for it takes "
-                "captures of its own (--set plan.recompute=alternate)"
+                "recompute alternate is tried for the best plans that recompute all "
+                "(--set plan.recompute=alternate)"
             )
         return found
 

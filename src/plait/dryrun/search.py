@@ -317,15 +317,18 @@ class _Search:
         self.result.best = exact + rest
         made: set[tuple[object, ...]] = set()
         for each in list(exact[:top]):
-            variants = list(_variants(each.candidate, self.fixed))
-            plan, size = each.candidate.plan, each.candidate.micro_batch_size
+            candidate = each.candidate
+            plan, size = candidate.plan, candidate.micro_batch_size
+            if plan.recompute is Recompute.FULL and "recompute" not in self.fixed:
+                half = replace(plan, recompute=Recompute.ALTERNATE)
+                self._refine_to(replace(candidate, plan=half))
             kind = plan.tp, plan.cp, plan.recompute, size
-            if not variants or (kind not in made and len(made) == _MOST_SPLIT):
+            if plan.tp == 1 or (kind not in made and len(made) == _MOST_SPLIT):
                 continue
             if kind not in made:
-                self.on_progress(f"variants of tp={plan.tp}, micro-batch {size}")
+                self.on_progress(f"replicas of tp={plan.tp}, micro-batch {size}")
             made.add(kind)
-            for variant in variants:
+            for variant in _variants(candidate):
                 self._refine_to(variant)
 
     def _refine_to(self, variant: Candidate) -> None:
@@ -405,13 +408,9 @@ def least_offload(classes: Sequence[RankClass], limit_bytes: int, *, offload: fl
     return math.ceil(share * _OFFLOAD_STEPS) / _OFFLOAD_STEPS
 
 
-def _variants(candidate: Candidate, fixed: Mapping[str, object]) -> Iterator[Candidate]:
-    """What is tried of the best plans only, as it takes pieces of its own."""
+def _variants(candidate: Candidate) -> Iterator[Candidate]:
+    """What is tried of the best plans only, as it takes captures of its own."""
     plan = candidate.plan
-    if plan.recompute is Recompute.FULL and "recompute" not in fixed:
-        yield replace(candidate, plan=replace(plan, recompute=Recompute.ALTERNATE))
-    if plan.tp == 1:
-        return
     for replicas in _REPLICAS:
         yield replace(candidate, plan=replace(plan, replicas=replicas))
     if plan.sp and plan.num_expert_ranks // plan.tp % plan.ep == 0:
