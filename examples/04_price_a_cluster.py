@@ -29,7 +29,10 @@ result = search(
     micro_batch_sizes=(1,),
     top=3,
 )
-print(f"{result.num_candidates:,} legal plans, {result.num_priced:,} fit and are priced")
+print(
+    f"{result.num_candidates:,} legal plans; {result.num_priced:,}, with variants of the best, "
+    "fit and are priced"
+)
 for number, each in enumerate(result.best[:3], start=1):
     print(
         f"{number}. {each.price.step_s:.2f} s, MFU {each.price.mfu:.1%}: {describe(each.candidate)}"

@@ -74,8 +74,8 @@ def search_report(result: SearchResult) -> str:
     """The best plans, and for each reason how many plans it ruled out."""
     whole = "" if result.is_complete else " (stopped early)"
     lines = [
-        f"{result.num_candidates:,} legal plans, {result.num_priced:,} fit "
-        f"{result.limit_bytes / _GIB:.1f} GiB and are priced{whole}",
+        f"{result.num_candidates:,} legal plans; {result.num_priced:,}, with variants of the best, "
+        f"fit {result.limit_bytes / _GIB:.1f} GiB and are priced{whole}",
         "",
         f"    {'step':>9}    {'MFU':>6}  {'rate':>17}  {'memory':>10}  plan",
     ]
