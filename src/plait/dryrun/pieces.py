@@ -2,25 +2,23 @@
 
 One sequence in a micro-batch is captured as it is. For other numbers, captures with one and with
 two give each operation's cost as a straight line: arithmetic, bytes and sizes of a token-wise
-operation are affine in the tokens, and so is attention as long as sequences keep their length. A
-share of a sequence (cp) lies on that line too: of its queries attention has a share, and all keys.
+operation are affine in the tokens, and so is attention as long as sequences keep their length.
 Where one sequence makes another program than two (a copy may be a view), two and three are taken.
+A share of a sequence (cp) lies on the line through half of one and one, for it is a row of fewer
+tokens; attention alone is that of all of them, whose keys its queries see.
 """
 
 # pyright: basic
 # (fx nodes are not typed.)
 
 import warnings
-from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
 
 from plait.compiler.levels import RECOMPUTE, Pass, passes_of
-from plait.compiler.order import fillers_of, weight_arguments
 from plait.cost.clusters import Cluster
 from plait.dryrun.fused_attention import gpu_attention
 from plait.dryrun.model_source import ModelSource
@@ -35,13 +33,17 @@ from plait.dryrun.piece import (
     ScaledWork,
     Shape,
 )
-from plait.dryrun.requests import CallRequests, requests_of, with_scores
-from plait.dryrun.saved import Held, Tensor, held_of
-from plait.dryrun.work import Part, Work, work_of
+from plait.dryrun.programs import (
+    Program,
+    by_place,
+    programs_of,
+    seeing_all,
+    unknown_operators,
+)
+from plait.dryrun.work import Part, Work
 from plait.errors import GraphError, PlanError
 from plait.graph.capture import capture
-from plait.graph.cut import BETWEEN
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, call_of
+from plait.graph.graph import Graph
 from plait.plan.find_rules import legal_sizes
 from plait.plan.parallel_plan import ParallelPlan, Recompute
 
@@ -54,7 +56,10 @@ _SPLIT_LAYERS = 3
 """Captured beside the first with replicas: the first piece spans two layers, two are alike."""
 
 
-_LINES: tuple[Points, ...] = ((1.0, 2.0), (2.0, 3.0))
+_ONE: Points = (1.0, 1.0)
+_SEVERAL: tuple[Points, ...] = ((1.0, 2.0), (2.0, 3.0))
+_SHARE: tuple[Points, ...] = ((0.5, 1.0), *_SEVERAL)
+"""Lines in the order in which they are tried."""
 
 
 @contextmanager
@@ -76,7 +81,7 @@ class PieceStore:
     source: ModelSource
     cluster: Cluster
     graphs: dict[tuple[object, ...], Graph] = field(default_factory=dict)
-    pieces: dict[tuple[Shape, float | None], Pieces] = field(default_factory=dict)
+    pieces: dict[tuple[Shape, float | Points], Pieces] = field(default_factory=dict)
 
     def find(self, shape: Shape, sequences: float = 1.0) -> Pieces:
         """The pieces of a shape, to be scaled to so many sequences.
@@ -85,29 +90,32 @@ class PieceStore:
         """
         # Replicas are costly to make, and few plans are priced with them: one capture, as it is.
         is_split = shape.replicas != 1
-        key = shape, sequences if is_split or sequences == 1 else None
+        lines = [_ONE] if sequences == 1 else _SHARE if sequences < 1 else _SEVERAL
+        key = shape, sequences if is_split else lines[0]
         if key not in self.pieces:
             self.check(shape)
-            if is_split:
-                self.pieces[key] = _split_pieces(self, shape, sequences)
-            else:
-                self.pieces[key] = _pieces(self, shape, (1, 1)) if key[1] else self._line(shape)
+            self.pieces[key] = (
+                _split_pieces(self, shape, sequences) if is_split else self._line(shape, lines)
+            )
         return self.pieces[key]
 
-    def _line(self, shape: Shape) -> Pieces:
-        first, second = _LINES
-        try:
-            return _pieces(self, shape, first)
-        except _DifferentProgramsError:
-            return _pieces(self, shape, second)
+    def _line(self, shape: Shape, lines: Sequence[Points]) -> Pieces:
+        for points in lines[:-1]:
+            try:
+                return _pieces(self, shape, points)
+            except _DifferentProgramsError:
+                continue
+        return _pieces(self, shape, lines[-1])
 
-    def called(self, shape: Shape, points: Points, extra: int) -> list[list["_Program"]]:
-        """The programs of both captures."""
-        low, high = map(int, points)
-        first = _called(self.graph(shape, low, extra), shape)
-        if low == high:
-            return [first, first]
-        return [first, _called(self.graph(shape, high, extra), shape)]
+    def programs(self, shape: Shape, sequences: float, extra: int) -> list[Program]:
+        """The programs of a capture of so many sequences, or of half of one."""
+        if sequences < 1:
+            if shape.sequence_length % 2 or (shape.sp and shape.sequence_length // 2 % shape.tp):
+                raise _DifferentProgramsError(
+                    f"{shape.sequence_length} tokens cannot be halved for tp={shape.tp}."
+                )
+            shape, sequences = replace(shape, sequence_length=shape.sequence_length // 2), 1
+        return programs_of(self.graph(shape, int(sequences), extra), shape)
 
     def graph(self, shape: Shape, batch: int, extra: int) -> Graph:
         """A captured graph of one layer of each kind, and the last kind `extra` times more."""
@@ -164,26 +172,12 @@ class PieceStore:
             )
 
 
-@dataclass(frozen=True)
-class _Program:
-    """A template as it is called: both programs, and what they hold."""
-
-    name: str
-    forward: tuple[Work, ...]
-    backward: tuple[Work, ...]
-    held: Held
-    num_elements: int
-    num_expert_elements: int
-    source: str
-    parameters: tuple[Tensor, ...]
-    calls: tuple[CallRequests, ...]
-
-
 def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
     kinds = list(dict.fromkeys(store.source.kinds))
     # A layer is a block only beside others of its class, so a kind that is alone stands twice.
     extra = int(len(kinds) == 1)
-    low, high = (_by_place(each) for each in store.called(shape, points, extra))
+    high = by_place(store.programs(shape, points[1], extra))
+    low = list(high) if points == _ONE else by_place(store.programs(shape, points[0], extra))
     if len(low) != len(kinds) + 2 + extra:
         raise GraphError(
             f"{store.source.name} is captured with {max(len(low) - 2, 0)} layers, "
@@ -198,65 +192,8 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
         layers=dict(zip(kinds, pieces[1:-1], strict=True)),
         behind=pieces[-1],
         is_shared_head=shape.share_head and shape.tp > 1,
-        notes=_unknown_operators(low),
+        notes=unknown_operators(low),
     )
-
-
-def _unknown_operators(programs: Sequence[_Program]) -> tuple[str, ...]:
-    works = (work for each in programs for work in (*each.forward, *each.backward))
-    unknown = sorted({work.unknown for work in works} - {""})
-    if not unknown:
-        return ()
-    return (
-        f"warning: no cost is known of {', '.join(unknown)}: priced by the bytes that go in and "
-        "out. Register a formula with torch.utils.flop_counter.register_flop_formula.",
-    )
-
-
-def _by_place(programs: Sequence[_Program]) -> list[_Program]:
-    """What stands before the layers as one, each layer, and what stands behind as one."""
-    layers = [i for i, each in enumerate(programs) if each.source != BETWEEN]
-    if not layers:
-        return []
-    first, last = layers[0], layers[-1]
-    return [
-        _joined(programs[:first]),
-        *programs[first : last + 1],
-        _joined(programs[last + 1 :]),
-    ]
-
-
-def _joined(programs: Sequence[_Program]) -> _Program:
-    """Several programs as one, one after another."""
-    return _Program(
-        name="+".join(each.name for each in programs),
-        forward=_in_turn([each.forward for each in programs]),
-        backward=_in_turn([each.backward for each in reversed(programs)]),
-        held=Held(
-            saved_bytes=sum(each.held.saved_bytes for each in programs),
-            forward_peak_bytes=max((each.held.forward_peak_bytes for each in programs), default=0),
-            backward_peak_bytes=max(
-                (each.held.backward_peak_bytes for each in programs), default=0
-            ),
-            expert_peak_bytes=max((each.held.expert_peak_bytes for each in programs), default=0),
-            saved=tuple(x for each in programs for x in each.held.saved),
-        ),
-        num_elements=sum(each.num_elements for each in programs),
-        num_expert_elements=sum(each.num_expert_elements for each in programs),
-        source=BETWEEN,
-        parameters=tuple(x for each in programs for x in each.parameters),
-        calls=tuple(call for each in programs for call in each.calls),
-    )
-
-
-def _in_turn(programs: Sequence[tuple[Work, ...]]) -> tuple[Work, ...]:
-    found: list[Work] = []
-    for program in programs:
-        start = len(found)
-        found += [
-            replace(work, depends_on=tuple(start + i for i in work.depends_on)) for work in program
-        ]
-    return tuple(found)
 
 
 def _split_pieces(store: PieceStore, shape: Shape, sequences: float) -> Pieces:
@@ -276,7 +213,7 @@ def _split_pieces(store: PieceStore, shape: Shape, sequences: float) -> Pieces:
         shape = replace(shape, sequence_length=round(shape.sequence_length * sequences))
         store.check(shape)
     graph = store.graph(shape, 1 if is_share else int(sequences), _SPLIT_LAYERS)
-    programs = _called(graph, shape)
+    programs = programs_of(graph, shape)
     if len(programs) < 4 or programs[1].name != programs[2].name:
         raise PlanError(
             f"replicas={shape.replicas} leave the layers of {store.source.name} different from "
@@ -317,103 +254,21 @@ def _with_attention_of(
     )
 
 
-def _called(graph: Graph, shape: Shape) -> list[_Program]:
-    """The templates that the root calls, in order, forward and backward."""
-    weights = weight_arguments(graph)
-    shared = Counter(
-        x
-        for node in graph.root.graph.nodes
-        if (called := call_of(node)) and called[1] == FORWARD
-        for x in node.args[2:]
-        if isinstance(x, fx.Node)
-    )
-    seen: dict[str, tuple[tuple[Work, ...], tuple[Work, ...]]] = {}
-    found: list[_Program] = []
-    for node in graph.root.graph.nodes:
-        called = call_of(node)
-        if called is None or called[1] == BACKWARD:
-            continue
-        template = graph.templates[called[0]]
-        if template.name not in seen:
-            fillers = set()
-            if template.backward is not None:
-                fillers = fillers_of(template, weights.get(template.name, set()))
-            backward = template.backward
-            seen[template.name] = (
-                work_of(template.forward, shape.kernels, attention=shape.attention),
-                ()
-                if backward is None
-                else work_of(backward, shape.kernels, fillers, shape.attention),
-            )
-        parameters = [
-            x.meta["val"]
-            for x in node.args[2:]
-            if isinstance(x, fx.Node)
-            and x.op == "placeholder"
-            and x.meta["val"].role is Role.PARAMETER
-        ]
-        own = [
-            i
-            for i, x in enumerate(node.args[2:])
-            if isinstance(x, fx.Node) and x.op == "call_function" and shared[x] == 1
-        ]
-        of_experts = [v for v in parameters if ".experts." in v.name]
-        experts = sum(_count(v.shape) for v in of_experts)
-        stacked = {tuple(map(int, v.shape)) for v in of_experts}
-        scores = _scores(*seen[template.name], shape)
-        found.append(
-            _Program(
-                template.name,
-                *seen[template.name],
-                held=_with_scores(held_of(template, own, stacked), *scores),
-                calls=(with_scores(requests_of(template, own, stacked), *scores),),
-                num_elements=sum(_count(v.shape) for v in parameters) - experts,
-                num_expert_elements=experts,
-                source=template.block,
-                parameters=tuple(
-                    Tensor(num_bytes=value.num_bytes, name=value.name) for value in parameters
-                ),
-            )
-        )
-    return found
+def _piece(name: str, one: Program, two: Program, points: Points) -> Piece:
+    _check_alike(one, two, points)
+    if points[0] < 1:
+        one = seeing_all(one, two)
 
-
-def _scores(forward: Sequence[Work], backward: Sequence[Work], shape: Shape) -> tuple[int, int]:
-    """Bytes that attention that is not fused keeps of its scores, and while it runs.
-
-    What runs again keeps nothing.
-    """
-    one = max((each.score_bytes for each in (*forward, *backward)), default=0)
-    saved = 0 if shape.recompute is Recompute.FULL else sum(each.score_bytes for each in forward)
-    return saved, one
-
-
-def _with_scores(held: Held, saved: int, one: int) -> Held:
-    scores = (Tensor(num_bytes=saved, name="scores of attention"),) if saved else ()
-    return replace(
-        held,
-        saved=(*held.saved, *scores),
-        saved_bytes=held.saved_bytes + saved,
-        forward_peak_bytes=held.forward_peak_bytes + one - min(one, saved),
-        backward_peak_bytes=held.backward_peak_bytes + one,
-    )
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _piece(name: str, one: _Program, two: _Program, points: Points) -> Piece:
     def line(attribute: str) -> Line:
         return Line(points, getattr(one.held, attribute), getattr(two.held, attribute))
 
+    def scaled(low: Sequence[Work], high: Sequence[Work]) -> tuple[ScaledWork, ...]:
+        return tuple(ScaledWork(points, *pair) for pair in zip(low, high, strict=True))
+
     return Piece(
         name=name,
-        forward=_scaled(one.forward, two.forward, points),
-        backward=_scaled(one.backward, two.backward, points),
+        forward=scaled(one.forward, two.forward),
+        backward=scaled(one.backward, two.backward),
         num_elements=one.num_elements,
         num_expert_elements=one.num_expert_elements,
         saved=line("saved_bytes"),
@@ -423,27 +278,26 @@ def _piece(name: str, one: _Program, two: _Program, points: Points) -> Piece:
         source=one.source,
         parameters=one.parameters,
         saved_tensors=one.held.saved,
-        calls=_scaled_calls(one.calls, two.calls, points),
+        calls=tuple(ScaledCall(points, *pair) for pair in zip(one.calls, two.calls, strict=True)),
     )
 
 
-def _scaled_calls(
-    one: Sequence[CallRequests], two: Sequence[CallRequests], points: Points
-) -> tuple[ScaledCall, ...]:
-    pairs = list(zip(one, two, strict=True))
-    if any((a.forward, a.backward) != (b.forward, b.backward) for a, b in pairs):
-        raise _DifferentProgramsError(
-            f"micro-batches of {points[0]:g} and {points[1]:g} sequences ask for memory in "
-            "different orders, so it cannot be scaled. Choose one sequence in a micro-batch."
-        )
-    return tuple(ScaledCall(points, low, high) for low, high in pairs)
+def _check_alike(one: Program, two: Program, points: Points) -> None:
+    what = f"micro-batches of {points[0]:g} and {points[1]:g} sequences"
+    advice = "Choose one sequence in a micro-batch."
 
+    def steps(program: Program) -> list[tuple[object, ...]]:
+        works = (*program.forward, *program.backward)
+        return [(work.name, work.depends_on, work.collective) for work in works]
 
-def _scaled(one: Sequence[Work], two: Sequence[Work], points: Points) -> tuple[ScaledWork, ...]:
-    names = [(work.name, work.depends_on, work.collective) for work in one]
-    if names != [(work.name, work.depends_on, work.collective) for work in two]:
+    def orders(program: Program) -> list[tuple[object, ...]]:
+        return [(call.forward, call.backward) for call in program.calls]
+
+    if steps(one) != steps(two):
         raise _DifferentProgramsError(
-            f"micro-batches of {points[0]:g} and {points[1]:g} sequences are captured as different "
-            "programs, so their price cannot be scaled. Choose one sequence in a micro-batch."
+            f"{what} are captured as different programs, so their price cannot be scaled. {advice}"
         )
-    return tuple(ScaledWork(points, low, high) for low, high in zip(one, two, strict=True))
+    if orders(one) != orders(two):
+        raise _DifferentProgramsError(
+            f"{what} ask for memory in different orders, so it cannot be scaled. {advice}"
+        )
