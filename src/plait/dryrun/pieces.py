@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from plait.compiler.levels import RECOMPUTE, Pass, passes_of
+from plait.compiler.levels import RECOMPUTE, REPLICAS, Pass, passes_of
 from plait.cost.clusters import Cluster
 from plait.dryrun.fused_attention import gpu_attention
 from plait.dryrun.model_source import ModelSource
@@ -75,7 +75,7 @@ def without_torch_warnings() -> Generator[None]:
 class PieceStore:
     """Captures each shape of a model once.
 
-    graphs: by what they depend on, before recompute, and again after it, with its policy.
+    graphs: by what they depend on: before replicas, before recompute, and behind all passes.
     """
 
     source: ModelSource
@@ -119,20 +119,30 @@ class PieceStore:
 
     def graph(self, shape: Shape, batch: int, extra: int) -> Graph:
         """A captured graph of one layer of each kind, and the last kind `extra` times more."""
-        key = (shape.sequence_length, shape.tp, shape.sp, shape.replicas, shape.share_head)
-        key = (*key, batch, extra)
         plan = ParallelPlan(
             tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=shape.recompute
         )
         passes = passes_of("O0", "fast", plan)
-        own = passes.index(RECOMPUTE)  # those before it are the same for every policy
-        if key not in self.graphs:
-            captured = self._capture(shape, batch, extra)
-            self.graphs[key] = self._run(passes[:own], captured, plan)
-        passed = (*key, shape.recompute)
-        if passed not in self.graphs:
-            self.graphs[passed] = self._run(passes[own:], self.graphs[key], plan)
-        return self.graphs[passed]
+        recompute = passes.index(RECOMPUTE)
+        replicas = passes.index(REPLICAS) if REPLICAS in passes else recompute
+        is_split = shape.replicas != 1
+        key = (shape.sequence_length, shape.tp, shape.sp, shape.share_head, batch, extra, is_split)
+        # Passes before replicas are the same for each number, those before recompute for each
+        # policy.
+        stages = (
+            ((), passes[:replicas]),
+            ((shape.replicas,), passes[replicas:recompute]),
+            ((shape.recompute,), passes[recompute:]),
+        )
+        found: Graph | None = None
+        for own, steps in stages:
+            key = (*key, *own)
+            if key not in self.graphs:
+                found = self._capture(shape, batch, extra) if found is None else found
+                self.graphs[key] = self._run(steps, found, plan)
+            found = self.graphs[key]
+        assert found is not None
+        return found
 
     def _capture(self, shape: Shape, batch: int, extra: int) -> Graph:
         layers = list(self.source.kind_layers)
