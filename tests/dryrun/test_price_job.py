@@ -296,26 +296,47 @@ def test_replicas_hide_messages_where_nothing_else_runs_beside_them():
     assert split.parts.exposed_s < whole.parts.exposed_s
 
 
-def test_a_model_of_transformers_is_priced_too(cluster):
+@pytest.fixture(scope="module")
+def llama_of_transformers():
     transformers = pytest.importorskip("transformers")
     from plait.dryrun.model_source import hugging_face_source
 
-    config = transformers.LlamaConfig(
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=2048,
+    return hugging_face_source(
+        transformers.LlamaConfig(
+            vocab_size=4096,
+            hidden_size=512,
+            intermediate_size=1024,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=2048,
+        )
     )
+
+
+def test_a_model_of_transformers_is_priced_too(cluster, llama_of_transformers):
     own = price_job(JOB, cluster)
-    theirs = price_job(replace(JOB, model=None), cluster, source=hugging_face_source(config))
+    theirs = price_job(replace(JOB, model=None), cluster, source=llama_of_transformers)
     # It gives attention a mask instead of saying that it is causal: kernels see every pair.
     masked = 6 * 8 * 512 * (1024 - 1)
     assert theirs.flops_per_token == pytest.approx(own.flops_per_token + masked, rel=0.02)
     assert theirs.step_s == pytest.approx(own.step_s, rel=0.4)
+
+
+def test_the_layers_of_a_model_of_transformers_send_what_ours_send(cluster, llama_of_transformers):
+    """Its first layer also takes its own tokens out of all; the others do not."""
+    shape = Shape(sequence_length=1024, tp=2, sp=True)
+
+    def sent(source):
+        (layer,) = PieceStore(source, cluster).find(shape).layers.values()
+        works = [each.at(1.0) for each in (*layer.forward, *layer.backward)]
+        large = [each for each in works if each.num_bytes > 100_000]
+        return sorted((each.collective.value, each.num_bytes) for each in large)
+
+    ours = sent(decoder_source(CONFIG))
+    assert len(ours) == 8
+    assert sent(llama_of_transformers) == ours
 
 
 def test_a_source_makes_a_model_of_chosen_layers_without_memory():

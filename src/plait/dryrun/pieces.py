@@ -118,7 +118,7 @@ class PieceStore:
         return programs_of(self.graph(shape, int(sequences), extra), shape)
 
     def graph(self, shape: Shape, batch: int, extra: int) -> Graph:
-        """A captured graph of one layer of each kind, and the last kind `extra` times more."""
+        """A captured graph of one layer of each kind, behind `extra` more of the first."""
         plan = ParallelPlan(
             tp=shape.tp, sp=shape.sp, replicas=shape.replicas, recompute=shape.recompute
         )
@@ -145,8 +145,8 @@ class PieceStore:
         return found
 
     def _capture(self, shape: Shape, batch: int, extra: int) -> Graph:
-        layers = list(self.source.kind_layers)
-        layers += layers[-1:] * extra
+        kinds = self.source.kind_layers
+        layers = [*(kinds[0] for _ in range(extra)), *kinds]
         model = self.source.make(layers, self._vocabulary(shape))
         with torch.device("meta"):
             tokens_BT = torch.empty((batch, shape.sequence_length), dtype=torch.int64)
@@ -184,8 +184,9 @@ class PieceStore:
 
 def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
     kinds = list(dict.fromkeys(store.source.kinds))
-    # A layer is a block only beside others of its class, so a kind that is alone stands twice.
-    extra = int(len(kinds) == 1)
+    # A layer is a block only beside others of its class, so a kind that is alone stands twice. The
+    # first of all may differ: with sp that of a model of transformers takes its own tokens.
+    extra = int(len(kinds) == 1 or shape.sp)
     high = by_place(store.programs(shape, points[1], extra))
     low = list(high) if points == _ONE else by_place(store.programs(shape, points[0], extra))
     if len(low) != len(kinds) + 2 + extra:
@@ -194,7 +195,7 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
             f"{len(kinds) + extra} were expected: its layers are no blocks of one ModuleList."
         )
     if extra:
-        del low[2], high[2]
+        del low[1], high[1]
     names = [BEFORE, *kinds, BEHIND]
     pieces = [_piece(*each, points) for each in zip(names, low, high, strict=True)]
     return Pieces(
