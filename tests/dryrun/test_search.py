@@ -167,9 +167,12 @@ def test_every_legal_plan_is_priced_or_rejected_with_a_reason(result, cluster):
     assert set(result.examples) == set(result.rejected)
 
 
-def test_no_plan_that_fits_is_better_than_the_best(result, cluster):
-    pricer = Pricer(JOB, cluster, decoder_source(CONFIG))
-    num_priced = 0
+def test_no_plan_that_fits_is_better_than_those_listed(result, cluster):
+    """Against the exact price of every plan: shares of sequences captured, pipelines whole."""
+    tight = replace(cluster, device=replace(cluster.device, memory_bytes=LIMIT))
+    pricer = Pricer(JOB, tight, decoder_source(CONFIG))
+    listed = {each.candidate: each.price.step_s for each in result.best}
+    num_priced, shares = 0, 0
     for each in legal_plans():
         try:
             price = pricer.price(job_of(each), fragments=False)
@@ -177,8 +180,13 @@ def test_no_plan_that_fits_is_better_than_the_best(result, cluster):
             assert each.plan.pp > 1  # what PyTorch has no table for
             continue
         num_priced += 1
-        assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
+        shares += each.plan.cp > 1
+        if each in listed:
+            assert price.step_s == listed[each]
+        elif price.fits and price.step_s < result.best[-1].price.step_s:
+            assert not pricer.price(job_of(each)).fits, "without room for the allocator's fragments"
     assert num_priced > len(legal_plans()) / 2
+    assert shares > 10
 
 
 @pytest.mark.slow

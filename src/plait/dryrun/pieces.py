@@ -39,6 +39,7 @@ from plait.dryrun.programs import (
     programs_of,
     seeing_all,
     unknown_operators,
+    without_cost,
 )
 from plait.dryrun.work import Part, Work
 from plait.errors import GraphError, PlanError
@@ -60,6 +61,7 @@ _ONE: Points = (1.0, 1.0)
 _SEVERAL: tuple[Points, ...] = ((1.0, 2.0), (2.0, 3.0))
 _SHARE: tuple[Points, ...] = ((0.5, 1.0), *_SEVERAL)
 """Lines in the order in which they are tried."""
+_BOUND: Points = (0.0, 1.0)
 
 
 @contextmanager
@@ -76,12 +78,15 @@ class PieceStore:
     """Captures each shape of a model once.
 
     graphs: by what they depend on: before replicas, before recompute, and behind all passes.
+    share_bounds: a share of a sequence costs that share of a whole one, and so no more than it does
+    (whatever does not shrink with the tokens is left out), without a capture of its own.
     """
 
     source: ModelSource
     cluster: Cluster
     graphs: dict[tuple[object, ...], Graph] = field(default_factory=dict)
     pieces: dict[tuple[Shape, float | Points], Pieces] = field(default_factory=dict)
+    share_bounds: bool = False
 
     def find(self, shape: Shape, sequences: float = 1.0) -> Pieces:
         """The pieces of a shape, to be scaled to so many sequences.
@@ -90,7 +95,9 @@ class PieceStore:
         """
         # Replicas are costly to make, and few plans are priced with them: one capture, as it is.
         is_split = shape.replicas != 1
-        lines = [_ONE] if sequences == 1 else _SHARE if sequences < 1 else _SEVERAL
+        lines = (_ONE,) if sequences == 1 else _SEVERAL if sequences > 1 else _SHARE
+        if sequences < 1 and self.share_bounds:
+            lines = (_BOUND,)
         key = shape, sequences if is_split else lines[0]
         if key not in self.pieces:
             self.check(shape)
@@ -188,7 +195,8 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
     # first of all may differ: with sp that of a model of transformers takes its own tokens.
     extra = int(len(kinds) == 1 or shape.sp)
     high = by_place(store.programs(shape, points[1], extra))
-    low = list(high) if points == _ONE else by_place(store.programs(shape, points[0], extra))
+    has_own_low = points not in (_ONE, _BOUND)
+    low = by_place(store.programs(shape, points[0], extra)) if has_own_low else list(high)
     if len(low) != len(kinds) + 2 + extra:
         raise GraphError(
             f"{store.source.name} is captured with {max(len(low) - 2, 0)} layers, "
@@ -267,7 +275,9 @@ def _with_attention_of(
 
 def _piece(name: str, one: Program, two: Program, points: Points) -> Piece:
     _check_alike(one, two, points)
-    if points[0] < 1:
+    if points == _BOUND:
+        one = without_cost(one)
+    elif points[0] < 1:
         one = seeing_all(one, two)
 
     def line(attribute: str) -> Line:
@@ -288,7 +298,7 @@ def _piece(name: str, one: Program, two: Program, points: Points) -> Piece:
         expert_peak=line("expert_peak_bytes"),
         source=one.source,
         parameters=one.parameters,
-        saved_tensors=one.held.saved,
+        saved_tensors=two.held.saved,
         calls=tuple(ScaledCall(points, *pair) for pair in zip(one.calls, two.calls, strict=True)),
     )
 

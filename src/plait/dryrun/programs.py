@@ -157,6 +157,33 @@ def _cost_seeing_all(half: Cost, whole: Cost) -> Cost:
     )
 
 
+def without_cost(program: Program) -> Program:
+    """The same operations and requests, for nothing: the low end of a line through nothing."""
+
+    def free(works: tuple[Work, ...]) -> tuple[Work, ...]:
+        return tuple(
+            replace(
+                work,
+                cost=replace(work.cost, bytes=0, flops=0),
+                num_bytes=0,
+                key_bytes=0,
+                kernels=tuple(replace(each, bytes=0, flops=0) for each in work.kernels),
+            )
+            for work in works
+        )
+
+    return replace(
+        program,
+        forward=free(program.forward),
+        backward=free(program.backward),
+        held=Held(saved_bytes=0, forward_peak_bytes=0, backward_peak_bytes=0),
+        calls=tuple(
+            replace(call, sizes=dict.fromkeys(call.sizes, 0), input_bytes=0)
+            for call in program.calls
+        ),
+    )
+
+
 def _scores(forward: Sequence[Work], backward: Sequence[Work], shape: Shape) -> tuple[int, int]:
     """Bytes that attention that is not fused keeps of its scores, and while it runs.
 

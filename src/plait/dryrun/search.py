@@ -2,8 +2,10 @@
 
 Plans are enumerated (`legal_plans.py`), pruned by the least memory of their parameters, then by the
 ledger of every rank class, and priced. Pieces are captured and timed once for all plans that share
-them. The best are priced again with the whole pipeline, with replicas, without sp, and with half of
-a full recompute, and kept if their ranks have room for the allocator's fragments too.
+them. A share of a sequence (cp) takes captures of its own, so such plans are known by a bound until
+they are among the best. The best are priced again with the whole pipeline, with replicas, without
+sp, and with half of a full recompute, and kept if their ranks have room for the allocator's
+fragments too.
 """
 
 import math
@@ -35,7 +37,6 @@ from plait.errors import GraphError, PlanError
 from plait.plan.parallel_plan import Recompute
 
 _GIB = 2**30
-_NUM_AGAIN = 20  # plans that are priced again, exactly and with replicas
 _REPLICAS = (2, 3, 4)
 _MOST_SPLIT = 3  # kinds of pieces made with replicas, which take seconds each
 _OFFLOAD_STEPS = 20  # shares of the activations that may be offloaded: twentieths
@@ -50,10 +51,11 @@ FIXABLE = (
 
 @dataclass(frozen=True)
 class Priced:
-    """A plan and its price."""
+    """A plan and its price. is_exact: played in full, its shares of sequences captured."""
 
     candidate: Candidate
     price: JobPrice
+    is_exact: bool = True
 
     def line(self) -> str:
         """In a line: step, MFU, memory, plan."""
@@ -194,6 +196,7 @@ class _Search:
         self.fixed: Mapping[str, object] = {}
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
         self.pricer = Pricer(job, limited, source, measured, table)
+        self.bounds = self.pricer.bounding_shares()
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
         self.told_s = 0.0
 
@@ -280,14 +283,14 @@ class _Search:
     def _price(self, candidate: Candidate) -> None:
         self._check_stop()
         try:
-            planned = self.pricer.planned(self._job(candidate))
+            planned = self.bounds.planned(self._job(candidate))
             if self.can_offload:
                 share = least_offload(
                     planned.classes(), self.result.limit_bytes, offload=candidate.offload
                 )
                 if share > candidate.offload:
                     candidate = replace(candidate, offload=share)
-                    planned = self.pricer.planned(self._job(candidate))
+                    planned = self.bounds.planned(self._job(candidate))
             fullest = max(planned.classes(), key=lambda each: each.ledger.total_bytes)
             needed = fullest.ledger.total_bytes
             if needed > self.result.limit_bytes:
@@ -301,7 +304,7 @@ class _Search:
             self.result.reject(str(error).split(". ")[0], describe(candidate))
             return
         self.result.num_priced += 1
-        self.result.best.append(Priced(candidate, replace(price, run=None)))
+        self.result.best.append(Priced(candidate, replace(price, run=None), is_exact=False))
 
     def _near(self, needed: int, candidate: Candidate, text: str = "") -> None:
         if self.result.nearest is None or needed < self.result.nearest[0]:
@@ -309,19 +312,15 @@ class _Search:
 
     def refine(self, top: int) -> None:
         """Price the best again, exactly, and with what only they are tried with."""
-        self.on_progress(f"the best {max(top, _NUM_AGAIN)} again, exactly, and variants of them")
-        self.result.best.sort(key=lambda each: each.price.step_s)
-        again = self.result.best[: max(top, _NUM_AGAIN)]
-        rest = self.result.best[len(again) :]
-        exact = [Priced(each.candidate, self._exact(each.candidate)) for each in again]
-        self.result.best = exact + rest
+        self.on_progress(f"the best {top} exactly, and variants of them")
+        exact = self._cheapest(top)
         made: set[tuple[object, ...]] = set()
         for each in list(exact[:top]):
             candidate = each.candidate
             plan, size = candidate.plan, candidate.micro_batch_size
             if plan.recompute is Recompute.FULL and "recompute" not in self.fixed:
                 half = replace(plan, recompute=Recompute.ALTERNATE)
-                self._refine_to(replace(candidate, plan=half))
+                self._add_variant(replace(candidate, plan=half))
             kind = plan.tp, plan.cp, plan.recompute, size
             if plan.tp == 1 or (kind not in made and len(made) == _MOST_SPLIT):
                 continue
@@ -329,34 +328,58 @@ class _Search:
                 self.on_progress(f"replicas of tp={plan.tp}, micro-batch {size}")
             made.add(kind)
             for variant in _variants(candidate):
-                self._refine_to(variant)
+                self._add_variant(variant)
 
-    def _refine_to(self, variant: Candidate) -> None:
+    def _add_variant(self, variant: Candidate) -> None:
+        self._add_exact(variant, _what(variant))
+
+    def _cheapest(self, count: int) -> list[Priced]:
+        """The best so many plans, each priced exactly, at the head of what was found."""
+        best = self.result.best
+        while True:
+            best.sort(key=lambda each: each.price.step_s)
+            unsure = next((i for i, each in enumerate(best[:count]) if not each.is_exact), None)
+            if unsure is None:
+                return best[:count]
+            candidate = best.pop(unsure).candidate
+            self.result.num_priced -= 1
+            self._add_exact(candidate)
+
+    def _add_exact(self, candidate: Candidate, what: str = "") -> None:
+        """Price a plan exactly and keep it if it fits. what: the variant that it is, in words."""
+        reason = f"{what}: " if what else ""
         try:
-            price = self._exact(variant)
+            price = self._exact(candidate)
+            while not price.fits and self._can_offload_more(candidate):
+                candidate = _offloading_more(candidate)
+                price = self._exact(candidate)
         except (PlanError, GraphError) as error:
-            self.result.reject(f"{_what(variant)}: {str(error).split('. ')[0]}", describe(variant))
+            self.result.reject(f"{reason}{str(error).split('. ')[0]}", describe(candidate))
             return
         if not price.fits:
-            reason = f"{_what(variant)}: the ledger exceeds the memory"
-            self.result.reject(reason, describe(variant))
+            reason += "the ledger exceeds the memory"
+            if not what:
+                reason += f", most of it {price.fullest.ledger.largest()}"
+            self.result.reject(reason, describe(candidate))
             return
-        self.result.best.append(Priced(variant, price))
+        self.result.best.append(Priced(candidate, price))
         self.result.num_priced += 1
+
+    def _can_offload_more(self, candidate: Candidate) -> bool:
+        return self.can_offload and candidate.offload < 1
 
     def keep_fitting(self, top: int) -> None:
         """Keep the best plans whose ranks also have room for what the allocator wastes."""
         self.on_progress("what the allocator reserves for the best")
         kept: list[Priced] = []
-        for each in sorted(self.result.best, key=lambda each: each.price.step_s):
-            if len(kept) == top:
-                break
+        while len(kept) < top and (found := self._cheapest(1)):
+            each = found[0]
+            self.result.best.remove(each)
             self._check_stop()
             candidate, price = each.candidate, self._with_fragments(each.candidate, each.price)
-            while self.can_offload and not price.fits and candidate.offload < 1:
+            while not price.fits and self._can_offload_more(candidate):
                 # The least share that the ledger asks for leaves the allocator no room.
-                more = min(1.0, round(candidate.offload + 1 / _OFFLOAD_STEPS, 2))
-                candidate = replace(candidate, offload=more)
+                candidate = _offloading_more(candidate)
                 price = self._with_fragments(candidate, each.price)
             if price.fits:
                 if candidate is not each.candidate:
@@ -406,6 +429,10 @@ def least_offload(classes: Sequence[RankClass], limit_bytes: int, *, offload: fl
     if share == offload:
         return offload
     return math.ceil(share * _OFFLOAD_STEPS) / _OFFLOAD_STEPS
+
+
+def _offloading_more(candidate: Candidate) -> Candidate:
+    return replace(candidate, offload=min(1.0, round(candidate.offload + 1 / _OFFLOAD_STEPS, 2)))
 
 
 def _variants(candidate: Candidate) -> Iterator[Candidate]:
