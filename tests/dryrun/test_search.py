@@ -85,7 +85,7 @@ def test_what_is_not_tried_is_listed_with_the_setting_that_tries_it(cluster, res
         {"pp": 2, "pipeline": Pipeline.DUAL_PIPE_V},
         {"pp": 2, "stages_per_rank": 3, "recompute": "alternate"},
     ):
-        found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed)
+        found = search(JOB, cluster, micro_batch_sizes=ONE, fixed=fixed, top=3)
         for each in found.best:
             plan = each.candidate.plan
             assert {name: getattr(plan, name) for name in fixed} == fixed
@@ -276,6 +276,29 @@ def test_an_interrupted_search_returns_the_best_so_far(cluster):
     got = search(JOB, cluster, micro_batch_sizes=ONE, on_progress=interrupt)
     assert not got.is_complete
     assert 0 < len(got.best) <= 10
+
+
+def test_a_search_that_is_stopped_at_its_very_end_loses_nothing(cluster, result):
+    judged = []
+
+    def should_stop():
+        return bool(judged) and next(judged[0]) == 3
+
+    def tell(text):
+        if "allocator" in text:
+            judged.append(iter(range(10)))
+
+    got = search(
+        JOB,
+        cluster,
+        memory_bytes=LIMIT,
+        micro_batch_sizes=ONE,
+        on_progress=tell,
+        should_stop=should_stop,
+    )
+    assert not got.is_complete
+    assert len(got.best) == 10
+    assert got.best[0].candidate == result.best[0].candidate
 
 
 def test_a_search_that_is_asked_to_stop_ends_before_the_next_plan(cluster):

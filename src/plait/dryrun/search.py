@@ -315,7 +315,7 @@ class _Search:
         self.on_progress(f"the best {top} exactly, and variants of them")
         exact = self._cheapest(top)
         made: set[tuple[object, ...]] = set()
-        for each in list(exact[:top]):
+        for each in exact:
             candidate = each.candidate
             plan, size = candidate.plan, candidate.micro_batch_size
             if plan.recompute is Recompute.FULL and "recompute" not in self.fixed:
@@ -341,9 +341,9 @@ class _Search:
             unsure = next((i for i, each in enumerate(best[:count]) if not each.is_exact), None)
             if unsure is None:
                 return best[:count]
-            candidate = best.pop(unsure).candidate
+            self._add_exact(best[unsure].candidate)
+            del best[unsure]
             self.result.num_priced -= 1
-            self._add_exact(candidate)
 
     def _add_exact(self, candidate: Candidate, what: str = "") -> None:
         """Price a plan exactly and keep it if it fits. what: the variant that it is, in words."""
@@ -360,6 +360,7 @@ class _Search:
             reason += "the ledger exceeds the memory"
             if not what:
                 reason += f", most of it {price.fullest.ledger.largest()}"
+                self._near(price.peak_bytes, candidate, price.missing())
             self.result.reject(reason, describe(candidate))
             return
         self.result.best.append(Priced(candidate, price))
@@ -372,24 +373,33 @@ class _Search:
         """Keep the best plans whose ranks also have room for what the allocator wastes."""
         self.on_progress("what the allocator reserves for the best")
         kept: list[Priced] = []
-        while len(kept) < top and (found := self._cheapest(1)):
-            each = found[0]
-            self.result.best.remove(each)
-            self._check_stop()
-            candidate, price = each.candidate, self._with_fragments(each.candidate, each.price)
-            while not price.fits and self._can_offload_more(candidate):
-                # The least share that the ledger asks for leaves the allocator no room.
-                candidate = _offloading_more(candidate)
-                price = self._with_fragments(candidate, each.price)
-            if price.fits:
-                if candidate is not each.candidate:
-                    price = replace(self._exact(candidate), classes=price.classes)
-                kept.append(Priced(candidate, price))
-                continue
-            reason = "the allocator's fragments exceed the memory"
-            self.result.reject(reason, describe(each.candidate))
-            self._near(max(x.asked_bytes for x in price.classes), each.candidate, price.missing())
+        try:
+            while len(kept) < top and (found := self._cheapest(1)):
+                fitting = self._fitting(found[0])
+                del self.result.best[0]
+                if fitting is not None:
+                    kept.append(fitting)
+        except KeyboardInterrupt:
+            self.result.best += kept
+            raise
         self.result.best = kept
+
+    def _fitting(self, each: Priced) -> Priced | None:
+        """The plan, with more offloaded if need be, if its ranks have room for fragments too."""
+        self._check_stop()
+        candidate, price = each.candidate, self._with_fragments(each.candidate, each.price)
+        while not price.fits and self._can_offload_more(candidate):
+            # The least share that the ledger asks for leaves the allocator no room.
+            candidate = _offloading_more(candidate)
+            price = self._with_fragments(candidate, each.price)
+        if price.fits:
+            if candidate is not each.candidate:
+                price = replace(self._exact(candidate), classes=price.classes)
+            return Priced(candidate, price)
+        reason = "the allocator's fragments exceed the memory"
+        self.result.reject(reason, describe(each.candidate))
+        self._near(max(x.asked_bytes for x in price.classes), each.candidate, price.missing())
+        return None
 
     def _with_fragments(self, candidate: Candidate, price: JobPrice) -> JobPrice:
         planned = self.pricer.planned(self._job(candidate))
