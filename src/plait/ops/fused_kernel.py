@@ -217,7 +217,9 @@ class CppKernel:
 
             try:
                 # Inductor writes vectors itself, and forbids the compiler to find any, or to fuse.
-                flags = ["-ftree-loop-vectorize", "-ffp-contract=fast"]
+                # An operation that could trap keeps a choice between two values a branch, and its
+                # loop in scalars; nobody looks at traps.
+                flags = ["-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-trapping-math"]
                 if platform.machine() in ("x86_64", "AMD64"):  # where they are that wide
                     flags.append("-mprefer-vector-width=512")
                 self._library = CppCodeCache.load(self.source, extra_flags=flags)
