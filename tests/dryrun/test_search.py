@@ -187,6 +187,7 @@ def test_no_plan_that_fits_is_better_than_those_listed(result, cluster):
             assert not pricer.price(job_of(each)).fits, "without room for the allocator's fragments"
     assert num_priced > len(legal_plans()) / 2
     assert shares > 10
+    assert all(each.is_exact for each in result.best)
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from plait.cost.accelerators import find_cluster
 from plait.dryrun.model_source import decoder_source, module_source
 from plait.dryrun.piece import Shape
 from plait.dryrun.pieces import PieceStore
+from plait.dryrun.price_job import Pricer
 from plait.dryrun.work import Part
-from plait.plan.parallel_plan import Recompute
-from tests.dryrun.small_job import CONFIG
+from plait.plan.parallel_plan import ParallelPlan, Recompute
+from tests.dryrun.small_job import CONFIG, JOB
 
 SHARE, TOKENS = 0.25, 1024
 SHAPES = {
@@ -74,6 +75,43 @@ def test_attention_of_a_share_of_the_queries_sees_all_keys(store, shape):
         assert layer.saved.at(SHARE) - fused.saved.at(SHARE) == pytest.approx(5 * scores, rel=0.01)
 
 
+def test_a_search_first_takes_a_share_for_less_than_it_costs_and_captures_nothing_for_it():
+    cluster = find_cluster("h100", 8)
+    job = replace(JOB, plan=ParallelPlan(cp=4, tp=2, sp=True))
+    pricer = Pricer(job, cluster, decoder_source(CONFIG))
+    quick = pricer.lower_bounds()
+    pricer.price(replace(job, plan=ParallelPlan(fsdp=4, tp=2, sp=True)), fragments=False)
+    num_graphs = len(pricer.store.graphs)
+    bound = quick.price(job, fragments=False)
+    assert len(pricer.store.graphs) == num_graphs
+    exact = pricer.price(job, fragments=False)
+    assert len(pricer.store.graphs) > num_graphs
+    assert 0.8 * exact.step_s < bound.step_s < exact.step_s
+    assert 0.5 * exact.peak_bytes < bound.peak_bytes <= exact.peak_bytes
+
+
+def test_replicas_share_a_capture_and_cost_what_they_cost_alone():
+    shape = Shape(sequence_length=2048, tp=4, sp=True)
+    cluster = find_cluster("h100", 4)
+    both = PieceStore(decoder_source(CONFIG), cluster)
+    both.find(replace(shape, replicas=2))
+    num_graphs = len(both.graphs)
+    found = both.find(replace(shape, replicas=3))
+    assert len(both.graphs) == num_graphs + 2  # split, and behind all passes
+    assert found == PieceStore(decoder_source(CONFIG), cluster).find(replace(shape, replicas=3))
+
+
+@pytest.mark.parametrize("tokens", [1023, 1024], ids=["odd", "a model that insists on its length"])
+def test_a_sequence_that_cannot_be_halved_is_scaled_from_several(tokens):
+    source = module_source(
+        ScoredModel(only_tokens=tokens), loss=scored_loss, hidden_size=64, vocab_size=100
+    )
+    store = PieceStore(source, find_cluster("h100", 8))
+    (layer,) = store.find(Shape(sequence_length=tokens), 0.5).layers.values()
+    flops = sum(work.at(0.5).cost.flops for work in layer.forward)
+    assert flops == pytest.approx(tokens * 64 * 192 + 2 * tokens * tokens * 64)
+
+
 class ScoredLayer(torch.nn.Module):
     """Attention by hand: scores and a mask over all pairs, which no kernel keeps to itself."""
 
@@ -90,13 +128,16 @@ class ScoredLayer(torch.nn.Module):
 
 
 class ScoredModel(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, only_tokens=None):
         super().__init__()
+        self.only_tokens = only_tokens
         self.table = torch.nn.Embedding(100, 64)
         self.layers = torch.nn.ModuleList(ScoredLayer() for _ in range(4))
 
     def forward(self, tokens_BT):
         x_BTD = self.table(tokens_BT)
+        if self.only_tokens is not None:
+            x_BTD = x_BTD + x_BTD.new_zeros(self.only_tokens, 64)
         for layer in self.layers:
             x_BTD = layer(x_BTD)
         return x_BTD @ self.table.weight.mT

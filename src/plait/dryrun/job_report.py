@@ -99,7 +99,7 @@ def search_json(result: SearchResult, explain: tuple[int, int] | None = None) ->
         "num_priced": result.num_priced,
         "memory_limit_bytes": result.limit_bytes,
         "is_complete": result.is_complete,
-        "best": [each.price.to_dict() for each in result.best],
+        "best": [{**each.price.to_dict(), "is_exact": each.is_exact} for each in result.best],
         "rejected": [
             {"reason": reason, "count": count, "example": result.examples[reason]}
             for reason, count in result.rejected.most_common()

@@ -16,7 +16,7 @@ BEFORE, BEHIND = "before", "behind"
 """Names of the pieces around the layers."""
 
 Points = tuple[float, float]
-"""Two numbers of sequences; equal where there is one capture."""
+"""Two numbers of sequences; equal, or from 0, where there is one capture."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Piece:
     Elements are parameters on this rank, those of experts apart. saved and the two peaks are bytes:
     kept for the backward, and live besides that while a pass runs; expert_peak: on top of these, of
     what all experts have a part of, before ep. parameters, saved_tensors: by
-    name and line, in the bytes of one sequence or two. calls: what the piece asks the allocator
+    name and line, in the bytes of the larger capture. calls: what the piece asks the allocator
     for, in the order of the forward.
     """
 

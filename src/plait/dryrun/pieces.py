@@ -5,7 +5,7 @@ two give each operation's cost as a straight line: arithmetic, bytes and sizes o
 operation are affine in the tokens, and so is attention as long as sequences keep their length.
 Where one sequence makes another program than two (a copy may be a view), two and three are taken.
 A share of a sequence (cp) lies on the line through half of one and one, for it is a row of fewer
-tokens; attention alone is that of all of them, whose keys its queries see.
+tokens; attention, and what else grows with their square, has a share of the queries and all keys.
 """
 
 # pyright: basic
@@ -78,15 +78,15 @@ class PieceStore:
     """Captures each shape of a model once.
 
     graphs: by what they depend on: before replicas, before recompute, and behind all passes.
-    share_bounds: a share of a sequence costs that share of a whole one, and so no more than it does
-    (whatever does not shrink with the tokens is left out), without a capture of its own.
+    bounds_shares: a share of a sequence is taken for that share of a whole one: at most its cost
+    (what does not shrink with the tokens is left out), and without a capture of its own.
     """
 
     source: ModelSource
     cluster: Cluster
     graphs: dict[tuple[object, ...], Graph] = field(default_factory=dict)
-    pieces: dict[tuple[Shape, float | Points], Pieces] = field(default_factory=dict)
-    share_bounds: bool = False
+    pieces: dict[tuple[Shape, Points, float | None], Pieces] = field(default_factory=dict)
+    bounds_shares: bool = False
 
     def find(self, shape: Shape, sequences: float = 1.0) -> Pieces:
         """The pieces of a shape, to be scaled to so many sequences.
@@ -96,9 +96,9 @@ class PieceStore:
         # Replicas are costly to make, and few plans are priced with them: one capture, as it is.
         is_split = shape.replicas != 1
         lines = (_ONE,) if sequences == 1 else _SEVERAL if sequences > 1 else _SHARE
-        if sequences < 1 and self.share_bounds:
+        if sequences < 1 and self.bounds_shares:
             lines = (_BOUND,)
-        key = shape, sequences if is_split else lines[0]
+        key = shape, lines[0], sequences if is_split else None
         if key not in self.pieces:
             self.check(shape)
             self.pieces[key] = (
@@ -116,13 +116,16 @@ class PieceStore:
 
     def programs(self, shape: Shape, sequences: float, extra: int) -> list[Program]:
         """The programs of a capture of so many sequences, or of half of one."""
-        if sequences < 1:
-            if shape.sequence_length % 2 or (shape.sp and shape.sequence_length // 2 % shape.tp):
-                raise _DifferentProgramsError(
-                    f"{shape.sequence_length} tokens cannot be halved for tp={shape.tp}."
-                )
-            shape, sequences = replace(shape, sequence_length=shape.sequence_length // 2), 1
-        return programs_of(self.graph(shape, int(sequences), extra), shape)
+        if sequences >= 1:
+            return programs_of(self.graph(shape, int(sequences), extra), shape)
+        half = replace(shape, sequence_length=shape.sequence_length // 2)
+        try:
+            if shape.sequence_length % 2:
+                raise PlanError(f"{shape.sequence_length} tokens are odd.")
+            self.check(half)
+            return programs_of(self.graph(half, 1, extra), half)
+        except (GraphError, PlanError) as error:  # a model may insist on its length
+            raise _DifferentProgramsError(f"a sequence cannot be halved: {error}") from error
 
     def graph(self, shape: Shape, batch: int, extra: int) -> Graph:
         """A captured graph of one layer of each kind, behind `extra` more of the first."""

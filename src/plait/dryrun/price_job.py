@@ -83,13 +83,13 @@ class Pricer:
         self.store = PieceStore(self.source, self.cluster)
         self.clock = PieceClock(self.store, self.cluster, self.measured, self.table)
 
-    def bounding_shares(self) -> "Pricer":
-        """A pricer that takes a share of a sequence (cp) for no more than it costs.
+    def lower_bounds(self) -> "Pricer":
+        """A pricer that takes a share of a sequence (cp) for at most its cost by the roofline.
 
         For that it needs no capture but those of whole sequences, which both share.
         """
         other = Pricer(self.job, self.cluster, self.source, self.measured, self.table)
-        other.store.share_bounds = True
+        other.store.bounds_shares = True
         other.store.graphs, other.store.pieces = self.store.graphs, self.store.pieces
         return other
 

@@ -51,7 +51,11 @@ FIXABLE = (
 
 @dataclass(frozen=True)
 class Priced:
-    """A plan and its price. is_exact: played in full, its shares of sequences captured."""
+    """A plan and its price.
+
+    is_exact: played in full, its shares of sequences captured. Else it is an estimate, and with cp
+    one from below.
+    """
 
     candidate: Candidate
     price: JobPrice
@@ -63,6 +67,7 @@ class Priced:
         return (
             f"{price.step_s:9.3f} s  {price.mfu:6.1%}  {price.tokens_per_s / 1e6:8.3f} M tokens/s  "
             f"{price.peak_bytes / _GIB:6.1f} GiB  {describe(self.candidate)}"
+            f"{'' if self.is_exact else ' (estimated)'}"
         )
 
 
@@ -196,7 +201,8 @@ class _Search:
         self.fixed: Mapping[str, object] = {}
         limited = replace(cluster, device=replace(cluster.device, memory_bytes=result.limit_bytes))
         self.pricer = Pricer(job, limited, source, measured, table)
-        self.bounds = self.pricer.bounding_shares()
+        # What a table knows are real sizes: a share of a larger cost is no bound there.
+        self.quick = self.pricer if table is not None else self.pricer.lower_bounds()
         self.elements: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
         self.told_s = 0.0
 
@@ -283,14 +289,14 @@ class _Search:
     def _price(self, candidate: Candidate) -> None:
         self._check_stop()
         try:
-            planned = self.bounds.planned(self._job(candidate))
+            planned = self.quick.planned(self._job(candidate))
             if self.can_offload:
                 share = least_offload(
                     planned.classes(), self.result.limit_bytes, offload=candidate.offload
                 )
                 if share > candidate.offload:
                     candidate = replace(candidate, offload=share)
-                    planned = self.bounds.planned(self._job(candidate))
+                    planned = self.quick.planned(self._job(candidate))
             fullest = max(planned.classes(), key=lambda each: each.ledger.total_bytes)
             needed = fullest.ledger.total_bytes
             if needed > self.result.limit_bytes:
@@ -350,8 +356,11 @@ class _Search:
         reason = f"{what}: " if what else ""
         try:
             price = self._exact(candidate)
-            while not price.fits and self._can_offload_more(candidate):
-                candidate = _offloading_more(candidate)
+            if not price.fits and self.can_offload:
+                share = least_offload(
+                    price.classes, self.result.limit_bytes, offload=candidate.offload
+                )
+                candidate = replace(candidate, offload=share)
                 price = self._exact(candidate)
         except (PlanError, GraphError) as error:
             self.result.reject(f"{reason}{str(error).split('. ')[0]}", describe(candidate))
@@ -365,9 +374,6 @@ class _Search:
             return
         self.result.best.append(Priced(candidate, price))
         self.result.num_priced += 1
-
-    def _can_offload_more(self, candidate: Candidate) -> bool:
-        return self.can_offload and candidate.offload < 1
 
     def keep_fitting(self, top: int) -> None:
         """Keep the best plans whose ranks also have room for what the allocator wastes."""
@@ -388,9 +394,10 @@ class _Search:
         """The plan, with more offloaded if need be, if its ranks have room for fragments too."""
         self._check_stop()
         candidate, price = each.candidate, self._with_fragments(each.candidate, each.price)
-        while not price.fits and self._can_offload_more(candidate):
+        while self.can_offload and not price.fits and candidate.offload < 1:
             # The least share that the ledger asks for leaves the allocator no room.
-            candidate = _offloading_more(candidate)
+            more = min(1.0, round(candidate.offload + 1 / _OFFLOAD_STEPS, 2))
+            candidate = replace(candidate, offload=more)
             price = self._with_fragments(candidate, each.price)
         if price.fits:
             if candidate is not each.candidate:
@@ -441,10 +448,6 @@ def least_offload(classes: Sequence[RankClass], limit_bytes: int, *, offload: fl
     return math.ceil(share * _OFFLOAD_STEPS) / _OFFLOAD_STEPS
 
 
-def _offloading_more(candidate: Candidate) -> Candidate:
-    return replace(candidate, offload=min(1.0, round(candidate.offload + 1 / _OFFLOAD_STEPS, 2)))
-
-
 def _variants(candidate: Candidate) -> Iterator[Candidate]:
     """What is tried of the best plans only, as it takes captures of its own."""
     plan = candidate.plan
@@ -487,7 +490,7 @@ def _nothing(result: SearchResult, cluster: Cluster, can_offload: bool) -> str:
         return f"{text} Reasons: {reasons}."
     needed, example = result.nearest
     return (
-        f"{text} The nearest needs {needed / _GIB:.1f} GiB, {needed / _GIB - limit:.1f} more: "
-        f"{example}. Take more ranks, or devices with more memory"
+        f"{text} The nearest needs at least {needed / _GIB:.1f} GiB, "
+        f"{needed / _GIB - limit:.1f} more: {example}. Take more ranks, or devices with more memory"
         f"{'' if can_offload else ', or let plans offload (--offload)'}."
     )

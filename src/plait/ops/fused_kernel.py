@@ -218,7 +218,7 @@ class CppKernel:
             try:
                 # Inductor writes vectors itself, and forbids the compiler to find any, or to fuse.
                 # An operation that could trap keeps a choice between two values a branch, and its
-                # loop in scalars; nobody looks at traps.
+                # loop in scalars. Inductor turns traps off, and on again by a flag behind that.
                 flags = ["-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-trapping-math"]
                 if platform.machine() in ("x86_64", "AMD64"):  # where they are that wide
                     flags.append("-mprefer-vector-width=512")
