@@ -200,6 +200,8 @@ def _pieces(store: PieceStore, shape: Shape, points: Points) -> Pieces:
     high = by_place(store.programs(shape, points[1], extra))
     has_own_low = points not in (_ONE, _BOUND)
     low = by_place(store.programs(shape, points[0], extra)) if has_own_low else list(high)
+    if len(low) != len(high):
+        raise _DifferentProgramsError(f"{len(low)} and {len(high)} programs cannot be scaled.")
     if len(low) != len(kinds) + 2 + extra:
         raise GraphError(
             f"{store.source.name} is captured with {max(len(low) - 2, 0)} layers, "
