@@ -296,23 +296,25 @@ def test_replicas_hide_messages_where_nothing_else_runs_beside_them():
     assert split.parts.exposed_s < whole.parts.exposed_s
 
 
+SIZES_FOR_TRANSFORMERS = {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+"""Those of CONFIG."""
+
+
 @pytest.fixture(scope="module")
 def llama_of_transformers():
     transformers = pytest.importorskip("transformers")
     from plait.dryrun.model_source import hugging_face_source
 
-    return hugging_face_source(
-        transformers.LlamaConfig(
-            vocab_size=4096,
-            hidden_size=512,
-            intermediate_size=1024,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            head_dim=64,
-            max_position_embeddings=2048,
-        )
-    )
+    return hugging_face_source(transformers.LlamaConfig(**SIZES_FOR_TRANSFORMERS))
 
 
 def test_a_model_of_transformers_is_priced_too(cluster, llama_of_transformers):
@@ -440,17 +442,7 @@ def test_experts_of_transformers_are_priced_by_balanced_routing(cluster):
     from plait.dryrun.model_source import hugging_face_source
 
     config = transformers.MixtralConfig(
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=2048,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        sliding_window=None,
+        **SIZES_FOR_TRANSFORMERS, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
     )
     source = hugging_face_source(config)
     assert (source.num_experts, source.expert_rows) == (8, 2)

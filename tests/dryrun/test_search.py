@@ -181,6 +181,7 @@ def test_no_plan_that_fits_is_better_than_those_listed(result, cluster):
             continue
         num_priced += 1
         shares += each.plan.cp > 1
+        assert price.peak_bytes > LIMIT or price.step_s >= result.best[0].price.step_s
         if each in listed:
             assert price.step_s == listed[each]
         elif price.fits and price.step_s < result.best[-1].price.step_s:

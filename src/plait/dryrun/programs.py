@@ -6,8 +6,9 @@ Of each: its operations, forward and backward, what it holds and what it asks th
 # pyright: basic
 # (fx nodes are not typed.)
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -19,7 +20,7 @@ from plait.dryrun.requests import CallRequests, requests_of, with_scores
 from plait.dryrun.saved import Held, Tensor, held_of
 from plait.dryrun.work import Work, work_of
 from plait.graph.cut import BETWEEN
-from plait.graph.graph import BACKWARD, FORWARD, Graph, Role, Template, call_of
+from plait.graph.graph import FORWARD, Graph, Role, Template, call_of
 from plait.plan.parallel_plan import Recompute
 
 _Passes = tuple[tuple[Work, ...], tuple[Work, ...]]
@@ -44,20 +45,14 @@ def programs_of(graph: Graph, shape: Shape) -> list[Program]:
     """The templates that the root calls, in order, forward and backward."""
     weights = weight_arguments(graph)
     calls = [
-        (node, *called)
+        (node, called[0])
         for node in graph.root.graph.nodes
-        if (called := call_of(node)) and called[1] != BACKWARD
+        if (called := call_of(node)) and called[1] == FORWARD
     ]
-    shared = Counter(
-        x
-        for node, _, which in calls
-        if which == FORWARD
-        for x in node.args[2:]
-        if isinstance(x, fx.Node)
-    )
+    shared = Counter(x for node, _ in calls for x in node.args[2:] if isinstance(x, fx.Node))
     seen: dict[str, _Passes] = {}
     found: list[Program] = []
-    for node, name, _ in calls:
+    for node, name in calls:
         template = graph.templates[name]
         if name not in seen:
             seen[name] = _passes(template, weights.get(name, set()), shape)
@@ -88,7 +83,7 @@ def _program(
         if isinstance(x, fx.Node) and x.op == "placeholder" and x.meta["val"].role is Role.PARAMETER
     ]
     of_experts = [v for v in parameters if ".experts." in v.name]
-    experts = sum(_count(v.shape) for v in of_experts)
+    experts = sum(math.prod(v.shape) for v in of_experts)
     stacked = {tuple(map(int, v.shape)) for v in of_experts}
     scores = _scores(*passes, shape)
     return Program(
@@ -96,7 +91,7 @@ def _program(
         *passes,
         held=_with_scores(held_of(template, own, stacked), *scores),
         calls=(with_scores(requests_of(template, own, stacked), *scores),),
-        num_elements=sum(_count(v.shape) for v in parameters) - experts,
+        num_elements=sum(math.prod(v.shape) for v in parameters) - experts,
         num_expert_elements=experts,
         source=template.block,
         parameters=tuple(
@@ -111,76 +106,49 @@ def seeing_all(half: Program, whole: Program) -> Program:
     What grows with the tokens costs half as much or more in the first. What grows with their
     square (attention, a mask, scores) costs less; half of the queries see all keys: half.
     """
-    own, all_of = half.held, whole.held
-
-    def at_least(name: str) -> int:
-        return max(getattr(own, name), getattr(all_of, name) // 2)
-
-    return replace(
-        half,
-        forward=_works_seeing_all(half.forward, whole.forward),
-        backward=_works_seeing_all(half.backward, whole.backward),
-        held=replace(
-            own,
-            saved_bytes=at_least("saved_bytes"),
-            forward_peak_bytes=at_least("forward_peak_bytes"),
-            backward_peak_bytes=at_least("backward_peak_bytes"),
-            expert_peak_bytes=at_least("expert_peak_bytes"),
-        ),
-        calls=tuple(
-            replace(
-                call,
-                sizes={n: max(x, other.sizes[n] // 2) for n, x in call.sizes.items()},
-                input_bytes=max(call.input_bytes, other.input_bytes // 2),
-            )
-            for call, other in zip(half.calls, whole.calls, strict=True)
-        ),
-    )
-
-
-def _works_seeing_all(half: tuple[Work, ...], whole: tuple[Work, ...]) -> tuple[Work, ...]:
-    return tuple(
-        replace(
-            work,
-            cost=_cost_seeing_all(work.cost, other.cost),
-            num_bytes=max(work.num_bytes, other.num_bytes // 2),
-            key_bytes=max(work.key_bytes, other.key_bytes // 2),
-            kernels=tuple(map(_cost_seeing_all, work.kernels, other.kernels)),
-        )
-        for work, other in zip(half, whole, strict=True)
-    )
-
-
-def _cost_seeing_all(half: Cost, whole: Cost) -> Cost:
-    return replace(
-        half, bytes=max(half.bytes, whole.bytes // 2), flops=max(half.flops, whole.flops // 2)
-    )
+    return _combined(half, whole, lambda own, all_of: max(own, all_of // 2))
 
 
 def without_cost(program: Program) -> Program:
     """The same operations and requests, for nothing: the low end of a line through nothing."""
+    return _combined(program, program, lambda own, _: 0)
 
-    def free(works: tuple[Work, ...]) -> tuple[Work, ...]:
-        return tuple(
-            replace(
-                work,
-                cost=replace(work.cost, bytes=0, flops=0),
-                num_bytes=0,
-                key_bytes=0,
-                kernels=tuple(replace(each, bytes=0, flops=0) for each in work.kernels),
-            )
-            for work in works
+
+def _combined(one: Program, two: Program, take: Callable[[int, int], int]) -> Program:
+    """One program, each of its figures taken from those of both, which do the same."""
+
+    def cost(a: Cost, b: Cost) -> Cost:
+        return replace(a, bytes=take(a.bytes, b.bytes), flops=take(a.flops, b.flops))
+
+    def work(a: Work, b: Work) -> Work:
+        return replace(
+            a,
+            cost=cost(a.cost, b.cost),
+            num_bytes=take(a.num_bytes, b.num_bytes),
+            key_bytes=take(a.key_bytes, b.key_bytes),
+            kernels=tuple(map(cost, a.kernels, b.kernels)),
         )
 
+    def call(a: CallRequests, b: CallRequests) -> CallRequests:
+        return replace(
+            a,
+            sizes={number: take(size, b.sizes[number]) for number, size in a.sizes.items()},
+            input_bytes=take(a.input_bytes, b.input_bytes),
+        )
+
+    own, other = one.held, two.held
     return replace(
-        program,
-        forward=free(program.forward),
-        backward=free(program.backward),
-        held=Held(saved_bytes=0, forward_peak_bytes=0, backward_peak_bytes=0),
-        calls=tuple(
-            replace(call, sizes=dict.fromkeys(call.sizes, 0), input_bytes=0)
-            for call in program.calls
+        one,
+        forward=tuple(map(work, one.forward, two.forward)),
+        backward=tuple(map(work, one.backward, two.backward)),
+        held=replace(
+            own,
+            saved_bytes=take(own.saved_bytes, other.saved_bytes),
+            forward_peak_bytes=take(own.forward_peak_bytes, other.forward_peak_bytes),
+            backward_peak_bytes=take(own.backward_peak_bytes, other.backward_peak_bytes),
+            expert_peak_bytes=take(own.expert_peak_bytes, other.expert_peak_bytes),
         ),
+        calls=tuple(map(call, one.calls, two.calls)),
     )
 
 
@@ -203,13 +171,6 @@ def _with_scores(held: Held, saved: int, one: int) -> Held:
         forward_peak_bytes=held.forward_peak_bytes + one - min(one, saved),
         backward_peak_bytes=held.backward_peak_bytes + one,
     )
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def by_place(programs: Sequence[Program]) -> list[Program]:
